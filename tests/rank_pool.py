@@ -1,0 +1,136 @@
+"""A pool of forked CPU ranks on gloo that lives for the whole pytest run and is handed cases.
+
+    run_ranks(2, case, *args)        every rank calls case(*args) -> the list of what they returned
+    run_mesh(Sizes(dp_shard=2, ep=2), case, *args)      case(mesh, *args), the mesh built once for its sizes
+
+Ranks are forked, so a case may be any picklable function of a test module. They meet in a temporary file: no
+port can be taken. A gloo error is fatal to its ranks, so after any failure the pool is made anew.
+"""
+
+import atexit
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from meshwright.parallel.mesh import Axis, Mesh, Sizes, build_mesh
+
+TIMEOUT = timedelta(seconds=60)
+_POOLS: dict[int, "_Pool"] = {}
+_MESHES: dict[Sizes, Mesh] = {}
+
+
+class RankFailed(AssertionError):
+    """A rank raised; the message holds every rank's traceback."""
+
+
+def run_ranks(size: int, case: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `case` on `size` ranks, with an Axis over all of them as its first argument when it names one `tp`, `axis` ...
+
+    Every parameter of `case` beyond `args` must be annotated `Axis`: it receives the world as that axis.
+    """
+    return _pool(size).run(partial(_with_axis, case), args)
+
+
+def run_mesh(sizes: Sizes, case: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `case(mesh, *args)` on the ranks of a mesh of these sizes."""
+    return _pool(sizes.world).run(partial(_with_mesh, case, sizes), args)
+
+
+def _with_axis(case: Callable[..., Any], *args: Any) -> Any:
+    missing = case.__code__.co_argcount - len(args)
+    name = case.__code__.co_varnames[0]
+    world = tuple(range(dist.get_world_size()))
+    axis = Axis(name, len(world), dist.get_rank(), dist.group.WORLD if len(world) > 1 else None, world)
+    return case(*([axis] * missing), *args)
+
+
+def _with_mesh(case: Callable[..., Any], sizes: Sizes, *args: Any) -> Any:
+    if sizes not in _MESHES:
+        _MESHES[sizes] = build_mesh(sizes, TIMEOUT)
+    return case(_MESHES[sizes], *args)
+
+
+def _pool(size: int) -> "_Pool":
+    if size not in _POOLS:
+        _POOLS[size] = _Pool(size)
+    return _POOLS[size]
+
+
+class _Pool:
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self.size = size
+        self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self.pipes: list[Connection] = []
+        self.ranks = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, self.folder.name, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.ranks.append(process)
+
+    def run(self, case: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        """Hand the case to every rank and wait; on a failure end all ranks and raise with their tracebacks."""
+        for pipe in self.pipes:
+            pipe.send((case, args))
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < self.size:
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            ready = wait(waiting, timeout=2 * TIMEOUT.total_seconds())
+            if not ready:
+                self.close()
+                raise RankFailed(f"ranks {sorted(set(range(self.size)) - set(answers))} did not answer")
+            for pipe in ready:
+                rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    answers[rank] = self.pipes[rank].recv()
+                except EOFError:
+                    answers[rank] = (False, f"the process died with exit code {self.ranks[rank].exitcode}")
+        failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
+        if failed:
+            self.close()
+            raise RankFailed("\n".join(f"--- rank {rank} of {self.size}\n{text}" for rank, text in sorted(failed.items())))
+        return [answers[rank][1] for rank in range(self.size)]
+
+    def close(self) -> None:
+        """End the ranks; the next case gets a new pool."""
+        _POOLS.pop(self.size, None)
+        for process in self.ranks:
+            process.kill()
+            process.join()
+        self.folder.cleanup()
+
+
+def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    _MESHES.clear()
+    store = dist.FileStore(os.path.join(folder, "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    while True:
+        try:
+            case, args = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            result: tuple[bool, Any] = (True, case(*args))
+        except BaseException:  # CheckpointException and KeyboardInterrupt are no Exceptions
+            result = (False, traceback.format_exc())
+        pipe.send(result)
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in list(_POOLS.values()):
+        pool.close()
