@@ -1,0 +1,46 @@
+"""Attention over sequence-first tensors: [s, b, heads, d] in, [s, b, heads, d] out."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from meshwright.kernels.precision import autocast_inputs
+
+
+def attention(
+    q: Float[Tensor, "s b n d"],
+    k: Float[Tensor, "s b k d"],
+    v: Float[Tensor, "s b k d"],
+    *,
+    is_causal: bool = True,
+    document: Int[Tensor, "s b"] | None = None,
+) -> Float[Tensor, "s b n d"]:
+    """Average the values by the softmax of q k / sqrt(d); a token sees its own document only, when one is given."""
+    q, k, v = autocast_inputs(q, k, v)
+    mask = None
+    if document is not None:
+        mask = document.T[:, None, :, None] == document.T[:, None, None, :]
+        if is_causal:
+            s = q.shape[0]
+            mask = mask & torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
+    return _sdpa(q, k, v, mask, is_causal and mask is None)
+
+
+def cached_attention(
+    q: Float[Tensor, "s b n d"], k: Float[Tensor, "c b k d"], v: Float[Tensor, "c b k d"]
+) -> Float[Tensor, "s b n d"]:
+    """Attend causally where the s queries are the last s of c positions."""
+    q, k, v = autocast_inputs(q, k, v)
+    s, c = q.shape[0], k.shape[0]
+    if s == 1:
+        return _sdpa(q, k, v, None, is_causal=False)
+    seen = torch.ones(s, c, dtype=torch.bool, device=q.device).tril(diagonal=c - s)
+    return _sdpa(q, k, v, seen, is_causal=False)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [b, heads, s, d]
+    gqa = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
+    return y.permute(2, 0, 1, 3)

@@ -1,0 +1,104 @@
+"""Every kernel once more in plain PyTorch: what the fast ones are held to, outputs and gradients.
+
+Each is written to be read against the formula, in steps that a reader checks one by one; it holds whatever
+is convenient, also all the logits. Sums are made in at least fp32, results come back in the dtype of `x`.
+
+Letters: s seq_len, b micro batch, t = s*b tokens, h hidden_size, n num_heads, k num_kv_heads, d head_dim,
+e num_experts, v vocab_size, c positions in the cache.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from meshwright.kernels.precision import at_least_fp32
+
+NOT_COUNTED = -100
+"""The target of a token whose prediction does not count."""
+
+
+def linear(
+    x: Float[Tensor, "*tokens i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
+) -> Float[Tensor, "*tokens o"]:
+    """Return x W^T + bias."""
+    y = at_least_fp32(x) @ at_least_fp32(weight).T
+    return (y if bias is None else y + at_least_fp32(bias)).to(x.dtype)
+
+
+def rms_norm(x: Float[Tensor, "*tokens h"], weight: Float[Tensor, " h"], eps: float) -> Float[Tensor, "*tokens h"]:
+    """Divide each vector by its root mean square, then scale each feature."""
+    wide = at_least_fp32(x)
+    mean_square = wide.square().mean(-1, keepdim=True)
+    return (wide * torch.rsqrt(mean_square + eps) * weight).to(x.dtype)
+
+
+def apply_rope(
+    x: Float[Tensor, "s b n d"], cos: Float[Tensor, "s d_half"], sin: Float[Tensor, "s d_half"]
+) -> Float[Tensor, "s b n d"]:
+    """Turn each pair (x[i], x[i + d/2]) by its position's angle: the half-split ("rotate_half") layout."""
+    first, second = at_least_fp32(x).chunk(2, dim=-1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def attention(
+    q: Float[Tensor, "s b n d"],
+    k: Float[Tensor, "s b k d"],
+    v: Float[Tensor, "s b k d"],
+    *,
+    is_causal: bool = True,
+    document: Int[Tensor, "s b"] | None = None,
+) -> Float[Tensor, "s b n d"]:
+    """Average the values by the softmax of q k / sqrt(d); a token sees its own document only, when one is given."""
+    s = q.shape[0]
+    seen = torch.ones(1, 1, s, s, dtype=torch.bool, device=q.device)
+    if is_causal:
+        seen = seen.tril()
+    if document is not None:
+        own = document.T[:, None, :, None] == document.T[:, None, None, :]
+        seen = seen & own
+    return _softmax_average(q, k, v, seen)
+
+
+def cached_attention(
+    q: Float[Tensor, "s b n d"], k: Float[Tensor, "c b k d"], v: Float[Tensor, "c b k d"]
+) -> Float[Tensor, "s b n d"]:
+    """Attend causally where the s queries are the last s of c positions."""
+    s, c = q.shape[0], k.shape[0]
+    seen = torch.ones(s, c, dtype=torch.bool, device=q.device).tril(diagonal=c - s)
+    return _softmax_average(q, k, v, seen)
+
+
+def _softmax_average(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    heads_per_kv = q.shape[2] // k.shape[2]
+    q_, k_, v_ = (at_least_fp32(x).permute(1, 2, 0, 3) for x in (q, k, v))  # [b, heads, s, d]
+    k_, v_ = k_.repeat_interleave(heads_per_kv, dim=1), v_.repeat_interleave(heads_per_kv, dim=1)
+    scores = q_ @ k_.transpose(-1, -2) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    averaged: Tensor = weights @ v_
+    return averaged.permute(2, 0, 1, 3).to(q.dtype)
+
+
+def swiglu(gate: Float[Tensor, "*tokens f"], up: Float[Tensor, "*tokens f"]) -> Float[Tensor, "*tokens f"]:
+    """Return silu(gate) * up."""
+    wide = at_least_fp32(gate)
+    return (wide * wide.sigmoid() * at_least_fp32(up)).to(gate.dtype)
+
+
+def grouped_linear(
+    x: Float[Tensor, "t i"], weight: Float[Tensor, "e o i"], counts: Int[Tensor, " e"]
+) -> Float[Tensor, "t o"]:
+    """Multiply each expert's rows with its own weight; rows are sorted by expert, counts[e] of them each."""
+    parts = torch.split(x, counts.tolist())
+    return torch.cat([linear(part, w) for part, w in zip(parts, weight.unbind(), strict=True)])
+
+
+def linear_cross_entropy(
+    x: Float[Tensor, "t h"], weight: Float[Tensor, "v h"], targets: Int[Tensor, " t"], *, divisor: float
+) -> Float[Tensor, ""]:
+    """Return the sum of the counted tokens' cross entropy, over `divisor`; targets of -100 are not counted."""
+    logits = at_least_fp32(x) @ at_least_fp32(weight).T
+    counted = targets != NOT_COUNTED
+    of_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    loss = torch.where(counted, logits.logsumexp(-1) - of_target, 0).sum()
+    return loss / divisor
