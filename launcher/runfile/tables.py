@@ -1,0 +1,183 @@
+"""All tables of a run file together, and those that are the launcher's own.
+
+    [run] [train] [optimizer] [learning_rate] [checkpoint] [evaluation] [log] [init]    here
+    [model] [model.moe]                                                                 model/config.py
+    [parallel] [zero] [recompute]                                                       parallel/config.py
+    [data]                                                                              data/config.py
+
+The line under each key is its documentation: in docs/run-file.md, in the JSON schema and in an editor. A default of 0
+that is not a count says what it stands for. Nothing here loads torch.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from meshwright.data.config import DataConfig
+from meshwright.model.config import ModelConfig
+from meshwright.parallel.config import ParallelConfig, RecomputeConfig, ZeroConfig
+
+TABLE = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class RunConfig(BaseModel):
+    """What the run is called, where it lies and on what it runs."""
+
+    model_config = TABLE
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run, in its folder and its log: letters, digits, dot, dash and underscore."""
+    folder: str = ""
+    """Where everything of the run is written; "" = output/<name>. On a cluster: on a file system that all nodes see."""
+    seed: NonNegativeInt = 0
+    """Decides initial weights and data order, the same on every layout."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes cuda where there is one, and else cpu; mps (Apple) is for one process and only taken by name."""
+    timeout_seconds: PositiveInt = 600
+    """A rank that waits this long for the others ends with an error; 300 to 1800 are usual."""
+
+    @property
+    def output_folder(self) -> str:
+        """Return the folder with the default filled in."""
+        return self.folder or f"output/{self.name}"
+
+
+class BatchRampEntry(BaseModel):
+    """One step of the ramp: the batch size until so many samples are consumed."""
+
+    model_config = TABLE
+
+    samples: PositiveInt
+    """Samples consumed, counted from the start of the run, at which this size ends."""
+    global_batch_size: PositiveInt
+    """Samples of one update until then."""
+
+
+class TrainConfig(BaseModel):
+    """How long, in which portions and in which precision the model is trained."""
+
+    model_config = TABLE
+
+    steps: PositiveInt
+    """Updates of the weights in the whole run."""
+    global_batch_size: PositiveInt
+    """Samples of one update, over all ranks; 0.5 M to 16 M tokens (times data.seq_len) are usual for large models."""
+    micro_batch_size: PositiveInt = 1
+    """Samples that one rank computes at once; a larger batch is accumulated. As large as memory allows."""
+    batch_ramp: Annotated[tuple[BatchRampEntry, ...], Field(strict=False)] = ()
+    """Smaller batches at the start: [{samples = 10000, global_batch_size = 64}, ...]; then global_batch_size."""
+    precision: Literal["fp32", "bf16_autocast", "bf16", "fp64"] = "fp32"
+    """bf16_autocast computes products in bf16; bf16 also holds the weights so, with fp32 masters; fp64 is for proofs."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Scale the gradient down to this norm over all weights, experts included; 0 turns it off. 1.0 is usual."""
+    skip_norm_spike: NonNegativeFloat = 0.0
+    """Skip, and count, a step whose norm exceeds this multiple of the median of the last 64; 0 = off, 5 to 20 usual."""
+    compile: bool = False
+    """Compile the layers with torch.compile; pays on a GPU in runs that are longer than a few minutes."""
+    threads: NonNegativeInt = 0
+    """CPU threads of each rank; 0 = this machine's cores divided by its ranks."""
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW; weight decay leaves out norms and biases."""
+
+    model_config = TABLE
+
+    kind: Literal["adamw"] = "adamw"
+    """The only kind in this version."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    """How slowly the averages of the gradient and of its square move; the second is 0.95 to 0.999."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment; 1e-8 is usual."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Part of a weight that is taken off at each step, times the learning rate; 0.01 to 0.1 are usual."""
+    embedding_weight_decay: bool = True
+    """Let weight decay act on the embedding and the output matrix too."""
+
+
+class LearningRateConfig(BaseModel):
+    """Warm-up from near zero to the peak, then the schedule down to final_fraction of it."""
+
+    model_config = TABLE
+
+    peak: PositiveFloat
+    """Highest learning rate; 1e-4 (large models) to 3e-3 (tiny ones)."""
+    final_fraction: Fraction = 0.1
+    """The last step's learning rate as a fraction of the peak; 0 to 0.1 are usual."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up; 100 to 2000 are usual. Give this or warmup_fraction."""
+    warmup_fraction: Fraction = 0.0
+    """Warm-up as a fraction of train.steps; 0.01 to 0.05 are usual. Give this or warmup_steps."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """The way down after the warm-up; wsd (warm-up, stable, decay) stays at the peak until its last part."""
+    decay_fraction: Fraction = 0.2
+    """With schedule = "wsd": the last part of train.steps, over which it decays; 0.1 to 0.2 are usual."""
+
+
+class CheckpointConfig(BaseModel):
+    """When checkpoints are written, and which are kept."""
+
+    model_config = TABLE
+
+    every: NonNegativeInt = 0
+    """Steps between checkpoints; 0 = only after the last step, and when the run is stopped by a signal."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept; 2 or more leave one to fall back on."""
+    keep_every: NonNegativeInt = 0
+    """Keep every checkpoint of a step that this divides, for good; 0 = none. A multiple of `every`."""
+    asynchronous: bool = False
+    """Write in the background while training goes on; needs memory for one copy of the rank's state."""
+
+
+class EvaluationConfig(BaseModel):
+    """When the loss on the held-out documents is measured."""
+
+    model_config = TABLE
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; the last step is evaluated too. 0 = never."""
+    samples: PositiveInt = 64
+    """Samples of the validation split that are used, the same ones each time."""
+
+
+class LogConfig(BaseModel):
+    """What is told while the run goes on; metrics.jsonl is always written."""
+
+    model_config = TABLE
+
+    every: PositiveInt = 1
+    """Steps between lines in the terminal and in metrics.jsonl; 1 to 100 are usual."""
+
+
+class InitConfig(BaseModel):
+    """Begin from another run's weights instead of fresh ones: to branch, anneal or train on another mixture."""
+
+    model_config = TABLE
+
+    source: Annotated[str, Field(alias="from")] = ""
+    """Folder of a checkpoint or of an export; "" = fresh weights. Looked at only when the run has no checkpoint yet."""
+    load: Literal["weights", "weights+optimizer"] = "weights"
+    """What is taken over; the optimizer's state is in checkpoints only."""
+
+
+class RunFile(BaseModel):
+    """A run file: everything that decides a run."""
+
+    model_config = TABLE
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learning_rate: LearningRateConfig
+    parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+    init: InitConfig = InitConfig()

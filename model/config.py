@@ -1,0 +1,226 @@
+"""The [model] and [model.moe] tables: what is computed, in global sizes, whatever it runs on.
+
+Sizes that follow from others may be left out (or 0) and are filled in when the table is made, so that a reader of
+a `ModelConfig` never meets a 0:
+
+    num_kv_heads     = num_heads
+    head_dim         = hidden_size / num_heads
+    ffn_hidden_size  = 8/3 * hidden_size, rounded up to a multiple of 64
+
+Only `vocab_size` may stay 0, until the tokenizer is read: `with_vocab` fills it in.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import model_validator as validator
+
+from meshwright.model.pattern import LayerKinds, layers_of, parse_pattern
+
+BiasPlace = Literal["q", "k", "v", "output", "ffn"]
+
+# Sizes are rounded up to this, so that products and their parts stay aligned.
+ALIGNMENT = 64
+
+
+class MoeConfig(BaseModel):
+    """The mixture of experts that stands at each `E` of the pattern; dropless, softmax router."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    num_experts: PositiveInt
+    """Routed experts in each MoE layer; 8 to 256 are usual. `parallel.ep` must divide it."""
+    top_k: PositiveInt
+    """Experts that each token is sent to; 1 to 8 are usual."""
+    expert_hidden_size: PositiveInt
+    """Inner width of one expert (SwiGLU); fine-grained experts use a quarter of a dense layer's, or less."""
+    num_shared_experts: NonNegativeInt = 0
+    """Experts that see every token, besides the routed ones; held as one MLP of this many times the width."""
+    normalise_top_k: bool = True
+    """Divide the chosen experts' weights by their sum, as Mixtral and Qwen3 do."""
+    load_balancing: Literal["sequence", "step", "none"] = "sequence"
+    """What the load-balancing loss counts: each sequence by itself, the previous step's global load, or no loss."""
+    load_balancing_weight: NonNegativeFloat = 0.01
+    """Weight of the load-balancing loss; 0.001 to 0.02 are usual."""
+    z_loss_weight: NonNegativeFloat = 0.001
+    """Weight of the router's z-loss, which keeps its scores small; 0 turns it off, 0.001 is usual."""
+
+    @property
+    def shared_hidden_size(self) -> int:
+        """Return the width of the one MLP that all shared experts make together."""
+        return self.num_shared_experts * self.expert_hidden_size
+
+
+class ModelConfig(BaseModel):
+    """A decoder: a pattern of layers, and the sizes that they share."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    preset: str = ""
+    """Name of a public or prepared shape, such as "llama3-8b"; keys that are written beside it win."""
+    pattern: str = "*-"
+    """One period of layers: `*` attention, `-` MLP, `E` MoE, `2(*-)6(*E)` repeats; repeated up to num_layers."""
+    num_layers: PositiveInt
+    """Layers of the stack; a layer is a mixer (attention) with the feed-forward that follows it. 12 to 126."""
+    hidden_size: PositiveInt
+    """Width of the residual stream; 768 (small) to 16384 (the largest public dense model)."""
+    num_heads: PositiveInt
+    """Attention heads (of the queries)."""
+    num_kv_heads: NonNegativeInt = 0
+    """Key and value heads, shared by groups of query heads (GQA); 0 = num_heads. 8 is usual in large models."""
+    head_dim: NonNegativeInt = 0
+    """Width of one head; 0 = hidden_size / num_heads. 64 or 128 are usual."""
+    ffn_hidden_size: NonNegativeInt = 0
+    """Inner width of the MLP (SwiGLU); 0 = 8/3 of hidden_size, rounded up to a multiple of 64."""
+    vocab_size: NonNegativeInt = 0
+    """Rows of the embedding; 0 = the tokenizer's size, rounded up to a multiple of 64, once the store is read."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm; 1e-5 or 1e-6 are usual."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys, before RoPE, as Qwen3 does; steadies large learning rates."""
+    rope_base: PositiveFloat = 10_000.0
+    """Base of the rotary positions; 10000 for contexts of 2k to 4k, 500000 or more for longer ones."""
+    bias: Annotated[tuple[BiasPlace, ...], Field(strict=False)] = ()
+    """Which products have a bias: any of "q", "k", "v", "output" (of attention), "ffn"."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output matrix too; saves much in models below 2 B parameters."""
+    init: Literal["normal", "xavier_uniform", "scaled"] = "normal"
+    """How weights begin: normal(init_std), Xavier-uniform, or normal with 1/sqrt(fan_in)."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of `init = "normal"`; 0.006 to 0.02 are usual."""
+    init_depth_scaled: bool = True
+    """Divide the initial weights that write to the residual stream by sqrt(2 * num_layers)."""
+    moe: MoeConfig | None = None
+    """The experts; there if, and only if, the pattern has an E."""
+
+    @validator(mode="before")
+    @classmethod
+    def _fill_in_sizes(cls, table: Any) -> Any:
+        """Fill in the sizes that follow from others; what is wrong is left for the checks to find."""
+        if not isinstance(table, dict):
+            return table
+        hidden_size, num_heads = table.get("hidden_size"), table.get("num_heads")
+        filled = dict(table)
+        if not filled.get("num_kv_heads") and _is_size(num_heads):
+            filled["num_kv_heads"] = num_heads
+        if not filled.get("head_dim") and _is_size(hidden_size) and _is_size(num_heads):
+            filled["head_dim"] = hidden_size // num_heads if hidden_size % num_heads == 0 else 0
+        if not filled.get("ffn_hidden_size") and _is_size(hidden_size):
+            filled["ffn_hidden_size"] = round_up(-(-8 * hidden_size // 3))
+        return filled
+
+    @property
+    def layers(self) -> tuple[LayerKinds, ...]:
+        """Return the kinds of every layer's parts, from the first to the last."""
+        return layers_of(self.pattern, self.num_layers)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Return how many layers have experts."""
+        return sum(layer.feedforward == "moe" for layer in self.layers)
+
+    def with_vocab(self, tokenizer_size: int) -> "ModelConfig":
+        """Return this config with `vocab_size` filled in from the tokenizer's, if it was left at 0.
+
+        Raises:
+            ValueError: if a vocabulary was given that has no room for the tokenizer's.
+        """
+        if self.vocab_size == 0:
+            return self.model_copy(update={"vocab_size": round_up(tokenizer_size)})
+        if self.vocab_size < tokenizer_size:
+            raise ValueError(
+                f"model.vocab_size = {self.vocab_size}: must hold the tokenizer's {tokenizer_size} tokens;"
+                f" {round_up(tokenizer_size)} or 0 (the tokenizer's size) would fit"
+            )
+        return self
+
+    def problems(self) -> list[str]:
+        """Return every reason why these sizes make no model; empty means that they do."""
+        return [*self._pattern_problems(), *self._attention_problems(), *self._moe_problems()]
+
+    def _pattern_problems(self) -> list[str]:
+        try:
+            period = parse_pattern(self.pattern)
+        except ValueError as error:
+            return [f'model.pattern = "{self.pattern}": {error}; "*-" is a dense decoder, "*E" one of experts']
+        found = []
+        if self.num_layers % len(period) != 0:
+            below = self.num_layers // len(period) * len(period)
+            fits = [size for size in (below, below + len(period)) if size > 0]
+            found.append(
+                f"model.num_layers = {self.num_layers}: must be a multiple of the {len(period)} layers of"
+                f' model.pattern = "{self.pattern}"; one of {fits} would fit'
+            )
+        if any(layer.mixer == "mamba2" for layer in period):
+            found.append(
+                f'model.pattern = "{self.pattern}": the letter M (Mamba-2) is not in this version;'
+                " * (attention) would fit"
+            )
+        return found
+
+    def _attention_problems(self) -> list[str]:
+        found = []
+        if self.head_dim == 0:
+            fits = [size for size in divisors(self.hidden_size) if self.hidden_size // size % 2 == 0]
+            found.append(
+                f"model.num_heads = {self.num_heads}: must divide model.hidden_size = {self.hidden_size}, or"
+                f" model.head_dim be given; one of {nearest(fits, self.num_heads)} would fit"
+            )
+        elif self.head_dim % 2 != 0:
+            found.append(
+                f"model.head_dim = {self.head_dim}: must be even, because RoPE turns pairs;"
+                f" {max(2, self.head_dim - 1)} or {self.head_dim + 1} would fit"
+            )
+        if self.num_heads % self.num_kv_heads != 0:
+            found.append(
+                f"model.num_kv_heads = {self.num_kv_heads}: must divide model.num_heads = {self.num_heads};"
+                f" one of {nearest(divisors(self.num_heads), self.num_kv_heads)} would fit"
+            )
+        return found
+
+    def _moe_problems(self) -> list[str]:
+        has_experts = "E" in self.pattern
+        if self.moe is None:
+            if not has_experts:
+                return []
+            return [
+                f'model.pattern = "{self.pattern}": has an E, so a table [model.moe] with num_experts, top_k and'
+                ' expert_hidden_size must be there; or write "-" (MLP) for E'
+            ]
+        found = []
+        if not has_experts:
+            found.append(
+                f'model.pattern = "{self.pattern}": has no E, so nothing uses the table [model.moe];'
+                ' "*E" would use it, or leave the table out'
+            )
+        if self.moe.top_k > self.moe.num_experts:
+            found.append(
+                f"model.moe.top_k = {self.moe.top_k}: must not exceed model.moe.num_experts = {self.moe.num_experts};"
+                f" 1 to {self.moe.num_experts} would fit"
+            )
+        return found
+
+
+def round_up(size: int, multiple: int = ALIGNMENT) -> int:
+    """Return the smallest multiple that is not below `size`."""
+    return -(-size // multiple) * multiple
+
+
+def divisors(size: int) -> list[int]:
+    """Return every whole number that divides `size`, the smallest first."""
+    small = [number for number in range(1, int(size**0.5) + 1) if size % number == 0]
+    return sorted({*small, *(size // number for number in small)})
+
+
+def nearest(fits: list[int], value: int, most: int = 8) -> list[int]:
+    """Return the few of `fits` that are nearest to `value`, in order."""
+    return sorted(sorted(fits, key=lambda size: abs(size - value))[:most])
+
+
+def _is_size(value: object) -> bool:
+    """Say whether this is a whole number of 1 or more; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

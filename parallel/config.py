@@ -1,0 +1,139 @@
+"""The [parallel], [zero] and [recompute] tables: how the model is spread over the ranks, and what they keep.
+
+    world = pp x dp_replicate x dp_shard x cp x tp        attention, norms, embeddings
+    world = pp x edp x ep x etp                           experts; edp is what remains
+
+None of these keys changes what is computed, only where: a checkpoint of one layout loads into any other.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+# Axes that have their keys, so that run files keep their form, but that this version does not split.
+NOT_YET = {
+    "tp": "tensor parallelism",
+    "pp": "pipeline parallelism",
+    "cp": "context parallelism",
+    "etp": "expert tensor parallelism",
+    "dp_replicate": "hybrid sharding",
+}
+
+SavedOp = Literal["attention", "matmul"]
+
+
+class ParallelConfig(BaseModel):
+    """Sizes are counts of ranks; 1 turns an axis off. Data parallelism is what remains of the world."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    tp: PositiveInt = 1
+    """Tensor parallel: splits each weight matrix. Only 1 in this version."""
+    pp: PositiveInt = 1
+    """Pipeline parallel: splits the stack into stages. Only 1 in this version."""
+    cp: PositiveInt = 1
+    """Context parallel: splits the sequence. Only 1 in this version."""
+    ep: PositiveInt = 1
+    """Expert parallel: splits the experts of each MoE layer over ranks that also share the data. 1 to num_experts."""
+    etp: PositiveInt = 1
+    """Expert tensor parallel: splits each expert's matrices. Only 1 in this version."""
+    dp_replicate: PositiveInt = 1
+    """Copies of the sharded state (hybrid sharding). Only 1 in this version."""
+    dp_shard: NonNegativeInt = 0
+    """Data-parallel ranks that ZeRO shards over; 0 = all ranks that the other axes leave."""
+
+    def dp_shard_in(self, world_size: int) -> int:
+        """Return `dp_shard`, with 0 filled in as what the other axes leave of `world_size`; 0 if they leave none."""
+        return self.dp_shard or world_size // self._without_dp_shard
+
+    def dp_in(self, world_size: int) -> int:
+        """Return how many ranks get samples of their own."""
+        return self.dp_replicate * self.dp_shard_in(world_size)
+
+    def edp_in(self, world_size: int) -> int:
+        """Return how many ranks hold the same experts."""
+        return world_size // (self.pp * self.ep * self.etp)
+
+    @property
+    def _without_dp_shard(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp_replicate
+
+    def problems(self, world_size: int) -> list[str]:
+        """Return every reason why this table cannot run on `world_size` ranks; empty means that it can."""
+        return [*self.refusals(), *self._world_problems(world_size)]
+
+    def refusals(self) -> list[str]:
+        """Return what this version cannot split at all, on any number of ranks."""
+        return [
+            f"parallel.{key} = {getattr(self, key)}: {what} is not in this version; 1 would fit"
+            for key, what in NOT_YET.items()
+            if getattr(self, key) > 1
+        ]
+
+    def _world_problems(self, world_size: int) -> list[str]:
+        used = self._without_dp_shard
+        found = []
+        if world_size % used != 0:
+            found.append(f"tp * pp * cp * dp_replicate = {used} must divide the world size {world_size}")
+        elif self.dp_shard and used * self.dp_shard != world_size:
+            found.append(
+                f"parallel.dp_shard = {self.dp_shard}: tp * pp * cp * dp_replicate * dp_shard ="
+                f" {used * self.dp_shard} must be the world size {world_size}; {world_size // used} or 0 (what remains)"
+                " would fit"
+            )
+        stage = world_size // self.pp
+        if world_size % self.pp == 0 and stage % (self.ep * self.etp) != 0:
+            fits = [size for size in range(1, stage + 1) if stage % (size * self.etp) == 0]
+            found.append(
+                f"parallel.ep = {self.ep}: ep * etp = {self.ep * self.etp} must divide the {stage} ranks of a"
+                f" stage (world size {world_size} / pp); one of {fits} would fit"
+            )
+        return found
+
+
+class ZeroConfig(BaseModel):
+    """What the data-parallel ranks share out instead of each holding a copy (ZeRO)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """0 nothing; 1 optimizer state; 2 also gradients; 3 also weights (gathered layer by layer). 1 is usual."""
+
+
+class RecomputeConfig(BaseModel):
+    """What the backward pass computes again, so that the forward pass need not keep it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    mode: Literal["none", "full", "selective"] = "none"
+    """none keeps all; full keeps only a layer's input (a third more compute); selective keeps the ops of `save`."""
+    every: PositiveInt = 1
+    """With mode = "full": recompute every n-th layer; 1 is all of them."""
+    save: Annotated[tuple[SavedOp, ...], Field(strict=False)] = ("attention", "matmul")
+    """With mode = "selective": the results to keep, any of "attention", "matmul"; all others are recomputed."""
+
+    def problems(self, num_layers: int) -> list[str]:
+        """Return every reason why a stack of `num_layers` cannot recompute like this; empty means that it can."""
+        if self.mode == "none":
+            return []  # a file keeps its keys while `recompute.mode=none` on the command line turns all of it off
+        found = []
+        if self.mode == "selective" and self.every != 1:
+            found.append(
+                f'recompute.every = {self.every}: counts only with recompute.mode = "full", and the mode is'
+                ' "selective"; leave it out'
+            )
+        if self.every > num_layers:
+            found.append(
+                f"recompute.every = {self.every}: must not exceed model.num_layers = {num_layers};"
+                f" 1 to {num_layers} would fit"
+            )
+        if self.mode == "selective" and not self.save:
+            found.append(
+                'recompute.save = []: mode = "selective" must keep something; "attention", or mode = "full", would fit'
+            )
+        if self.mode == "full" and self.save != RecomputeConfig().save:
+            found.append(
+                f'recompute.save = {list(self.save)}: counts only with recompute.mode = "selective", and the mode is'
+                ' "full"; leave it out'
+            )
+        return found
