@@ -1,0 +1,73 @@
+"""Which foreign class is exactly this model; a model that none of them is is refused, with every reason.
+
+                          dense              MoE in some layers
+    without QK-norm       llama              mixtral
+    with QK-norm          qwen3              qwen3_moe
+
+Only one class can come near a configuration, because each has QK-norm or not and experts or not; what
+else the class asks for is its own list of reasons.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from meshwright.model.config import ModelConfig
+from meshwright.model.families.family import Family
+from meshwright.model.families.llama import LLAMA
+from meshwright.model.families.mixtral import MIXTRAL
+from meshwright.model.families.qwen3 import QWEN3
+from meshwright.model.families.qwen3_moe import QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)}
+
+
+class NotRepresentableError(ValueError):
+    """No foreign class computes exactly this model; `reasons` says why."""
+
+    def __init__(self, class_name: str, reasons: list[str]) -> None:
+        """Keep the reasons apart, so that a command can print one on a line."""
+        super().__init__(f"{class_name} is the nearest class and is not this model:\n  " + "\n  ".join(reasons))
+        self.class_name = class_name
+        self.reasons = reasons
+
+
+def choose_family(config: ModelConfig) -> Family:
+    """Return the class that represents the configuration exactly.
+
+    Raises:
+        NotRepresentableError: with every reason, if there is none.
+    """
+    family = nearest_family(config)
+    reasons = family.reasons_against(config)
+    if reasons:
+        raise NotRepresentableError(family.class_name, reasons)
+    return family
+
+
+def nearest_family(config: ModelConfig) -> Family:
+    """Return the only class that could represent the configuration."""
+    has_experts = any(kinds.feedforward == "moe" for kinds in config.layers)
+    if has_experts:
+        return QWEN3_MOE if config.qk_norm else MIXTRAL
+    return QWEN3 if config.qk_norm else LLAMA
+
+
+def family_of_foreign(foreign: Mapping[str, Any]) -> Family:
+    """Return the family that a foreign config.json names.
+
+    Raises:
+        ValueError: if it is none of those that can be read.
+    """
+    model_type = foreign.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type = {model_type!r}: must be one of {sorted(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def config_from_foreign(foreign: Mapping[str, Any]) -> ModelConfig:
+    """Return our configuration of the model that a foreign config.json describes.
+
+    Raises:
+        ValueError: if the class cannot be read, or its configuration asks for what we do not compute.
+    """
+    return ModelConfig(**family_of_foreign(foreign).to_ours(foreign))
