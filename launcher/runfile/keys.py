@@ -6,7 +6,7 @@ Messages, overrides and docs/run-file.md read this walk, so that none of them ha
 import typing
 from collections.abc import Iterator
 from functools import cache
-from types import MappingProxyType
+from types import MappingProxyType, UnionType
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -43,10 +43,9 @@ def field_of(dotted: str) -> FieldInfo | None:
 
 def table_in(field: FieldInfo) -> type[BaseModel] | None:
     """Return the table that a field holds, also one that may be left out; None if the field is a plain value."""
-    for kind in (field.annotation, *typing.get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+    may_be_left_out = typing.get_origin(field.annotation) in (typing.Union, UnionType)
+    kinds = typing.get_args(field.annotation) if may_be_left_out else (field.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def entry_of(field: FieldInfo) -> type[BaseModel] | None:

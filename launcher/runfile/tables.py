@@ -70,7 +70,7 @@ class TrainConfig(BaseModel):
     batch_ramp: Annotated[tuple[BatchRampEntry, ...], Field(strict=False)] = ()
     """Smaller batches at the start: [{samples = 10000, global_batch_size = 64}, ...]; then global_batch_size."""
     precision: Literal["fp32", "bf16_autocast", "bf16", "fp64"] = "fp32"
-    """bf16_autocast computes products in bf16; bf16 also holds the weights so, with fp32 masters; fp64 is for proofs."""
+    """bf16_autocast computes products in bf16; bf16 also holds weights so, with fp32 masters; fp64 is for proofs."""
     clip_norm: NonNegativeFloat = 1.0
     """Scale the gradient down to this norm over all weights, experts included; 0 turns it off. 1.0 is usual."""
     skip_norm_spike: NonNegativeFloat = 0.0

@@ -1,0 +1,132 @@
+"""What needs several tables to be seen: model against layout, batch against ranks, device against all.
+
+`check` returns every such problem, each with the key as written, its value, the rule and what would fit. What is
+wrong with one value alone is found when its table is made; what needs only one table stands with that table
+(`ModelConfig.problems`, `ParallelConfig.problems`). Nothing here loads torch: it is checked before a rank is started.
+"""
+
+from meshwright.launcher.runfile.messages import problem
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.training.learning_rate import learning_rate_problems
+from meshwright.model.config import divisors, nearest
+
+
+def check(run_file: RunFile, world_size: int) -> list[str]:
+    """Return every reason why this run cannot start on `world_size` ranks; empty means that it can."""
+    if world_size < 1:
+        return [problem("world size", world_size, "must be at least 1")]
+    found = check_on_any_world(run_file)
+    found += [line for line in run_file.parallel.problems(world_size) if line not in found]
+    found += _batch_problems(run_file, world_size)
+    if run_file.run.device == "mps" and world_size > 1:
+        found.append(
+            problem("run.device", "mps", f"is for one process, and the world size is {world_size}", "1 would fit")
+        )
+    return found
+
+
+def check_on_any_world(run_file: RunFile) -> list[str]:
+    """Return every problem that no number of ranks would mend."""
+    return [
+        *run_file.model.problems(),
+        *run_file.parallel.refusals(),
+        *_expert_problems(run_file),
+        *run_file.recompute.problems(run_file.model.num_layers),
+        *_ramp_problems(run_file),
+        *_learning_rate_problems(run_file),
+        *_saving_problems(run_file),
+        *_mps_problems(run_file),
+    ]
+
+
+def _expert_problems(run_file: RunFile) -> list[str]:
+    ep, moe = run_file.parallel.ep, run_file.model.moe
+    if ep == 1:
+        return []
+    if moe is None:
+        return [
+            problem("parallel.ep", ep, "splits experts, and the model has none (no table [model.moe])", "1 would fit")
+        ]
+    if moe.num_experts % ep != 0:
+        fits = nearest(divisors(moe.num_experts), ep)
+        rule = f"must divide model.moe.num_experts = {moe.num_experts}"
+        return [problem("parallel.ep", ep, rule, f"one of {fits} would fit")]
+    return []
+
+
+def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:
+    """Return each batch size that the data-parallel ranks cannot share out in whole micro-batches."""
+    dp = run_file.parallel.dp_in(world_size)
+    if dp == 0:
+        return []  # more ranks are used than there are: [parallel] says so
+    micro = run_file.train.micro_batch_size
+    unit = dp * micro
+    sizes = [("train.global_batch_size", run_file.train.global_batch_size)]
+    sizes += [
+        (f"train.batch_ramp[{at}].global_batch_size", entry.global_batch_size)
+        for at, entry in enumerate(run_file.train.batch_ramp)
+    ]
+    found = []
+    for key, size in sizes:
+        if size % unit != 0:
+            fits = [near for near in (size // unit * unit, size // unit * unit + unit) if near > 0]
+            way_out = f"one of {fits} would fit"
+            if size % dp == 0:
+                way_out += f", or train.micro_batch_size = one of {nearest(divisors(size // dp), micro)}"
+            rule = f"must be a multiple of dp * train.micro_batch_size = {dp} * {micro} = {unit}"
+            found.append(problem(key, size, rule, way_out))
+    return found
+
+
+def _ramp_problems(run_file: RunFile) -> list[str]:
+    found = []
+    before = 0
+    for at, entry in enumerate(run_file.train.batch_ramp):
+        if entry.samples <= before:
+            rule = f"must be above the {before} of the entry before it"
+            found.append(problem(f"train.batch_ramp[{at}].samples", entry.samples, rule, "sort the list"))
+        before = max(before, entry.samples)
+    return found
+
+
+def _learning_rate_problems(run_file: RunFile) -> list[str]:
+    table, steps = run_file.learning_rate, run_file.train.steps
+    if table.warmup_steps and table.warmup_fraction:
+        rule = f"must not stand beside learning_rate.warmup_fraction = {table.warmup_fraction}"
+        return [problem("learning_rate.warmup_steps", table.warmup_steps, rule, "leave one of them out")]
+    return learning_rate_problems(steps, table)
+
+
+def _saving_problems(run_file: RunFile) -> list[str]:
+    every, keep_every = run_file.checkpoint.every, run_file.checkpoint.keep_every
+    found = []
+    if keep_every and not every:
+        rule = "needs checkpoint.every, which is 0"
+        found.append(problem("checkpoint.keep_every", keep_every, rule, f"checkpoint.every = {keep_every} would fit"))
+    elif keep_every and keep_every % every != 0:
+        fits = [near for near in (keep_every // every * every, keep_every // every * every + every) if near > 0]
+        rule = f"must be a multiple of checkpoint.every = {every}"
+        found.append(problem("checkpoint.keep_every", keep_every, rule, f"one of {fits} would fit"))
+    if run_file.init.load == "weights+optimizer" and not run_file.init.source:
+        rule = "needs a checkpoint to load, and init.from is empty"
+        found.append(problem("init.load", run_file.init.load, rule, "name a folder in init.from, or leave it out"))
+    return found
+
+
+def _mps_problems(run_file: RunFile) -> list[str]:
+    """Return what Apple's device lacks, by name; the run would otherwise fail in its first step."""
+    if run_file.run.device != "mps":
+        return []
+    train, one = run_file.train, "there is one process, and nothing to split"
+    rows = [
+        ("train.precision", train.precision, train.precision == "fp64", "there are no 64-bit numbers", '"fp32"'),
+        ("train.precision", train.precision, train.precision == "bf16", "no fp32 masters", '"bf16_autocast" or "fp32"'),
+        ("train.compile", train.compile, train.compile, "torch.compile is not offered", "false"),
+        ("zero.stage", run_file.zero.stage, run_file.zero.stage > 0, one, "0"),
+        ("parallel.ep", run_file.parallel.ep, run_file.parallel.ep > 1, one, "1"),
+    ]
+    return [
+        problem(key, value, f'on run.device = "mps" {rule}', f"{fits} would fit")
+        for key, value, is_refused, rule, fits in rows
+        if is_refused
+    ]
