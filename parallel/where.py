@@ -4,11 +4,15 @@ Every layer receives it; none derives a position from its rank, so that the same
 in every layout. Letters: s positions of this rank, b samples of the micro-batch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,17 @@ class Where:
     """Counted tokens of the whole step on all ranks: what every sum over tokens is divided by."""
     seq_len: int
     """Tokens of a whole sample, over all ranks that share it."""
+    mask_documents: bool = False
+    """Whether a token attends only to its own document."""
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What layers computed from the rest, such as rotary angles, so that the next layer need not."""
+
+    def derive(self, key: str, compute: Callable[[], T]) -> T:
+        """Return what `compute` makes of this place, computing it once for all layers."""
+        if key not in self.derived:
+            self.derived[key] = compute()
+        found: T = self.derived[key]
+        return found
 
 
 def where_of_plain_tokens(tokens: Int[Tensor, "s b"]) -> Where:

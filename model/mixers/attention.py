@@ -1,0 +1,103 @@
+"""Multi-head attention with grouped key and value heads, rotary positions and an optional norm on each head.
+
+q [s, b, n, d]     n heads, in groups that share one of the k key and value heads (GQA: k < n, MQA: k = 1)
+k, v [s, b, k, d]  queries and keys are normalised per head (by key), then turned by their position
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from meshwright.kernels.attention import attention, cached_attention
+from meshwright.kernels.rope import apply_rope
+from meshwright.model.norms import RMSNorm
+from meshwright.model.positions import rotary_angles
+from meshwright.parallel.initialise import InitPolicy
+from meshwright.parallel.linear import Linear
+from meshwright.parallel.tally import Tally
+from meshwright.parallel.where import Where
+
+
+@dataclass
+class KeyValueCache:
+    """The keys and values of the tokens seen so far, in room for `max_len` of them."""
+
+    keys: Float[Tensor, "max_len b k d"]
+    values: Float[Tensor, "max_len b k d"]
+    length: int = 0
+
+
+class Attention(nn.Module):
+    """Causal self-attention over the tokens of a sample."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        rope_base: float = 10_000.0,
+        qk_norm_eps: float | None = None,
+        bias: frozenset[str] = frozenset(),
+        init: InitPolicy | None = None,
+    ) -> None:
+        """Take global sizes; `qk_norm_eps` switches the norm of queries and keys on, `bias` names q, k, v, output.
+
+        Raises:
+            ValueError: if the key heads do not divide the query heads.
+        """
+        super().__init__()
+        if num_heads % num_kv_heads != 0:
+            raise ValueError(f"num_heads = {num_heads} does not divide by num_kv_heads = {num_kv_heads}")
+        init = init or InitPolicy()
+        self.head_dim, self.rope_base, self.num_kv_heads = head_dim, rope_base, num_kv_heads
+        width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
+        self.q = Linear(hidden_size, width, rule=init.matrix(hidden_size, width), bias="q" in bias)
+        self.k = Linear(hidden_size, kv_width, rule=init.matrix(hidden_size, kv_width), bias="k" in bias)
+        self.v = Linear(hidden_size, kv_width, rule=init.matrix(hidden_size, kv_width), bias="v" in bias)
+        to_residual = init.matrix(width, hidden_size, to_residual=True)
+        self.output = Linear(width, hidden_size, rule=to_residual, bias="output" in bias)
+        self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
+        self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
+
+    def forward(self, x: Float[Tensor, "s b h"], where: Where, tally: Tally | None) -> Float[Tensor, "s b h"]:
+        """Let each token attend to those before it in its sample (in its document, where `where` says so)."""
+        key = f"rope/{self.head_dim}/{self.rope_base}"
+        cos, sin = where.derive(key, lambda: rotary_angles(where.position, self.head_dim, self.rope_base, x.dtype))
+        q, k, v = self._heads(x, cos, sin)
+        document = where.document if where.mask_documents else None
+        mixed = attention(q, k, v, is_causal=True, document=document)
+        return self.output(mixed.flatten(2))  # type: ignore[no-any-return]
+
+    def initial_state(self, batch: int, max_len: int) -> KeyValueCache:
+        """Return an empty cache with room for `max_len` tokens of `batch` samples."""
+        weight = self.k.weight
+        shape = (max_len, batch, self.num_kv_heads, self.head_dim)
+        return KeyValueCache(weight.new_empty(shape), weight.new_empty(shape))
+
+    def step(self, x: Float[Tensor, "s b h"], state: KeyValueCache) -> Float[Tensor, "s b h"]:
+        """Attend from the next tokens to all that the cache holds, and add them to it.
+
+        Raises:
+            ValueError: if the cache has no room for them.
+        """
+        begin, end = state.length, state.length + x.shape[0]
+        if end > state.keys.shape[0]:
+            raise ValueError(f"the cache has room for {state.keys.shape[0]} tokens, {end} are needed")
+        position = torch.arange(begin, end, device=x.device)
+        q, k, v = self._heads(x, *rotary_angles(position, self.head_dim, self.rope_base, x.dtype))
+        state.keys[begin:end], state.values[begin:end] = k, v
+        state.length = end
+        mixed = cached_attention(q, state.keys[:end].to(q.dtype), state.values[:end].to(q.dtype))
+        return self.output(mixed.flatten(2))  # type: ignore[no-any-return]
+
+    def _heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.q(x).unflatten(2, (-1, self.head_dim))
+        k = self.k(x).unflatten(2, (-1, self.head_dim))
+        v = self.v(x).unflatten(2, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v

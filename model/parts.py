@@ -1,0 +1,129 @@
+"""The tables of parts, and how a config becomes a model: a new kind is one file and one line here.
+
+    MIXERS["attention"]      a function (config, number, mesh, init) -> module
+    FEEDFORWARDS["moe"]      the same
+
+`build_model` returns an ordinary `nn.Module`; with a mesh each part holds what its rank holds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from meshwright.model.block import Block, Layer
+from meshwright.model.config import ModelConfig
+from meshwright.model.feedforward.mlp import Mlp
+from meshwright.model.feedforward.moe import Experts, Moe
+from meshwright.model.mixers.attention import Attention
+from meshwright.model.norms import RMSNorm
+from meshwright.model.routers.topk import TopKRouter
+from meshwright.model.stack import LanguageModel
+from meshwright.parallel.initialise import InitPolicy, fill, init_rules
+from meshwright.parallel.mesh import Mesh, single_process_mesh
+from meshwright.parallel.placement import placement_table
+
+MakePart = Callable[[ModelConfig, int, Mesh, InitPolicy], nn.Module]
+
+
+def make_attention(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy) -> nn.Module:
+    """Return attention as the config has it."""
+    return Attention(
+        config.hidden_size,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        rope_base=config.rope_base,
+        qk_norm_eps=config.norm_eps if config.qk_norm else None,
+        bias=frozenset(config.bias),
+        init=init,
+    )
+
+
+def make_mlp(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy) -> nn.Module:
+    """Return the dense feed-forward."""
+    return Mlp(config.hidden_size, config.ffn_hidden_size, bias="ffn" in config.bias, init=init)
+
+
+def make_moe(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy) -> nn.Module:
+    """Return the mixture of experts, of which this rank holds 1/ep."""
+    moe, h, bias = config.moe, config.hidden_size, "ffn" in config.bias
+    assert moe is not None, "the checks let no E pass without a [model.moe]"
+    shared = Mlp(h, moe.shared_hidden_size, bias=bias, init=init) if moe.num_shared_experts else None
+    return Moe(
+        TopKRouter(h, moe.num_experts, moe.top_k, normalise=moe.normalise_top_k, init=init),
+        Experts(h, moe.expert_hidden_size, moe.num_experts, ep=mesh.ep, bias=bias, init=init),
+        name=f"layers.{number}",
+        shared=shared,
+        load_balancing=moe.load_balancing,
+        load_balancing_weight=moe.load_balancing_weight,
+        z_loss_weight=moe.z_loss_weight,
+    )
+
+
+MIXERS: dict[str, MakePart] = {"attention": make_attention}
+FEEDFORWARDS: dict[str, MakePart] = {"mlp": make_mlp, "moe": make_moe}
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LanguageModel:
+    """Return the model with its initial weights; on `device="meta"` without weights, to be placed and filled later.
+
+    Raises:
+        ValueError: naming every reason why the config makes no model.
+    """
+    problems = config.problems() + (["model.vocab_size = 0: give the size here"] if not config.vocab_size else [])
+    if problems:
+        raise ValueError("\n".join(problems))
+    mesh = mesh or single_process_mesh()
+    with torch.device(device):
+        model = _assemble(config, mesh)
+        for parameter in model.parameters():  # not `model.to`: buffers keep their type
+            parameter.data = parameter.data.to(dtype)
+    if torch.device(device).type != "meta":
+        rules, table = init_rules(model), placement_table(model)
+        for name, parameter in model.named_parameters():
+            shape, placement = tuple(parameter.shape), table[name]
+            whole, offset = placement.global_shape(shape), placement.offset(shape)
+            fill(parameter.detach(), rules[name], seed=seed, name=name, global_shape=whole, offset=offset)
+        reset_buffers(model)
+    return model
+
+
+def reset_buffers(model: nn.Module) -> None:
+    """Give every module's buffers the values that a run begins with."""
+    for module in model.modules():
+        reset: Any = getattr(module, "reset_buffers", None)
+        if callable(reset):
+            reset()
+
+
+def _assemble(config: ModelConfig, mesh: Mesh) -> LanguageModel:
+    depth = 2 * config.num_layers if config.init_depth_scaled else 0
+    init = InitPolicy(config.init, config.init_std, residual_depth=depth)
+
+    def block(table: dict[str, MakePart], kind: str | None, number: int) -> Block | None:
+        if kind is None:
+            return None
+        norm = RMSNorm(config.hidden_size, config.norm_eps)
+        return Block(norm, table[kind](config, number, mesh, init))
+
+    layers = {
+        number: Layer(block(MIXERS, kinds.mixer, number), block(FEEDFORWARDS, kinds.feedforward, number))
+        for number, kinds in enumerate(config.layers)
+    }
+    return LanguageModel(
+        layers,
+        RMSNorm(config.hidden_size, config.norm_eps),
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        tie_embeddings=config.tie_embeddings,
+        init=init,
+    )

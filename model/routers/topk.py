@@ -1,0 +1,65 @@
+"""Softmax top-k routing: which experts a token goes to, and with what weight.
+
+    scores [t, e] = x W^T, in at least fp32      probability = softmax(scores)
+    expert [t, k] = the k most probable; among equals the lower index (a plain topk picks any)
+    weight [t, k] = their probabilities, divided by their sum if normalised (Mixtral, Qwen3)
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from meshwright.kernels.precision import at_least_fp32
+from meshwright.parallel.initialise import InitPolicy, InitRule
+
+
+class Routing(NamedTuple):
+    """The decision for each token, and the scores that it came from."""
+
+    expert: Int64[Tensor, "t k"]
+    weight: Float[Tensor, "t k"]
+    scores: Float[Tensor, "t e"]
+    probability: Float[Tensor, "t e"]
+
+
+class TopKRouter(nn.Module):
+    """A linear score for each expert, softmax, and the k largest."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        normalise: bool = True,
+        init: InitPolicy | None = None,
+    ) -> None:
+        """Take global sizes.
+
+        Raises:
+            ValueError: if a token would go to more experts than there are.
+        """
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k = {top_k} must be from 1 to num_experts = {num_experts}")
+        self.top_k, self.normalise = top_k, normalise
+        self.rule = (init or InitPolicy()).matrix(hidden_size, num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def init_rules(self) -> dict[str, InitRule]:
+        """Say how each parameter begins."""
+        return {"weight": self.rule}
+
+    def forward(self, x: Float[Tensor, "t h"]) -> Routing:
+        """Choose each token's experts."""
+        with torch.autocast(x.device.type, enabled=False):
+            scores = at_least_fp32(x) @ at_least_fp32(self.weight).T
+            probability = scores.softmax(-1)
+            # A stable sort, not topk: among equal scores topk returned any of them (42, 43, 44, 41).
+            largest, index = probability.sort(dim=-1, descending=True, stable=True)
+            weight, expert = largest[:, : self.top_k], index[:, : self.top_k]
+            if self.normalise:
+                weight = weight / weight.sum(-1, keepdim=True)
+        return Routing(expert, weight, scores, probability)

@@ -1,0 +1,65 @@
+"""What is done to a model from outside, in one order: recompute, compile, ZeRO, initial weights.
+
+Recompute comes first, so that what is compiled and what FSDP2 gathers around is the recomputing layer. The
+weights are filled last, when each rank holds its final part and nothing else.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from meshwright.parallel.initialise import fill, init_rules
+from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.placement import Placement
+from meshwright.parallel.recompute import recompute_layers
+from meshwright.parallel.tally import Tally
+from meshwright.parallel.zero.engine import ZeroEngine, shard
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one rank runs a model; plain values, spent here."""
+
+    stage: int = 0
+    compute_dtype: torch.dtype | None = None
+    """Type of the weights in the forward pass where it is narrower than their masters'."""
+    recompute: str = "none"
+    recompute_every: int = 1
+    recompute_save: tuple[str, ...] = ()
+    compile: bool = False
+
+
+def apply(
+    model: nn.Module,
+    layers: list[nn.Module],
+    units: list[nn.Module],
+    table: dict[str, Placement],
+    mesh: Mesh,
+    tally: Tally,
+    plan: Plan,
+    device: torch.device,
+) -> ZeroEngine:
+    """Prepare a model built on the meta device for training on `device`; its weights are not yet filled.
+
+    `layers` are what is recomputed and compiled, `units` what ZeRO-2 and ZeRO-3 gather at a time, inner ones first.
+    """
+    if plan.recompute == "full":
+        recompute_layers(layers[:: plan.recompute_every], tally)
+    elif plan.recompute == "selective":
+        recompute_layers(layers, tally, plan.recompute_save)
+    if plan.compile:
+        for layer in layers:
+            layer.compile()
+    return shard(model, units, table, mesh, stage=plan.stage, device=device, compute_dtype=plan.compute_dtype)
+
+
+def fill_initial_weights(model: nn.Module, engine: ZeroEngine, seed: int) -> None:
+    """Give every part its initial weights, each element by its global name and index, and publish them."""
+    rules = init_rules(model)
+    for name, part in engine.parts.items():
+        held = part.parameter.detach()
+        fill(held, rules[name], seed=seed, name=name, global_shape=part.global_shape, offset=part.offset)
+    engine.publish_weights()
+
+

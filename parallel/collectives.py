@@ -1,0 +1,97 @@
+"""Every collective that moves tensors, in one place: with gradients (layers) and without (state).
+
+    exchange_rows    x [sum(send), h] on each rank  ->  [sum(receive), h]     rows by destination, by source
+    reduce_scatter   [n * part] on each rank        ->  [part]                the sum of everyone's piece for me
+    all_gather       [part] on each rank            ->  [n * part]            everyone's piece, in axis order
+
+The communication stands where it is called; an axis of size 1 communicates nothing. Names of torch's
+collectives that differ between the versions we support (2.11 to 2.13) are resolved here and nowhere else.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+from meshwright.parallel.mesh import Axis
+
+# torch 2.13 renamed both and warns at the old names; 2.11 knows only the old ones.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@runtime_checkable
+class Pending(Protocol):
+    """A collective under way: what torch's asynchronous calls return."""
+
+    def wait(self) -> Any:
+        """Return when the result is there."""
+
+
+class _Done:
+    def wait(self) -> None:
+        """Return at once: nothing was communicated."""
+
+
+DONE = _Done()
+
+
+def all_reduce(x: Tensor, axis: Axis, *, asynchronous: bool = False) -> Pending:
+    """Sum `x` over the axis, in place."""
+    if not axis.is_split:
+        return DONE
+    return dist.all_reduce(x, group=axis.group, async_op=asynchronous) or DONE
+
+
+def reduce_scatter(out: Shaped[Tensor, " part"], x: Shaped[Tensor, " n_part"], axis: Axis) -> Pending:
+    """Give each rank along the axis the sum of everyone's piece for it; asynchronous."""
+    if not axis.is_split:
+        out.copy_(x)
+        return DONE
+    return _reduce_scatter_flat(out, x, group=axis.group, async_op=True) or DONE
+
+
+def all_gather(out: Shaped[Tensor, " n_part"], x: Shaped[Tensor, " part"], axis: Axis) -> Pending:
+    """Give every rank along the axis everyone's piece, in axis order; asynchronous."""
+    if not axis.is_split:
+        out.copy_(x)
+        return DONE
+    return _all_gather_flat(out, x, group=axis.group, async_op=True) or DONE
+
+
+def exchange_counts(counts: Shaped[Tensor, "n *rest"], axis: Axis) -> Shaped[Tensor, "n *rest"]:
+    """Send row i to rank i of the axis; return the rows that the ranks sent here, in axis order."""
+    if not axis.is_split:
+        return counts
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts.contiguous(), group=axis.group)
+    return received
+
+
+def exchange_rows(
+    x: Shaped[Tensor, "sent h"], send: list[int], receive: list[int], axis: Axis
+) -> Shaped[Tensor, "received h"]:
+    """Send the first send[0] rows to rank 0 of the axis, the next send[1] to rank 1, ...; differentiable."""
+    if not axis.is_split:
+        return x
+    exchanged: Tensor = _ExchangeRows.apply(x, send, receive, axis)  # type: ignore[no-untyped-call]
+    return exchanged
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
+        ctx.send, ctx.receive, ctx.axis = send, receive, axis
+        return _all_to_all(x, send, receive, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grads[0], ctx.receive, ctx.send, ctx.axis), None, None, None
+
+
+def _all_to_all(x: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
+    out = x.new_empty((sum(receive), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), receive, send, group=axis.group)
+    return out

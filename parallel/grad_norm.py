@@ -1,0 +1,41 @@
+"""The norm of the whole gradient, each element counted once whatever holds it, and clipping by it.
+
+Parts that are split over the same axes are squared and summed together, and their sum is added up over those
+axes: a dense weight under ZeRO-0 over none, under ZeRO-1 over the ZeRO axis, an expert over ep (and edp). All
+ranks get the same bits, because each takes the result of the same sums.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from meshwright.parallel.collectives import all_reduce
+from meshwright.parallel.mesh import Axis
+from meshwright.parallel.zero.part import Part
+
+
+def gradient_norm(parts: Iterable[Part]) -> float:
+    """Return the 2-norm of the gradient of the whole model, on every rank the same."""
+    groups: dict[tuple[tuple[int, ...], ...], tuple[tuple[Axis, ...], list[Tensor]]] = {}
+    for part in parts:
+        key = tuple(axis.ranks for axis in part.split_axes)
+        gradient = part.parameter.grad
+        assert gradient is not None
+        groups.setdefault(key, (part.split_axes, []))[1].append(gradient)
+    total = 0.0
+    # Sorted, so that every rank sums in one order; ranks of one group differ between ranks, their number does not.
+    for _, (axes, gradients) in sorted(groups.items(), key=lambda item: [axis.name for axis in item[1][0]]):
+        squares = torch.stack(torch._foreach_norm([g for g in gradients if g.numel()] or gradients))
+        wide = torch.float32 if squares.device.type == "mps" else torch.float64
+        square = squares.to(wide).square().sum()
+        for axis in axes:
+            all_reduce(square, axis)
+        total += square.item()
+    return float(total**0.5)
+
+
+def clip_gradients(parts: Iterable[Part], norm: float, limit: float) -> None:
+    """Scale every gradient so that the norm is at most `limit`; 0 is no limit."""
+    if limit > 0 and norm > limit:
+        torch._foreach_mul_([part.parameter.grad for part in parts], limit / norm)  # type: ignore[arg-type]

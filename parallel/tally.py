@@ -1,0 +1,84 @@
+"""Sums and counts of one step, from every layer and micro-batch, reduced over all ranks once.
+
+Layers add to entries that were declared when the model was built, so that every rank reduces the same
+flat vector, also where a stage of the pipeline holds only some layers. The flags on which all ranks must
+agree (stop, save, not-a-number) are entries too: raised by one rank, seen by all at the same step.
+
+An auxiliary loss enters the gradient through `attach_loss`, an identity on the activations; its value is
+added to the tally. So it needs no way to the last stage, and a recomputed forward pass, during which the
+tally is paused, counts nothing twice.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.parallel.collectives import all_reduce
+from meshwright.parallel.mesh import Mesh
+
+
+class Tally:
+    """Named sums, each a vector of fixed length, in one flat buffer."""
+
+    def __init__(self, entries: dict[str, int], device: torch.device | str = "cpu") -> None:
+        """Take each entry's length; keep fp64 where the device has it, so that counts are exact."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self._flat = torch.zeros(sum(entries.values()), dtype=dtype, device=device)
+        self._views = dict(zip(entries, self._flat.split(list(entries.values())), strict=True)) if entries else {}
+        self._paused = False
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Add to one entry; nothing happens while the tally is paused."""
+        if self._paused:
+            return
+        assert name in self._views, f"{name} was not declared"
+        self._views[name] += value.detach().to(self._flat) if isinstance(value, Tensor) else value
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ignore what is added inside: a recomputed forward pass counts nothing."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def reduce(self, mesh: Mesh) -> dict[str, Tensor]:
+        """Return every entry summed over all ranks, on the CPU, and start again from zero."""
+        all_reduce(self._flat, mesh.world)
+        sums = self._flat.cpu()
+        lengths = [len(view) for view in self._views.values()]
+        reduced = dict(zip(self._views, sums.clone().split(lengths), strict=True)) if lengths else {}
+        self._flat.zero_()
+        return reduced
+
+
+def declared_entries(model: nn.Module) -> dict[str, int]:
+    """Return what the model's modules will add, by entry name: every module's `tally_entries()` together."""
+    entries: dict[str, int] = {}
+    for module in model.modules():
+        say = getattr(module, "tally_entries", None)
+        if callable(say):
+            entries |= say()
+    return entries
+
+
+def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """Return `x` unchanged; in the backward pass `loss` receives the gradient 1, as if added to the total loss."""
+    attached: Tensor = _AttachLoss.apply(x, loss)  # type: ignore[no-untyped-call]
+    return attached
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss_like = (loss.shape, loss.dtype, loss.device)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.loss_like
+        return grads[0], torch.ones(shape, dtype=dtype, device=device)

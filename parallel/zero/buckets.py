@@ -1,0 +1,196 @@
+"""ZeRO-0 and ZeRO-1 on flat buckets: gradients reduced while the backward runs, state whole or in parts.
+
+A bucket holds the gradients of some parameters, in at least fp32. Under ZeRO-1 it is rank-major: each parameter
+is cut along dim 0 like `torch.chunk` in as many pieces as the axis has ranks, short pieces padded with zeros,
+so that one reduce-scatter gives each rank a row of the bucket, which is a list of dim-0 parts:
+
+    ranks 2, a [3, 4], b [2]     row 0   a[0:2] (8 numbers)            b[0:1]
+                                 row 1   a[2:3] (4) + 4 of padding     b[1:2]
+
+Under ZeRO-0 there is one row and the sum is an all-reduce. Gradients are summed, never averaged: the loss was
+divided by the step's token count. A hook moves each gradient into its bucket as soon as it is accumulated; at a
+step's last micro-batch a full bucket sets out at once, buckets always in the same order on all ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.parallel.collectives import DONE, Pending, all_gather, all_reduce, reduce_scatter
+from meshwright.parallel.mesh import Axis, Mesh
+from meshwright.parallel.placement import Placement, chunk_bounds
+from meshwright.parallel.zero.part import Part, make_part
+
+_BUCKET_BYTES = 32 << 20
+
+
+@dataclass
+class _Slot:
+    """One parameter's place in a bucket: columns `begin` to `end` of every row."""
+
+    name: str
+    parameter: nn.Parameter
+    begin: int
+    end: int
+    bounds: list[tuple[int, int]]
+    """For each row, the dim-0 rows of the parameter that it holds."""
+    part: Part
+    arrived: int = 0
+
+    def pieces(self, tensor: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Pair each piece of the parameter-shaped `tensor` with its place in the bucket-shaped `rows`."""
+        by_row = tensor.reshape(len(tensor), -1) if tensor.dim() else tensor.reshape(1, 1)
+        pairs = []
+        for row, (first, last) in enumerate(self.bounds):
+            piece = by_row[first:last].reshape(-1)
+            pairs.append((piece, rows[row, self.begin : self.begin + piece.numel()]))
+        return pairs
+
+
+class _Bucket:
+    def __init__(self, slots: list[_Slot], num_rows: int, axes: tuple[Axis, ...], dtype: torch.dtype) -> None:
+        device = slots[0].parameter.device
+        self.slots, self.axes = slots, axes
+        self.rows = torch.zeros(num_rows, slots[-1].end, dtype=dtype, device=device)
+        shards = num_rows > 1
+        self.mine = torch.zeros(slots[-1].end, dtype=dtype, device=device) if shards else self.rows[0]
+        self.pending: Pending = DONE
+        self.launched = False
+        for slot in slots:
+            held = slot.part.parameter
+            held.grad = self.mine[slot.begin : slot.begin + held.numel()].view(held.shape)
+
+    def launch(self) -> None:
+        """Start the sum over the last axis; the others follow when it is done."""
+        assert not self.launched, f"the bucket of {self.slots[0].name} was reduced twice in one step"
+        self.launched = True
+        zero = self.axes[-1]
+        if self.rows.shape[0] > 1:
+            self.pending = reduce_scatter(self.mine, self.rows.view(-1), zero)
+        else:
+            self.pending = all_reduce(self.mine, zero, asynchronous=True)
+
+    def finish(self) -> None:
+        """Wait; sum over the remaining axes."""
+        for slot in self.slots:
+            assert slot.arrived, f"{slot.name} got no gradient in this step"
+        assert self.launched, f"the bucket of {self.slots[0].name} was not reduced in this step"
+        self.pending.wait()
+        for axis in self.axes[:-1]:
+            all_reduce(self.mine, axis)
+        self.launched = False
+        for slot in self.slots:
+            slot.arrived = 0
+
+
+class BucketEngine:
+    """Gradients and optimizer parts of plain parameters, under ZeRO-0 or ZeRO-1."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], table: dict[str, Placement], mesh: Mesh, *, shard_state: bool
+    ) -> None:
+        """Make buckets for the parameters, in the reverse of their order, and hook them.
+
+        `shard_state` is ZeRO-1: gradients after the reduction, masters and moments are cut over the ZeRO axis.
+        """
+        self.mesh, self.shard_state = mesh, shard_state
+        self.buckets: list[_Bucket] = []
+        groups: dict[tuple[tuple[int, ...], ...], list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in reversed(parameters.items()):
+            key = (*(axis.ranks for axis in self._axes(table[name])), (parameter.element_size(),))
+            groups.setdefault(key, []).append((name, parameter))
+        for members in groups.values():
+            self._fill_buckets(members, table)
+        self.parts = {slot.name: slot.part for bucket in self.buckets for slot in bucket.slots}
+        self._is_last = False
+        self._is_first = True
+        self._next = 0
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                slot.parameter.register_post_accumulate_grad_hook(self._hook(bucket, slot))
+
+    def _axes(self, placement: Placement) -> tuple[Axis, ...]:
+        return (*placement.grad_sum, *placement.data_axes(self.mesh))
+
+    def _fill_buckets(self, members: list[tuple[str, nn.Parameter]], table: dict[str, Placement]) -> None:
+        axes = self._axes(table[members[0][0]])
+        num_rows = axes[-1].size if self.shard_state else 1
+        dtype = torch.promote_types(members[0][1].dtype, torch.float32)
+        slots: list[_Slot] = []
+        for name, parameter in members:
+            if slots and slots[-1].end * num_rows * dtype.itemsize >= _BUCKET_BYTES:
+                self.buckets.append(_Bucket(slots, num_rows, axes, dtype))
+                slots = []
+            slots.append(self._slot(name, parameter, table[name], num_rows, slots[-1].end if slots else 0))
+        self.buckets.append(_Bucket(slots, num_rows, axes, dtype))
+
+    def _slot(self, name: str, parameter: nn.Parameter, placement: Placement, num_rows: int, begin: int) -> _Slot:
+        length = parameter.shape[0] if parameter.dim() else 1
+        bounds = [chunk_bounds(length, num_rows, row) for row in range(num_rows)]
+        per_row = bounds[0][1] * (parameter.numel() // length)
+        held = parameter.detach()
+        if num_rows > 1:
+            first, last = bounds[placement.zero_axis(self.mesh).rank]
+            held = held[first:last]
+        held = held.to(torch.promote_types(held.dtype, torch.float32))  # the same memory where the type is already wide enough
+        part = make_part(held, tuple(parameter.shape), placement, self.mesh, is_zero_part=num_rows > 1)
+        return _Slot(name, parameter, begin, begin + per_row, bounds, part)
+
+    def start_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
+        """Say which micro-batch of the step comes: the first overwrites the buckets, the last lets them go."""
+        self._is_first, self._is_last = is_first, is_last
+        if is_last:
+            self._next = 0
+            for bucket in self.buckets:
+                for slot in bucket.slots:
+                    slot.arrived = 0
+
+    def _hook(self, bucket: _Bucket, slot: _Slot):  # type: ignore[no-untyped-def]
+        def take_gradient(parameter: nn.Parameter) -> None:
+            assert parameter.grad is not None
+            assert not slot.arrived, f"{slot.name} got a second gradient in the last micro-batch"
+            for piece, place in slot.pieces(parameter.grad, bucket.rows):
+                if self._is_first:
+                    place.copy_(piece)
+                else:
+                    place.add_(piece)
+            parameter.grad = None
+            if self._is_last:
+                slot.arrived = 1
+                self._launch_what_is_full()
+
+        return take_gradient
+
+    def _launch_what_is_full(self) -> None:
+        while self._next < len(self.buckets) and all(slot.arrived for slot in self.buckets[self._next].slots):
+            self.buckets[self._next].launch()
+            self._next += 1
+
+    def finish_gradients(self) -> None:
+        """Wait for every bucket; each part's `grad` then holds the sum over all ranks that had a share in it."""
+        for bucket in self.buckets:
+            bucket.finish()
+
+    def publish_weights(self) -> None:
+        """Bring the updated parts into the parameters: cast masters, gather the other ranks' rows."""
+        for bucket in self.buckets:
+            if bucket.rows.shape[0] == 1:
+                for slot in bucket.slots:
+                    if slot.part.parameter.data_ptr() != slot.parameter.data_ptr():
+                        slot.parameter.detach().copy_(slot.part.parameter)
+                continue
+            self._gather(bucket)
+
+    def _gather(self, bucket: _Bucket) -> None:
+        dtype = bucket.slots[0].parameter.dtype
+        row = torch.zeros_like(bucket.mine, dtype=dtype)
+        for slot in bucket.slots:
+            held = slot.part.parameter
+            row[slot.begin : slot.begin + held.numel()].copy_(held.view(-1))
+        rows = torch.empty_like(bucket.rows, dtype=dtype)
+        all_gather(rows.view(-1), row, bucket.axes[-1]).wait()
+        for slot in bucket.slots:
+            whole = slot.parameter.detach().view(-1) if slot.parameter.dim() == 0 else slot.parameter.detach()
+            for piece, place in slot.pieces(whole, rows):
+                piece.copy_(place)

@@ -1,0 +1,88 @@
+"""ZeRO-2 and ZeRO-3 through torch's FSDP2, over plain (already split) parameters.
+
+    ZeRO-2   weights gathered for the forward pass and kept until the backward pass is through
+    ZeRO-3   gathered again for the backward pass; never all at once
+
+Under both, weights, gradients and moments lie in dim-0 parts between steps. Gradients are summed with a divide
+factor of 1: any other would be applied twice on a shard group of one rank (checked against the source,
+`foreach_reduce`), and gloo lacks the operation that it needs.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from meshwright.parallel.mesh import Axis, Mesh
+from meshwright.parallel.placement import Placement
+from meshwright.parallel.zero.part import Part, make_part
+
+
+def shard_modules(
+    units: list[nn.Module], axes: dict[nn.Parameter, Axis], *, stage: int, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Wrap each unit, inner ones first, so that the parameters in `axes` (and no others) are sharded.
+
+    A unit holds what no unit inside it holds; all of that has one axis. `dtype` is the type of the gathered
+    weights where it differs from that of the held ones (bf16 of fp32).
+    """
+    meshes: dict[tuple[int, ...], DeviceMesh] = {}
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    taken: set[nn.Parameter] = set()
+    for unit in units:
+        inside = set(unit.parameters())
+        own = {parameter for parameter in inside - taken if parameter in axes}
+        if not own:
+            continue
+        taken |= own
+        axis = axes[next(iter(own))]
+        assert all(axes[parameter].ranks == axis.ranks for parameter in own), "one unit has one axis"
+        if axis.ranks not in meshes:
+            assert axis.group is not None
+            meshes[axis.ranks] = DeviceMesh.from_group(axis.group, device.type, mesh_dim_names=(axis.name,))
+        fully_shard(
+            unit,
+            mesh=meshes[axis.ranks],
+            reshard_after_forward=stage == 3,
+            mp_policy=policy,
+            ignored_params={parameter for parameter in inside if parameter not in axes},
+        )
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+class FsdpEngine:
+    """Parts and gradients of parameters that FSDP2 shards."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        local_shapes: dict[str, tuple[int, ...]],
+        table: dict[str, Placement],
+        mesh: Mesh,
+    ) -> None:
+        """Take the sharded parameters and the shapes that they had before they were sharded."""
+        self.parameters = parameters
+        self.parts: dict[str, Part] = {}
+        for name, parameter in parameters.items():
+            assert isinstance(parameter.data, DTensor)
+            held = parameter.detach().to_local()  # type: ignore[attr-defined]
+            self.parts[name] = make_part(held, local_shapes[name], table[name], mesh, is_zero_part=True)
+
+    def start_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
+        """Begin with empty gradients; FSDP2 reduces after every micro-batch and adds up what it reduced."""
+        if is_first:
+            for parameter in self.parameters.values():
+                parameter.grad = None
+
+    def finish_gradients(self) -> None:
+        """Give each part its gradient; FSDP2 waited for its reductions when the backward pass ended."""
+        for name, parameter in self.parameters.items():
+            gradient = parameter.grad
+            assert isinstance(gradient, DTensor), f"{name} got no gradient in this step"
+            self.parts[name].parameter.grad = gradient.to_local()
+
+    def publish_weights(self) -> None:
+        """Do nothing: parts are the parameters' own memory, gathered anew when they are used."""
