@@ -128,6 +128,8 @@ def of_validation(error: Mapping[str, Any]) -> str:
         return _missing(key)
     if kind in BOUND_RULES:
         name, rule = BOUND_RULES[kind]
+        if isinstance(value, int) and context[name] == 0 and name == "gt":
+            rule = "must be at least 1"
         return problem(key, value, rule.format(context[name]))
     if kind == "literal_error":
         return _not_one_of(key, value, field_of(_without_index(key)))

@@ -17,10 +17,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
-from meshwright.launcher.runfile.messages import ConfigError, of_validation, problem
+from meshwright.launcher.runfile.keys import field_of
+from meshwright.launcher.runfile.messages import ConfigError, closest, dotted, of_validation, problem
 from meshwright.launcher.runfile.overrides import apply_overrides
 from meshwright.launcher.runfile.tables import RunFile
-from meshwright.model.presets import with_preset
+from meshwright.model.presets import PRESETS, with_preset
+
+# What stands in for a key that must be there and is not, by its type, while the rest is checked.
+STAND_INS: dict[Any, object] = {str: "unknown", float: 1.0}
 
 
 def read_run_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> RunFile:
@@ -65,7 +69,10 @@ def examine(
         try:
             tables["model"] = with_preset(model)
         except (ValueError, TypeError) as error:
-            problems.append(problem("model.preset", model.get("preset"), str(error)))
+            near = closest(str(model.get("preset")), PRESETS)
+            problems.append(
+                problem("model.preset", model.get("preset"), str(error), f'did you mean "{near}"?' if near else "")
+            )
             tables["model"] = {**model, "preset": ""}
     try:
         run_file = RunFile.model_validate(tables)
@@ -81,20 +88,51 @@ def _across(run_file: RunFile, world_size: int | None) -> list[str]:
 def _table_problems(
     tables: dict[str, Any], error: ValidationError, before: list[str], world_size: int | None
 ) -> list[str]:
-    """Return a line for each wrong key, then what the checks find once those keys are left out."""
+    """Return a line for each wrong key, then what the checks find in the rest."""
     errors = error.errors(include_url=False)
     if any(line.startswith("model.preset ") for line in before):  # its keys would be "missing" only for that reason
         errors = [entry for entry in errors if not (entry["type"] == "missing" and entry["loc"][0] == "model")]
     lines = [of_validation(entry) for entry in errors]
     for entry in errors:
         _leave_out(tables, entry["loc"])
-    try:
-        rest = RunFile.model_validate(tables)
-    except ValidationError:
+    rest, stood_in = _with_stand_ins(tables)
+    if rest is None:
         return lines
-    # What is said about a key that was left out, or about the one it was meant to be, follows from its default.
-    said = " ".join(line.partition(" has: ")[0] for line in lines)
-    return [*lines, *(line for line in _across(rest, world_size) if not _keys_in(line) & _keys_in(said))]
+    # What is said about a key that is wrong, or about the one it was meant to be, follows from another value than the
+    # user's; and a model with a size stood in for says nothing about the user's.
+    said = {*_keys_in(" ".join(line.partition(" has: ")[0] for line in lines)), *stood_in}
+    is_model_known = not any(key.startswith("model.") and not key.startswith("model.moe.") for key in stood_in)
+    return [
+        *lines,
+        *(
+            line
+            for line in _across(rest, world_size)
+            if not _keys_in(line) & said and (is_model_known or "model." not in line)
+        ),
+    ]
+
+
+def _with_stand_ins(tables: dict[str, Any]) -> tuple[RunFile | None, set[str]]:
+    """Return the RunFile with something in the place of each key that must be there and is not, and those keys."""
+    stood_in: set[str] = set()
+    for _ in range(3):  # a table, the table in it, and the keys of that
+        try:
+            return RunFile.model_validate(tables), stood_in
+        except ValidationError as error:
+            for entry in error.errors(include_url=False):
+                key = dotted(entry["loc"])
+                field = field_of(key)
+                if entry["type"] != "missing" or "[" in key:
+                    return None, stood_in
+                _put(tables, key.split("."), STAND_INS.get(field.annotation, 1) if field else {})
+                stood_in.add(key)
+    return None, stood_in
+
+
+def _put(tables: dict[str, Any], path: list[str], value: object) -> None:
+    for name in path[:-1]:
+        tables = tables[name]
+    tables[path[-1]] = value
 
 
 def _keys_in(text: str) -> set[str]:
@@ -102,10 +140,12 @@ def _keys_in(text: str) -> set[str]:
 
 
 def _leave_out(tables: Any, location: Sequence[str | int]) -> None:
-    """Delete the first two names' key, such as train.batch_ramp of train.batch_ramp[0].samples, if it is there."""
-    names = [at for at in location if isinstance(at, str)]
-    is_moe = names[:2] == ["model", "moe"]
-    path = names[: 3 if is_moe else 2]
+    """Delete the key at fault, if it is there; of a list, the whole: all of train.batch_ramp for its first entry."""
+    path: list[str] = []
+    for at in location:
+        if isinstance(at, int):
+            break
+        path.append(at)
     for name in path[:-1]:
         tables = tables.get(name) if isinstance(tables, dict) else None
     if isinstance(tables, dict):
