@@ -125,4 +125,4 @@ def _header(tensors: Sequence[NamedShape], dtype: torch.dtype) -> bytes:
 def _write_values(file: BinaryIO, values: Tensor, dtype: torch.dtype) -> None:
     """Write a tensor's bytes; safetensors are little-endian, as are all machines that torch has wheels for."""
     flat = values.detach().to(device="cpu", dtype=dtype).contiguous().flatten()
-    file.write(memoryview(flat.view(torch.uint8).numpy()))
+    file.write(flat.view(torch.uint8).numpy().data)

@@ -1,0 +1,244 @@
+"""Reads any part of any weight, by our name, from a checkpoint or from an exported folder.
+
+    open_weights("output/moe")                               a run: its newest checkpoint that verifies
+    open_weights("output/moe/checkpoints/step_00000100")     one checkpoint
+    open_weights("output/moe/export")                        a Hugging Face folder of a family that we know
+
+    weights.shapes()                                         {"embedding.weight": (8192, 384), ...}
+    weights.read("layers.0.feedforward.part.experts.gate")           the whole [e, f, h]
+    weights.read("layers.0.feedforward.part.experts.gate", (2, 4))   experts 2 and 3 alone: other bytes stay on disk
+
+In a checkpoint a weight lies in parts, as the ranks held them; in an exported folder each expert is a tensor of
+its own. Both look the same from here. One process reads; no process group is needed.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from meshwright.launcher.weights.safetensors_stream import INDEX_NAME
+from meshwright.model.config import ModelConfig
+from meshwright.model.families.choose import config_from_foreign, family_of_foreign
+from meshwright.model.families.family import Row, our_shapes
+from meshwright.parallel.checkpoint.describe import HeldPart
+from meshwright.parallel.checkpoint.folder import MANIFEST_NAME, read_manifest, read_sealed
+from meshwright.parallel.checkpoint.load import SavedTensor, saved_tensors
+from meshwright.parallel.checkpoint.plan import PartLoadPlanner
+from meshwright.parallel.checkpoint.storage import TABLE_NAME, FolderReader, table_from_json
+from meshwright.parallel.checkpoint.verify import newest_that_verifies, verify
+from meshwright.parallel.mesh import single_process_mesh
+
+# Beginnings of names in a checkpoint that are no weights.
+NOT_WEIGHTS = ("optimizer.",)
+
+
+class ModelWeights:
+    """The weights of a model in this process, which holds all of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take a model that was built without a mesh; a tied embedding stands under its first name."""
+        self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return every weight's shape."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Return a whole weight, or its rows from the first to before the second."""
+        tensor = self._tensors[name]
+        first, end = _checked_rows(name, tuple(tensor.shape), rows)
+        return tensor[first:end]
+
+
+class CheckpointWeights:
+    """The weights of one checkpoint folder, verified when it is opened."""
+
+    def __init__(self, path: Path, *, is_verified: bool = False) -> None:
+        """Verify every file, unless that was done just now, and read the table.
+
+        Raises:
+            ValueError: if a file is missing, cut short or changed, naming it.
+        """
+        damage = [] if is_verified else verify(path, single_process_mesh())
+        if damage:
+            raise ValueError(f"{path} is damaged: " + "; ".join(damage))
+        self.path = path
+        self._metadata = table_from_json(read_sealed(path, TABLE_NAME, read_manifest(path)))
+        self._reader = FolderReader(path)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=False)
+        self._saved: dict[str, SavedTensor] = {
+            name: saved for name, saved in saved_tensors(path).items() if not name.startswith(NOT_WEIGHTS)
+        }
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return every weight's global shape."""
+        return {name: saved.shape for name, saved in self._saved.items()}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Return a whole weight, or its rows from the first to before the second, in the dtype it was saved in."""
+        saved = self._saved[name]
+        first, end = _checked_rows(name, saved.shape, rows)
+        wanted = torch.empty(end - first, *saved.shape[1:], dtype=saved.dtype)
+        part = HeldPart(wanted, saved.shape, (first,) + (0,) * (len(saved.shape) - 1))
+        planner = PartLoadPlanner({name: part}, self._metadata)
+        self._reader.read_data(planner.create_local_plan(), planner).wait()
+        return wanted
+
+
+class ExportWeights:
+    """The weights of an exported folder, under our names."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read config.json and the headers of the files.
+
+        Raises:
+            ValueError: if the folder is of a family or configuration that cannot be read, or tensors are missing,
+                left over or of another shape, naming every one.
+        """
+        self.path = folder
+        foreign = _read_json(folder / "config.json")
+        try:
+            self.config: ModelConfig = config_from_foreign(foreign)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{folder / 'config.json'} cannot be read as one of our models: {error}") from None
+        rows = family_of_foreign(foreign).mapping(self.config)
+        self._rows: dict[str, list[Row]] = {}
+        for row in rows:
+            self._rows.setdefault(row.ours, []).append(row)
+        self._shapes = our_shapes(rows)
+        self._file_of = _files_of(folder)
+        problems = self._problems(rows)
+        if problems:
+            raise ValueError(f"{folder} does not hold the model of its config.json:\n  " + "\n  ".join(problems))
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return every weight's global shape."""
+        return self._shapes
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Return a whole weight, or its rows from the first to before the second, in the dtype of the file."""
+        first, end = _checked_rows(name, self._shapes[name], rows)
+        parts = self._rows[name]
+        if parts[0].at is None:
+            return self._read_foreign(parts[0].theirs, first, end)
+        by_slice = {part.at: part for part in parts}
+        wanted = [by_slice[at] for at in range(first, end)]
+        return torch.stack([self._read_foreign(part.theirs, 0, part.shape[0]) for part in wanted])
+
+    def _read_foreign(self, name: str, first: int, end: int) -> Tensor:
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_slice(name)[first:end]
+            return tensor
+
+    def _problems(self, rows: list[Row]) -> list[str]:
+        wanted = {row.theirs: row.shape for row in rows}
+        problems = [f"{name} is missing" for name in sorted(wanted.keys() - self._file_of.keys())]
+        problems += [f"{name} has no place in the class" for name in sorted(self._file_of.keys() - wanted.keys())]
+        for path in sorted(set(self._file_of.values())):
+            with safe_open(path, framework="pt") as file:
+                for name in sorted(wanted.keys() & set(file.keys())):
+                    shape = tuple(file.get_slice(name).get_shape())
+                    if shape != wanted[name]:
+                        problems.append(f"{name} is {list(shape)}, config.json says {list(wanted[name])}")
+        return problems
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a user's path turned out to be."""
+
+    path: Path
+    """The checkpoint's or the export's own folder."""
+    run_folder: Path | None
+    """The run that a checkpoint lies in; None for an export, or a checkpoint that was moved out of its run."""
+    passed_over: dict[Path, list[str]]
+    """Newer checkpoints of the run that are damaged, and how."""
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Say whether this is a checkpoint of ours, not an export."""
+        return (self.path / MANIFEST_NAME).is_file()
+
+
+def find_source(path: Path) -> Source:
+    """Say what lies at a path; of a run, the newest checkpoint that verifies is taken.
+
+    Raises:
+        ValueError: if it is neither a run, nor a checkpoint, nor an exported folder.
+    """
+    if (path / MANIFEST_NAME).is_file():
+        run_folder = path.resolve().parent.parent
+        return Source(path, run_folder if (run_folder / "run.toml").is_file() else None, {})
+    if (path / "config.json").is_file():
+        return Source(path, None, {})
+    if not (path / "checkpoints").is_dir():
+        what = "there is nothing" if not path.exists() else "neither a run, nor a checkpoint, nor an export"
+        raise ValueError(
+            f"{path}: {what}; give a run's folder (it has checkpoints/), a checkpoint "
+            "(checkpoints/step_...) or an exported folder (it has config.json)"
+        )
+    newest = newest_that_verifies(path / "checkpoints", single_process_mesh())
+    if newest.path is None:
+        damage = [f"{folder}: {'; '.join(problems)}" for folder, problems in newest.passed_over.items()]
+        raise ValueError("\n  ".join([f"{path} has no checkpoint that can be loaded", *damage]))
+    return Source(newest.path, path, newest.passed_over)
+
+
+def open_weights(path: Path) -> CheckpointWeights | ExportWeights:
+    """Open the weights at a path: of a run (its newest checkpoint), a checkpoint or an exported folder.
+
+    Raises:
+        ValueError: if there are none, or they are damaged.
+    """
+    source = find_source(path)
+    if source.is_checkpoint:
+        return CheckpointWeights(source.path, is_verified=source.path != path)
+    return ExportWeights(source.path)
+
+
+def _checked_rows(name: str, shape: tuple[int, ...], rows: tuple[int, int] | None) -> tuple[int, int]:
+    first, end = (0, shape[0]) if rows is None else rows
+    if not 0 <= first <= end <= shape[0]:
+        raise ValueError(f"rows {first} to {end} are not within {name} {list(shape)}")
+    return first, end
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """Return in which file each foreign tensor lies.
+
+    Raises:
+        ValueError: if a file is missing, no safetensors file, or lacks what the index promises.
+    """
+    if (folder / INDEX_NAME).is_file():
+        names = sorted(set(_read_json(folder / INDEX_NAME)["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    found: dict[str, Path] = {}
+    for name in names:
+        path = folder / name
+        if path.name != name or not path.is_file():
+            raise ValueError(f"{path} is missing")
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: not a JSON object")
+    return content
