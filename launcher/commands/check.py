@@ -1,0 +1,130 @@
+"""`meshwright check`: every mistake in a run file at once, or what the run will be. Loads no torch and no numpy."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meshwright.data.meta import StoreMeta
+from meshwright.launcher.runfile.footprint import state_bytes
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.read import read_run_file
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.training.batch_ramp import BatchRamp
+from meshwright.launcher.training.learning_rate import warmup_length
+from meshwright.model.costs import active_parameter_count, parameter_count, training_flops_per_token
+
+
+def check(
+    run_file: Annotated[Path, typer.Argument(help="The run file, such as runs/moe_tiny.toml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change, such as train.steps=200 run.name=second."),
+    ] = None,
+    world_size: Annotated[
+        int, typer.Option("--world-size", "-n", min=1, help="Ranks (processes) the run is meant for: one for each GPU.")
+    ] = 1,
+) -> None:
+    """Look at a run file before anything is started.
+
+    Prints every problem with the key, its value, the rule and what would fit, and exits with status 2; or prints what
+    the run will be: layout, size of the model, tokens, and the bytes of state on each rank.
+
+    Where the store of [data] is already on this machine, it is looked at too: the length of its splits and its
+    vocabulary. Needs no GPU and loads no torch, so any layout can be checked anywhere:
+
+    meshwright check runs/llama3_8b.toml --world-size 64 zero.stage=3
+    """
+    config = read_run_file(run_file, overrides or [], world_size=world_size)
+    store = _read_store(config)
+    if store is not None:
+        problems = store.problems(seq_len=config.data.seq_len, vocab_size=config.model.vocab_size)
+        if problems:
+            raise ConfigError(str(run_file), problems)
+        config = config.model_copy(update={"model": config.model.with_vocab(store.vocab_size)})
+    print(f"{run_file}: no problems on {world_size} rank{'s' if world_size > 1 else ''}")
+    for name, text in summary(config, store, world_size):
+        print(f"  {name:<12}{text}")
+
+
+def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list[tuple[str, str]]:
+    """Return what the run will be, as named lines; the run file must have passed its checks."""
+    model, parallel, train = run_file.model, run_file.parallel, run_file.train
+    dp = parallel.dp_in(world_size)
+    layout = f"dp {dp}" + (f", ep {parallel.ep} x edp {parallel.edp_in(world_size)}" if model.moe else "")
+    batches = BatchRamp.of(train)
+    accumulated = train.global_batch_size // (dp * train.micro_batch_size)
+    tokens = batches.samples_after(train.steps) * run_file.data.seq_len
+    state = state_bytes(run_file, world_size)
+    flops = training_flops_per_token(model, run_file.data.seq_len)
+    return [
+        ("run", f"{run_file.run.name} -> {run_file.run.output_folder}, seed {run_file.run.seed}"),
+        ("layout", f"{layout}, ZeRO-{run_file.zero.stage}, recompute {run_file.recompute.mode}, {train.precision}"),
+        ("model", _model_line(run_file)),
+        ("", f"{flops / 1e9:.3g} GFLOP for each token trained on (attention counted causal)"),
+        ("data", _data_line(run_file, store)),
+        (
+            "step",
+            f"{train.global_batch_size} samples x {run_file.data.seq_len} ="
+            f" {train.global_batch_size * run_file.data.seq_len:,} tokens; on each rank {accumulated} micro-"
+            f"batch{'es' if accumulated > 1 else ''} of {train.micro_batch_size}"
+            + (f", after a ramp over {list(batches.sizes[:-1])}" if train.batch_ramp else ""),
+        ),
+        (
+            "length",
+            f"{train.steps:,} steps, {tokens:,} tokens in all,"
+            f" {tokens / active_parameter_count(model):.3g} for each active weight",
+        ),
+        ("schedule", _schedule_line(run_file)),
+        (
+            "state",
+            f"{_size(state.total)} on each rank: weights {_size(state.weights)}, masters {_size(state.masters)},"
+            f" gradients {_size(state.gradients)}, moments {_size(state.moments)}",
+        ),
+        ("", "activations come on top"),
+    ]
+
+
+def _read_store(run_file: RunFile) -> StoreMeta | None:
+    """Return the store's description, or None if it is not on this machine yet."""
+    folder = Path(run_file.data.store)
+    return StoreMeta.read(folder) if (folder / "meta.json").exists() else None
+
+
+def _model_line(run_file: RunFile) -> str:
+    model = run_file.model
+    total, active = parameter_count(model), active_parameter_count(model)
+    text = f'{model.num_layers} layers "{model.pattern}", hidden {model.hidden_size}, {_count(total)} weights'
+    if active != total:
+        text += f", {_count(active)} active"
+    return text + ("" if model.vocab_size else " (without the embedding: vocab_size is the tokenizer's)")
+
+
+def _data_line(run_file: RunFile, store: StoreMeta | None) -> str:
+    where = f"{run_file.data.store}, samples of {run_file.data.seq_len} tokens"
+    if store is None:
+        return f"{where}; the store is not here yet (`meshwright prepare` writes it)"
+    splits = ", ".join(f"{name} {split.num_tokens:,} tokens" for name, split in store.splits.items())
+    return f"{where}; {splits}; vocabulary {store.vocab_size:,}"
+
+
+def _schedule_line(run_file: RunFile) -> str:
+    table = run_file.learning_rate
+    warmup = warmup_length(run_file.train.steps, table)
+    return f"{table.schedule}, peak {table.peak:g} after {warmup} steps, end {table.peak * table.final_fraction:g}"
+
+
+def _count(number: int) -> str:
+    """Return a count of weights as people say it, with the exact one."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit} ({number:,})"
+    return str(number)
+
+
+def _size(number: float) -> str:
+    """Return bytes in the unit that leaves a small number."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f} B"
