@@ -14,3 +14,5 @@ class DataConfig(BaseModel):
     """Tokens in a sample: 512 to 2048 for small models, 4096 or 8192 for large ones."""
     prefetch: NonNegativeInt = 2
     """Steps read ahead by a thread: 2 hides the reading; 0 reads when the step begins, which is good for debugging."""
+    mask_documents: bool = False
+    """Let a token attend only to its own document; false lets samples that hold several documents mix them."""

@@ -1,0 +1,335 @@
+"""From text to a token store: find the files, train or load the tokenizer, encode, write.
+
+    sources --> documents --> train or validation?  by the document's own text and the seed
+                    |
+                    |--> tokenizer, trained on documents of the train split alone
+                    `--> token ids, in the documents' order --> store, renamed into place when it is whole
+
+The store is a function of the sources' contents and the options that `recipe` holds: not of the number of
+workers, of where the sources lie, or of what a killed run left. A store with the same recipe is not
+written again.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from meshwright.data.aside import written_aside
+from meshwright.data.documents import UNITS, Document, DocumentReader
+from meshwright.data.encode import Encoded, encode_documents
+from meshwright.data.errors import DataError
+from meshwright.data.meta import SourceMeta, SplitMeta, StoreMeta, TokenizerMeta
+from meshwright.data.sources import FORMATS, Source, embedded_note, embedded_sources, find_sources, hash_file
+from meshwright.data.store import TokenStore
+from meshwright.data.tokenizer import MIN_VOCAB_SIZE, StoreTokenizer, load_tokenizer, train_tokenizer
+from meshwright.data.write import SplitWriter, open_group, unigram_nats
+
+TOKENIZER_SAMPLE_BYTES = 128 << 20  # text that a tokenizer is trained on, at most; more changes few merges
+BYTES_PER_WORKER = 4 << 20  # a process takes about as long to start as to encode this much
+
+Report = Callable[[str, int, int], None]
+"""Called with a phase ("hashing", "tokenizer", "encoding") and the bytes of the sources done and in all."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What `meshwright prepare` was asked for."""
+
+    out: Path
+    sources: tuple[str, ...] = ()
+    """Paths, folders and globs; none stands for the embedded corpus."""
+    source_format: str = "auto"
+    field: str = "text"
+    text_unit: str = "file"
+    vocab_size: int = 8192
+    tokenizer: Path | None = None
+    """A tokenizer.json; None trains one."""
+    end_of_text: str = ""
+    validation_fraction: float = 0.02
+    seed: int = 0
+    seq_len: int = 0
+    """If not 0, both splits must hold at least one window of this length."""
+    workers: int = 0
+    """Processes; 0 takes as many as there are cores."""
+    overwrite: bool = False
+
+    def problems(self) -> list[str]:
+        """Return everything that is wrong with the options themselves."""
+        rules = [
+            (self.source_format in FORMATS, f"--format {self.source_format}: must be one of {', '.join(FORMATS)}"),
+            (self.text_unit in UNITS, f"--documents {self.text_unit}: must be one of {', '.join(UNITS)}"),
+            (
+                self.tokenizer is not None or self.vocab_size >= MIN_VOCAB_SIZE,
+                f"--vocab-size {self.vocab_size}: must be at least {MIN_VOCAB_SIZE}: all bytes and the end of text",
+            ),
+            (
+                self.tokenizer is not None or not self.end_of_text,
+                f"--end-of-text {self.end_of_text}: goes with --tokenizer; one trained here has its own",
+            ),
+            (
+                0 <= self.validation_fraction < 1,
+                f"--validation-fraction {self.validation_fraction}: must be at least 0 and below 1",
+            ),
+            (self.seed >= 0, f"--seed {self.seed}: must be at least 0"),
+            (self.seq_len >= 0, f"--seq-len {self.seq_len}: must be at least 0"),
+            (self.workers >= 0, f"--workers {self.workers}: must be at least 0"),
+            (not self.out.is_file(), f"--out {self.out}: is a file; name a folder"),
+        ]
+        return [message for holds, message in rules if not holds]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A store on disk, and whether it was there before."""
+
+    store: Path
+    meta: StoreMeta
+    was_there: bool
+
+
+def prepare(options: PrepareOptions, report: Report = lambda phase, done, total: None) -> Prepared:
+    """Write a token store, or find that an equal one is there.
+
+    Raises:
+        DataError: with every problem found; nothing is then written, and what was at `out` is as it was.
+    """
+    sources, tokenizer = _check_inputs(options)
+    hashes = _hash_sources(sources, report)
+    recipe = _recipe(options, sources, hashes, tokenizer)
+    there = _existing(options, recipe)
+    if there is not None:
+        _check_windows(options, there)
+        return Prepared(options.out, there, was_there=True)
+    reader = DocumentReader(sources, field=options.field, text_unit=options.text_unit)
+    try:
+        with written_aside(options.out) as folder:
+            _existing(options, recipe)  # again, now that nobody else can write it
+            tokenizer = tokenizer or _train(options, reader, report)
+            splits, num_documents, unigram = _encode(folder, options, reader, tokenizer, report)
+            meta = StoreMeta(
+                format="meshwright-tokens",
+                version=1,
+                corpus=embedded_note() if not options.sources else "files given by the user",
+                vocab_size=tokenizer.vocab_size,
+                dtype=_dtype(tokenizer),
+                tokenizer=TokenizerMeta(
+                    sha256=tokenizer.sha256,
+                    origin=tokenizer.origin,
+                    end_of_text=tokenizer.end_of_text,
+                    end_of_text_id=tokenizer.end_of_text_id,
+                ),
+                splits=splits,
+                validation_unigram_nats=unigram,
+                sources=[
+                    SourceMeta(
+                        path=it.path,
+                        kind=it.kind,
+                        unit=reader.unit(it),
+                        bytes=it.bytes,
+                        xxh3_128=digest,
+                        num_documents=n,
+                    )
+                    for it, digest, n in zip(sources, hashes, num_documents, strict=True)
+                ],
+                recipe=recipe,
+                written_with={"python": platform.python_version()}
+                | {name: version(name) for name in ("meshwright", "tokenizers", "zarr")},
+            )
+            _check_windows(options, meta)
+            (folder / "tokenizer.json").write_bytes(tokenizer.json)
+            (folder / "meta.json").write_text(meta.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{options.out} cannot be written: {error}; nothing was left behind") from error
+    return Prepared(options.out, meta, was_there=False)
+
+
+def is_validation(text: str, seed: int, fraction: float) -> bool:
+    """Say whether a document belongs to the validation split: decided by its text and the seed alone.
+
+    Equal documents are always on the same side, and a document stays on its side when others come or go.
+    """
+    return xxhash.xxh3_64_intdigest(text.encode(), seed % 2**64) < int(fraction * 2**64)
+
+
+def _check_inputs(options: PrepareOptions) -> tuple[list[Source], StoreTokenizer | None]:
+    problems = options.problems()
+    sources: list[Source] = []
+    tokenizer = None
+    try:
+        sources = find_sources(options.sources, options.source_format) if options.sources else embedded_sources()
+    except DataError as error:
+        problems += error.problems
+    try:
+        tokenizer = load_tokenizer(options.tokenizer, options.end_of_text) if options.tokenizer else None
+    except DataError as error:
+        problems += error.problems
+    if problems:
+        raise DataError(*problems)
+    return sources, tokenizer
+
+
+def _hash_sources(sources: list[Source], report: Report) -> list[str]:
+    total = sum(it.bytes for it in sources)
+    done = 0
+    hashes = []
+    problems: list[str] = []
+    for source in sources:
+        try:
+            hashes.append(hash_file(source.file))
+        except DataError as error:
+            problems += error.problems
+        done += source.bytes
+        report("hashing", done, total)
+    if problems:
+        raise DataError(*problems)
+    return hashes
+
+
+def _recipe(
+    options: PrepareOptions, sources: list[Source], hashes: list[str], tokenizer: StoreTokenizer | None
+) -> dict[str, Any]:
+    """Return everything that decides the tokens; paths do not."""
+    contents = sha256()
+    for source, digest in zip(sources, hashes, strict=True):
+        contents.update(f"{source.kind} {source.compression} {digest}\n".encode())
+    return {
+        "sources": contents.hexdigest(),
+        "field": options.field,
+        "documents": options.text_unit,
+        "tokenizer": tokenizer.sha256 if tokenizer else f"trained, vocabulary of {options.vocab_size}",
+        "end_of_text": tokenizer.end_of_text if tokenizer else "",
+        "validation_fraction": options.validation_fraction,
+        "seed": options.seed,
+    }
+
+
+def _existing(options: PrepareOptions, recipe: dict[str, Any]) -> StoreMeta | None:
+    """Return the store that is there if it is the one asked for; refuse to write over anything else."""
+    out = options.out
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    if not (out / "meta.json").exists():
+        raise DataError(
+            f"--out {out}: holds files that are not a token store, which prepare never touches; name another"
+        )
+    if options.overwrite:
+        return None
+    there = TokenStore.open(out).meta
+    if there.recipe == recipe:
+        return there
+    different = [
+        key if key == "sources" else f"{key} (there {there.recipe.get(key)!r}, asked for {value!r})"
+        for key, value in recipe.items()
+        if there.recipe.get(key) != value
+    ]
+    raise DataError(
+        f"--out {out}: holds another store; different are: {', '.join(different)}; "
+        "name another folder, or replace it with --overwrite"
+    )
+
+
+def _train(options: PrepareOptions, reader: DocumentReader, report: Report) -> StoreTokenizer:
+    """Train a tokenizer on the train split; of a large corpus, on a like share of each source."""
+    total = sum(it.bytes for it in reader.sources)
+    fraction = options.validation_fraction
+
+    def texts() -> Iterator[str]:
+        for number, source in enumerate(reader.sources):
+            left = max(1, TOKENIZER_SAMPLE_BYTES * source.bytes // max(1, total))
+            for document in reader.read(number):
+                if not is_validation(document.text, options.seed, fraction):
+                    yield document.text
+                    left -= len(document.text)
+                if left <= 0 and total > TOKENIZER_SAMPLE_BYTES:
+                    break
+            report("tokenizer", min(total, reader.bytes_done), total)
+
+    tokenizer = train_tokenizer(texts(), options.vocab_size)
+    if reader.problems:
+        raise DataError(*reader.problems)
+    return tokenizer
+
+
+def _encode(
+    folder: Path, options: PrepareOptions, reader: DocumentReader, tokenizer: StoreTokenizer, report: Report
+) -> tuple[dict[str, SplitMeta], list[int], float | None]:
+    """Write both splits; return what they hold, each source's count of documents, and the unigram loss."""
+    reader = DocumentReader(reader.sources, field=reader.field, text_unit=reader.text_unit)
+    total = sum(it.bytes for it in reader.sources)
+    names = ["train", "validation"] if options.validation_fraction > 0 else ["train"]
+    root = open_group(folder)
+    writers = {it: SplitWriter(root, it, dtype=_dtype(tokenizer), vocab_size=tokenizer.vocab_size) for it in names}
+    num_documents = [0] * len(reader.sources)
+    for documents, encoded in encode_documents(_documents(reader), tokenizer, _workers(options.workers, total)):
+        held_out = np.array([is_validation(it.text, options.seed, options.validation_fraction) for it in documents])
+        _append(writers["train"], documents, encoded, ~held_out)
+        if held_out.any():
+            _append(writers["validation"], documents, encoded, held_out)
+        for document in documents:
+            num_documents[document.source] += 1
+        report("encoding", min(total, reader.bytes_done), total)
+    if reader.problems:
+        raise DataError(*reader.problems)
+    _check_not_empty(options, sum(num_documents), {it: writer.num_documents for it, writer in writers.items()})
+    counts = {it: writer.counts for it, writer in writers.items()}
+    unigram = unigram_nats(counts["train"], counts["validation"]) if "validation" in counts else None
+    return {name: writer.close() for name, writer in writers.items()}, num_documents, unigram
+
+
+def _documents(reader: DocumentReader) -> Iterator[Document]:
+    """Yield every document until a problem is found; from there on only look for more problems."""
+    for number in range(len(reader.sources)):
+        for document in reader.read(number):
+            if not reader.problems:
+                yield document
+            elif reader.has_enough_problems:
+                return
+
+
+def _append(writer: SplitWriter, documents: list[Document], encoded: Encoded, wanted: np.ndarray) -> None:
+    if not wanted.any():
+        return
+    chosen = [document for document, is_wanted in zip(documents, wanted, strict=True) if is_wanted]
+    writer.append(
+        encoded.ids[np.repeat(wanted, encoded.lengths)],
+        encoded.lengths[wanted],
+        np.array([it.source for it in chosen], np.int64),
+        np.array([it.index for it in chosen], np.int64),
+    )
+
+
+def _check_not_empty(options: PrepareOptions, num_documents: int, by_split: dict[str, int]) -> None:
+    if num_documents == 0:
+        raise DataError("the corpus is empty: no source holds any text")
+    for name, count in by_split.items():
+        if count == 0:
+            raise DataError(
+                f"the {name} split is empty: --validation-fraction {options.validation_fraction} of {num_documents} "
+                f"documents, chosen with --seed {options.seed}, left none for it; take another fraction or seed (0 for "
+                "no validation split), give more documents, or cut text files into smaller ones with --documents"
+            )
+
+
+def _check_windows(options: PrepareOptions, meta: StoreMeta) -> None:
+    if options.seq_len and (problems := meta.problems(seq_len=options.seq_len, vocab_size=0)):
+        raise DataError(*problems)
+
+
+def _dtype(tokenizer: StoreTokenizer) -> Any:
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def _workers(asked: int, total_bytes: int) -> int:
+    """Return the number of processes: as asked, or one for each core that has enough to do."""
+    if asked:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+    return max(1, min(cores, total_bytes // BYTES_PER_WORKER))
