@@ -67,10 +67,10 @@ def learning_rate_problems(total_steps: int, table: LearningRateConfig) -> list[
         ]
     decay = decay_length(total_steps, table)
     if warmup + decay > total_steps:
+        fits = (total_steps - warmup) / total_steps
         return [
-            f"learning_rate.decay_fraction = {table.decay_fraction}: warm-up ({warmup} steps) and decay ({decay} steps) "
-            f"must fit into train.steps = {total_steps}; "
-            f"at most {(total_steps - warmup) / total_steps:.4g} would fit"
+            f"learning_rate.decay_fraction = {table.decay_fraction}: warm-up ({warmup} steps) and decay "
+            f"({decay} steps) must fit into train.steps = {total_steps}; at most {fits:.4g} would fit"
         ]
     return []
 
