@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ DTYPE_KEYS = {"fp32": "float32", "bf16": "bfloat16"}
 REPORT_NAME = "export_report.json"
 
 
+@runtime_checkable
 class Weights(Protocol):
     """Where weights come from: any part of a global tensor, by our name."""
 
@@ -114,7 +115,6 @@ def coverage_problems(rows: Sequence[Row], held: Mapping[str, tuple[int, ...]]) 
 def foreign_config(config: ModelConfig, settings: ExportSettings) -> dict[str, Any]:
     """Return the whole config.json."""
     family = choose_family(config)
-    end = _end_id(settings)
     return {
         "architectures": [family.class_name],
         "model_type": family.model_type,
@@ -122,8 +122,10 @@ def foreign_config(config: ModelConfig, settings: ExportSettings) -> dict[str, A
         "max_position_embeddings": settings.max_positions,
         # A null says that there is none; a missing key would mean the class's own default, such as 1 for Llama.
         "bos_token_id": None,
-        "eos_token_id": end,
-        "pad_token_id": end,
+        "eos_token_id": _end_id(settings),
+        # Named here, the padding token's embedding would get no gradient, and it is the end token, which must learn;
+        # generating and batching find it in generation_config.json and with the tokenizer.
+        "pad_token_id": None,
         "use_cache": True,
         "dtype": DTYPE_KEYS[settings.dtype],
         "torch_dtype": DTYPE_KEYS[settings.dtype],

@@ -35,7 +35,7 @@ from meshwright.parallel.checkpoint.verify import newest_that_verifies, verify
 from meshwright.parallel.mesh import single_process_mesh
 
 # Beginnings of names in a checkpoint that are no weights.
-NOT_WEIGHTS = ("optimizer.",)
+NOT_WEIGHTS = ("optimizer.", "buffers.")
 
 
 class ModelWeights:

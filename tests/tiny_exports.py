@@ -1,0 +1,91 @@
+"""Tiny models of every family, a tokenizer trained on the spot, and exports of them, for the tests of exporting."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from meshwright.launcher.weights.hf_writer import ExportSettings, write_hf_folder
+from meshwright.launcher.weights.read_weights import ModelWeights
+from meshwright.model.config import ModelConfig, MoeConfig
+from meshwright.model.parts import build_model
+from meshwright.model.stack import LanguageModel
+
+END = "<|endoftext|>"
+TEXT = "def area(width, height):\n    return width * height  # in square metres\n\nprint(area(2, 3))\n" * 8
+
+MOE = MoeConfig(
+    num_experts=4, top_k=2, expert_hidden_size=20, load_balancing="none", load_balancing_weight=0.0, z_loss_weight=0.0
+)
+# Every size is another one, and head_dim is not hidden_size / num_heads, so that no swap passes unseen.
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 6,
+    "vocab_size": 320,
+    "ffn_hidden_size": 24,
+    "init_std": 0.2,
+}
+ALL_ATTENTION = ("q", "k", "v", "output")
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    return ModelConfig(**(SIZES | changes))  # type: ignore[arg-type]
+
+
+CONFIGS = {
+    "llama": tiny_config(rope_base=500.0),
+    "llama tied with biases": tiny_config(tie_embeddings=True, bias=(*ALL_ATTENTION, "ffn")),
+    "qwen3": tiny_config(qk_norm=True, norm_eps=1e-3),
+    "mixtral": tiny_config(pattern="*E", moe=MOE),
+    "qwen3_moe": tiny_config(pattern="*E", moe=MOE, qk_norm=True),
+    "qwen3_moe un-normalised, mixed, with biases": tiny_config(
+        pattern="*-*E", moe=MOE.model_copy(update={"normalise_top_k": False}), qk_norm=True, bias=ALL_ATTENTION
+    ),
+}
+
+
+def tiny_model(config: ModelConfig) -> LanguageModel:
+    """Build a model with nothing left at 0 or 1, where a mistake would not be seen."""
+    model = build_model(config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def tiny_tokenizer() -> str:
+    """Train a byte-level BPE, as `prepare` does, of 300 tokens: fewer than the model's vocabulary of 320."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokens(seq_len: int = 24, batch: int = 2) -> torch.Tensor:
+    """Return real text as token ids [s, b], with an end of text in it."""
+    tokenizer = Tokenizer.from_str(tiny_tokenizer())
+    ids = tokenizer.encode(TEXT).ids
+    ids[5] = tokenizer.token_to_id(END)
+    return torch.tensor(ids[: seq_len * batch]).view(batch, seq_len).T.contiguous()
+
+
+def write_tiny_export(
+    folder: Path, model: LanguageModel, config: ModelConfig, *, dtype: str = "fp32", max_shard_bytes: int = 10**9
+) -> ExportSettings:
+    """Export a model of this process."""
+    settings = ExportSettings(tiny_tokenizer(), END, max_positions=32, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_hf_folder(folder, config, ModelWeights(model), settings)
+    return settings
