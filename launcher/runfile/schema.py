@@ -1,0 +1,126 @@
+"""What is generated from the tables: runs/schema.json for editors, and the list of keys in docs/run-file.md.
+
+    python -m meshwright.launcher.runfile.schema     writes both anew; a test fails while they are behind the tables
+
+A run file that begins with `#:schema schema.json` gets completion, documentation and red lines in editors with
+Taplo (Even Better TOML).
+"""
+
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from meshwright.launcher.runfile.keys import entry_of, fields, tables
+from meshwright.launcher.runfile.messages import shown
+from meshwright.launcher.runfile.tables import RunFile
+
+BEGIN, END = "<!-- keys: generated, do not edit by hand -->", "<!-- end of keys -->"
+
+# Bounds of a number, as pydantic's metadata names them, in the words of the list of keys.
+BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+def json_schema() -> str:
+    """Return the schema of a run file as JSON text."""
+    schema = RunFile.model_json_schema(by_alias=True)
+    schema["$schema"] = "http://json-schema.org/draft-07/schema#"
+    # With a preset, keys that must otherwise be there may be left out.
+    for name in ("ModelConfig", "MoeConfig"):
+        definition = schema["$defs"][name]
+        required = definition.pop("required")
+        if name == "ModelConfig":
+            definition["anyOf"] = [{"required": ["preset"]}, {"required": required}]
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def key_list() -> str:
+    """Return every key with its type, default and meaning, as Markdown."""
+    return "\n".join(_section(name, table) for name, table in tables().items())
+
+
+def with_key_list(page: str) -> str:
+    """Return the page with the part between its two markers made anew.
+
+    Raises:
+        ValueError: if the page has lost its markers.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page has no part between {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{key_list()}\n{END}{after}"
+
+
+def _section(name: str, table: type[BaseModel]) -> str:
+    rows = [
+        f"### [{name}]",
+        "",
+        _one_line(table.__doc__),
+        "",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for key, field in fields(table).items():
+        rows.append(_row(key, field))
+        entry = entry_of(field)
+        inner = fields(entry) if entry else {}
+        rows += [_row(f"{key}[].{name}", of_entry) for name, of_entry in inner.items()]
+    return "\n".join([*rows, ""])
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    meaning = _one_line(field.description).replace("|", "\\|")
+    return f"| `{key}` | {_type_of(field)} | {_default_of(field)} | {meaning} |"
+
+
+def _type_of(field: FieldInfo) -> str:
+    """Return a field's type and bounds in words."""
+    limits = [
+        f"{word} {getattr(bound, name)}"
+        for bound in field.metadata
+        for name, word in BOUNDS.items()
+        if hasattr(bound, name)
+    ]
+    text = _type_name(field.annotation)
+    return text + (", " + ", ".join(limits) if limits else "")
+
+
+def _type_name(annotation: Any) -> str:
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    if annotation in names:
+        return names[annotation]
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{shown(choice)}`" for choice in inner)
+    if origin is typing.Annotated:
+        return _type_name(inner[0])
+    if origin is tuple and inner[-1] is ...:
+        return "list of tables" if isinstance(inner[0], type) else f"list of {_type_name(inner[0])}"
+    if origin is tuple:
+        return f"list of {len(inner)} numbers"
+    raise AssertionError(f"the list of keys has no word for {annotation}")
+
+
+def _default_of(field: FieldInfo) -> str:
+    return "must be given" if field.default is PydanticUndefined else f"`{shown(field.default)}`"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def main() -> None:
+    """Write the schema and the list of keys anew, into the folders beside this package's source."""
+    root = Path(__file__).resolve().parents[2]
+    (root / "runs" / "schema.json").write_text(json_schema(), encoding="utf-8")
+    page = root / "docs" / "run-file.md"
+    page.write_text(with_key_list(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
