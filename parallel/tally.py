@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import all_reduce
@@ -82,3 +83,12 @@ class _AttachLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype, device = ctx.loss_like
         return grads[0], torch.ones(shape, dtype=dtype, device=device)
+
+
+def gather_texts(mine: list[str], mesh: Mesh) -> list[str]:
+    """Return every rank's lines in rank order; for messages when a run ends, not for a step that goes on."""
+    if not mesh.world.is_split:
+        return mine
+    everyones: list[list[str]] = [[] for _ in range(mesh.world.size)]
+    dist.all_gather_object(everyones, mine, group=mesh.world.group)
+    return [line for lines in everyones for line in lines]

@@ -1,0 +1,159 @@
+"""From a run file and a mesh to everything that a training loop works with; here the config is spent.
+
+    run file + store + mesh  ->  model (built on meta, split, wrapped, filled), engine, optimizer, tally  ->  Run
+    a folder                 ->  a model with weights, on one process, for generation and export
+
+Below this file functions take numbers, axes and modules.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.data.store import TokenStore
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.training.optimizer import Optimizer
+from meshwright.launcher.training.stopping import FLAGS
+from meshwright.model.config import ModelConfig
+from meshwright.model.parts import build_model, reset_buffers
+from meshwright.model.stack import LanguageModel
+from meshwright.parallel.apply import Plan, apply, fill_initial_weights
+from meshwright.parallel.mesh import Mesh, Sizes
+from meshwright.parallel.placement import placement_table
+from meshwright.parallel.tally import Tally, declared_entries
+from meshwright.parallel.zero.engine import ZeroEngine
+
+
+@dataclass
+class Run:
+    """What one rank trains with."""
+
+    run_file: RunFile
+    store: TokenStore
+    mesh: Mesh
+    device: torch.device
+    model: LanguageModel
+    engine: ZeroEngine
+    optimizer: Optimizer
+    tally: Tally
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder that everything of the run is written to."""
+        return Path(self.run_file.run.output_folder)
+
+    def finish_step(self, sums: dict[str, Tensor]) -> None:
+        """Let every module that watches the step's sums take them."""
+        for module in self.model.modules():
+            take: Callable[[dict[str, Tensor]], None] | None = getattr(module, "finish_step", None)
+            if callable(take):
+                take(sums)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the state that modules keep beside their parameters, by global name, the same on every rank."""
+        return dict(self.model.named_buffers())
+
+
+def build_run(run_file: RunFile, store: TokenStore, mesh: Mesh, device: torch.device) -> Run:
+    """Build the model with its initial weights, its optimizer and its tally, as this rank holds them."""
+    model = build_model(run_file.model, mesh=mesh, device="meta", dtype=held_dtype(run_file))
+    table = placement_table(model)
+    ranks = {f"memory.{rank}": 1 for rank in range(mesh.world.size)}
+    tally = Tally({"loss": 1, **FLAGS, **ranks, **declared_entries(model)}, device)
+    layers = list(model.layers.values())
+    engine = apply(model, layers, [*_experts(layers), *layers, model], table, mesh, tally, plan_of(run_file), device)
+    fill_initial_weights(model, engine, run_file.run.seed)
+    reset_buffers(model)
+    optimizer = Optimizer(engine.parts, run_file.optimizer)
+    return Run(run_file, store, mesh, device, model, engine, optimizer, tally)
+
+
+def _experts(layers: list[nn.Module]) -> list[nn.Module]:
+    """Return the modules that hold experts: ZeRO gathers them over other ranks than the layer around them."""
+    return [module for layer in layers for name, module in layer.named_modules() if name.endswith("experts")]
+
+
+def plan_of(run_file: RunFile) -> Plan:
+    """Return how a rank runs the model, as plain values."""
+    return Plan(
+        stage=run_file.zero.stage,
+        compute_dtype=torch.bfloat16 if run_file.train.precision == "bf16" else None,
+        recompute=run_file.recompute.mode,
+        recompute_every=run_file.recompute.every,
+        recompute_save=tuple(run_file.recompute.save),
+        compile=run_file.train.compile,
+    )
+
+
+def held_dtype(run_file: RunFile) -> torch.dtype:
+    """Return the type of the weights that the optimizer updates."""
+    return torch.float64 if run_file.train.precision == "fp64" else torch.float32
+
+
+def sizes_of(run_file: RunFile, world_size: int) -> Sizes:
+    """Return the sizes of the mesh's axes on so many ranks."""
+    parallel = run_file.parallel
+    return Sizes(
+        pp=parallel.pp,
+        dp_replicate=parallel.dp_replicate,
+        dp_shard=parallel.dp_shard_in(world_size),
+        cp=parallel.cp,
+        tp=parallel.tp,
+        ep=parallel.ep,
+        etp=parallel.etp,
+    )
+
+
+def resolve_device(wanted: str, local_rank: int) -> torch.device:
+    """Return the device of this rank.
+
+    Raises:
+        ConfigError: if the machine has no such device.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if local_rank >= found:
+            raise ConfigError(
+                "run.device", [f'"cuda": local rank {local_rank} finds {found} GPUs; one rank for each GPU would fit']
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("run.device", ['"mps": this machine has no Apple GPU that torch can use; "cpu" would fit'])
+    return torch.device(wanted)
+
+
+def with_vocab_of(run_file: RunFile, store: TokenStore) -> RunFile:
+    """Return the run file with the vocabulary's size filled in from the store.
+
+    Raises:
+        ConfigError: if the model has no room for the store's tokens.
+    """
+    try:
+        model = run_file.model.with_vocab(store.vocab_size)
+    except ValueError as error:
+        raise ConfigError(run_file.data.store, [str(error)]) from None
+    return run_file.model_copy(update={"model": model})
+
+
+def set_threads(wanted: int, local_world_size: int) -> int:
+    """Set and return the CPU threads of this rank: as wanted, or its share of the cores that it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = wanted or max(1, cores // local_world_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Return a model of one process whose weights are allocated and not filled."""
+    model = build_model(config, device="meta", dtype=dtype)
+    model.to_empty(device=device)
+    reset_buffers(model)
+    return model.eval()

@@ -1,0 +1,79 @@
+"""A trained model on one process, from a run, a checkpoint or an export: for generation and for judging exports.
+
+    run folder          its newest checkpoint that verifies; sizes from the run file in it, tokenizer beside it
+    checkpoint folder   the same, of that step
+    export folder       sizes from config.json, tokenizer.json in it
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from meshwright.launcher.build import empty_model
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.training.saving import run_file_of
+from meshwright.launcher.weights.read_weights import (
+    CheckpointWeights,
+    ExportWeights,
+    Source,
+    find_source,
+)
+from meshwright.model.config import ModelConfig
+from meshwright.model.stack import LanguageModel
+from meshwright.parallel.checkpoint.folder import STATE_NAME, read_manifest, read_sealed
+
+TOKENIZER_NAME = "tokenizer.json"
+
+
+class Loaded(NamedTuple):
+    """A model with its weights, and what belongs to it."""
+
+    model: LanguageModel
+    config: ModelConfig
+    tokenizer: Path | None
+    """Its tokenizer.json, where one was found."""
+    end_of_text: str | None
+    """The token that ends a document; None where the folder does not say."""
+    source: Path
+
+
+def load_for_inference(path: Path, device: torch.device | str = "cpu") -> Loaded:
+    """Load what lies at `path` in fp32.
+
+    Raises:
+        ConfigError: if nothing there can be loaded, with the reason.
+    """
+    try:
+        source = find_source(path)
+        weights: CheckpointWeights | ExportWeights
+        if source.is_checkpoint:
+            weights = CheckpointWeights(source.path)
+            config, tokenizer, end_of_text = _of_checkpoint(source)
+        else:
+            weights = ExportWeights(source.path)
+            config, tokenizer, end_of_text = weights.config, source.path / TOKENIZER_NAME, _of_export(source.path)
+    except ValueError as error:
+        raise ConfigError(str(path), str(error).splitlines()) from None
+    model = empty_model(config, torch.device(device))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.read(name))
+    return Loaded(model, config, tokenizer if tokenizer.is_file() else None, end_of_text, source.path)
+
+
+def _of_checkpoint(source: Source) -> tuple[ModelConfig, Path, str]:
+    state = json.loads(read_sealed(source.path, STATE_NAME, read_manifest(source.path)))
+    run_file = run_file_of(state, source.path)
+    beside = source.run_folder / TOKENIZER_NAME if source.run_folder else Path(run_file.data.store) / TOKENIZER_NAME
+    return run_file.model, beside, state["end_of_text"]
+
+
+def _of_export(folder: Path) -> str | None:
+    """Return the end token that tokenizer_config.json names."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    return token if isinstance(token, str) else None

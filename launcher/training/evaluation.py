@@ -1,0 +1,64 @@
+"""The loss on held-out documents, on any layout: the same samples each time, every token counted once.
+
+Each rank takes a block of the samples. All ranks run the same number of micro-batches, because experts may lie on
+other ranks; where a rank has fewer samples left, its micro-batch is padded with samples that do not count.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from meshwright.data.batches import Batch, fetch
+from meshwright.data.order import SampleOrder
+from meshwright.data.store import Split
+from meshwright.launcher.build import Run
+from meshwright.launcher.training.one_step import Inputs, autocast, to_device, where_of
+from meshwright.model.heads import NOT_COUNTED
+from meshwright.parallel.collectives import all_reduce
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The samples that are evaluated: the first ones of the validation split, in an order that no seed changes."""
+
+    split: Split
+    order: SampleOrder
+    samples: int
+
+    @property
+    def available(self) -> int:
+        """Return how many samples are evaluated: as many as asked for, or as there are."""
+        return min(self.samples, self.order.samples_per_epoch)
+
+
+def evaluate(run: Run, held_out: HeldOut, step: int) -> tuple[float, int]:
+    """Return the mean cross entropy of the held-out samples, in nats, and the tokens that it was measured on."""
+    dp, size, total = run.mesh.dp, run.run_file.train.micro_batch_size, held_out.available
+    per_rank = -(-total // dp.size)
+    rounds = -(-per_rank // size)
+    first = dp.rank * per_rank
+    mine = range(min(first, total), min(first + per_rank, total))
+    sums = torch.zeros(2, dtype=torch.float64 if run.device.type != "mps" else torch.float32, device=run.device)
+    run.model.eval()
+    with torch.no_grad():
+        for number in range(rounds):
+            inputs = _padded(held_out, mine[number * size : (number + 1) * size], size, run)
+            with autocast(run):
+                where = where_of(run, inputs, slice(None), step, 1.0)
+                loss = run.model(inputs.tokens, inputs.targets, where, None)
+            sums += torch.stack((loss.detach().to(sums), inputs.counted.sum().to(sums)))
+    for axis in (run.mesh.dp_replicate, run.mesh.zero):
+        all_reduce(sums, axis)
+    run.model.train()
+    return float(sums[0] / sums[1]), int(sums[1])
+
+
+def _padded(held_out: HeldOut, samples: range, size: int, run: Run) -> Inputs:
+    """Read samples; fill up to `size` with the split's first sample, whose targets then do not count."""
+    read = fetch(held_out.split, held_out.order, range(samples.start, samples.stop) if samples else range(1))
+    rows = torch.arange(size).clamp(max=len(read.sample) - 1).numpy()
+    inputs = to_device(Batch(read.tokens[rows], read.document[rows], read.sample[rows]), run.device)
+    if len(samples) < size:
+        inputs.targets[:, len(samples) :] = NOT_COUNTED
+        inputs.counted[:, len(samples) :] = False
+    return inputs

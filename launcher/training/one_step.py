@@ -1,0 +1,137 @@
+"""One step: count its tokens, forward and backward by micro-batches, reduce, clip, update.
+
+    count      the counted tokens of the whole batch, summed over the data ranks before the first forward
+    forward,   each micro-batch's loss is its sum divided by that count; gradients are summed, in order, and
+    backward   leave for the other ranks while the last micro-batch's backward runs
+    norm       of the whole gradient, over every axis; the tally with losses, loads and flags is summed
+    update     unless the loss is no number or the norm spikes: clip, AdamW, bring the weights back
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from meshwright.data.batches import Batch
+from meshwright.launcher.build import Run
+from meshwright.launcher.observe.clock import StepClock
+from meshwright.launcher.observe.metrics import memory_in_use
+from meshwright.launcher.training.stopping import Signals, SpikeGuard, is_finite
+from meshwright.parallel.collectives import all_reduce
+from meshwright.parallel.grad_norm import clip_gradients, gradient_norm
+from meshwright.parallel.where import Where
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step showed, the same on every rank but for `local_loss`."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    sums: dict[str, Tensor]
+    local_loss: float
+    is_finite: bool
+    skipped: bool
+
+
+def one_step(
+    run: Run, batch: Batch, step: int, learning_rate: float, *, guard: SpikeGuard, signals: Signals, clock: StepClock
+) -> StepResult:
+    """Make one update of the weights from this rank's part of the step's batch."""
+    inputs = to_device(batch, run.device)
+    tokens = count_over_data(run, inputs.counted)
+    with clock.lap("forward_backward"):
+        local_loss = forward_backward(run, inputs, step, tokens)
+        run.engine.finish_gradients()
+        norm = gradient_norm(run.engine.parts.values())
+
+    run.tally.add("loss", local_loss)
+    run.tally.add(f"memory.{run.mesh.rank}", float(memory_in_use(run.device)))
+    signals.raise_flags(run.tally)
+    sums = run.tally.reduce(run.mesh)
+    loss = sums["loss"].item()
+
+    finite = is_finite(loss, norm)
+    skipped = finite and guard.is_spike(norm)
+    with clock.lap("optimizer"):
+        if finite and not skipped:
+            clip_gradients(run.engine.parts.values(), norm, run.run_file.train.clip_norm)
+            run.optimizer.step(learning_rate)
+            run.engine.publish_weights()
+    if finite:
+        run.finish_step(sums)
+    return StepResult(loss, norm, int(tokens), sums, local_loss, finite, skipped)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch as the model takes it, sequence first, on the device."""
+
+    tokens: Tensor
+    targets: Tensor
+    document: Tensor
+    sample: Tensor
+    counted: Tensor
+
+
+def to_device(batch: Batch, device: torch.device) -> Inputs:
+    """Shift tokens against targets, put the sequence first, and move to the device."""
+    tokens = torch.from_numpy(batch.tokens).T.to(device, non_blocking=True)
+    document = torch.from_numpy(batch.document).T.to(device, non_blocking=True)
+    targets = tokens[1:].contiguous()
+    return Inputs(
+        tokens[:-1].contiguous(),
+        targets,
+        document[:-1].contiguous(),
+        torch.from_numpy(batch.sample).to(device),
+        targets >= 0,
+    )
+
+
+def count_over_data(run: Run, counted: Tensor) -> float:
+    """Return the counted tokens of all ranks' batches together."""
+    count = counted.sum()
+    for axis in (run.mesh.dp_replicate, run.mesh.zero):
+        all_reduce(count, axis)
+    return float(count.item())
+
+
+def forward_backward(run: Run, inputs: Inputs, step: int, step_tokens: float) -> float:
+    """Run the batch in micro-batches; return this rank's share of the loss."""
+    run.model.train()
+    size = run.run_file.train.micro_batch_size
+    starts = range(0, inputs.tokens.shape[1], size)
+    total = torch.zeros((), dtype=torch.float64 if run.device.type != "mps" else torch.float32, device=run.device)
+    for start in starts:
+        run.engine.start_micro_batch(is_first=start == starts[0], is_last=start == starts[-1])
+        part = slice(start, start + size)
+        with autocast(run):
+            where = where_of(run, inputs, part, step, step_tokens)
+            loss = run.model(inputs.tokens[:, part], inputs.targets[:, part], where, run.tally)
+        loss.backward()
+        total += loss.detach()
+    return float(total.item())
+
+
+def where_of(run: Run, inputs: Inputs, part: slice, step: int, step_tokens: float) -> Where:
+    """Return the place of a micro-batch's tokens."""
+    length = inputs.tokens.shape[0]
+    return Where(
+        step=step,
+        sample=inputs.sample[part],
+        position=torch.arange(length, device=run.device),
+        document=inputs.document[:, part],
+        counted=inputs.counted[:, part],
+        step_tokens=step_tokens,
+        seq_len=length,
+        mask_documents=run.run_file.data.mask_documents,
+    )
+
+
+def autocast(run: Run) -> AbstractContextManager[None]:
+    """Return the context in which products are computed in bf16, where the run file asks for it."""
+    if run.run_file.train.precision == "bf16_autocast":
+        return torch.autocast(run.device.type, torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,201 @@
+"""When a run is saved, what a checkpoint of it holds, and how it goes on from one.
+
+    tensors   weights by name, optimizer.exp_avg.<name>, optimizer.exp_avg_sq.<name>, buffers.<name>
+    state     step, samples, updates, skipped, norms (of the spike guard), run file, store's fingerprint, changes
+
+The samples consumed are the position in the data. The learning rate is a function of the step and needs no state.
+A run goes on from its newest checkpoint that verifies; what may differ then is said by `runfile/resume_rules.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import tomllib
+
+from meshwright.launcher.build import Run
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.read import examine
+from meshwright.launcher.runfile.resume_rules import compare_for_resume
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.runfile.write import write_resolved
+from meshwright.launcher.training.optimizer import MOMENTS
+from meshwright.parallel.checkpoint.agree import CheckpointError
+from meshwright.parallel.checkpoint.describe import HeldPart
+from meshwright.parallel.checkpoint.folder import Keep, checkpoint_path
+from meshwright.parallel.checkpoint.load import Expect, load_checkpoint
+from meshwright.parallel.checkpoint.save import AsyncSaver, save_checkpoint
+from meshwright.parallel.checkpoint.verify import newest_that_verifies
+
+
+@dataclass
+class Progress:
+    """How far a run is: everything that is not a tensor."""
+
+    step: int = 0
+    """Steps made, skipped ones included."""
+    samples: int = 0
+    updates: int = 0
+    """Updates that the moments hold."""
+    skipped: int = 0
+    norms: list[float] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+    """What was changed at which resume, for a person to read."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run begins, and what to tell of it."""
+
+    progress: Progress
+    events: list[str]
+
+
+class Saver:
+    """Writes the checkpoints of a run."""
+
+    def __init__(self, run: Run) -> None:
+        """Take the run; make the background's process group if saving is asynchronous."""
+        table = run.run_file.checkpoint
+        self.run, self.every = run, table.every
+        self.keep = Keep(table.keep_last, table.keep_every)
+        timeout = timedelta(seconds=run.run_file.run.timeout_seconds)
+        self._background = AsyncSaver(run.mesh, timeout) if table.asynchronous else None
+        self.newest: Path | None = None
+        self.saved_step = -1
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the checkpoints."""
+        return checkpoints_of(self.run.folder)
+
+    def is_due(self, step: int) -> bool:
+        """Say whether a checkpoint is written after so many steps."""
+        return self.every > 0 and step % self.every == 0
+
+    def save(self, progress: Progress) -> Path:
+        """Write a checkpoint, or begin to in the background; return where it will be."""
+        tensors, state = held_tensors(self.run), state_of(self.run, progress)
+        fingerprint = model_fingerprint(self.run.run_file)
+        path = checkpoint_path(self.folder, progress.step)
+        if self._background is not None:
+            self._background.save(self.folder, progress.step, tensors, state, fingerprint, self.keep)
+        else:
+            save_checkpoint(self.folder, progress.step, tensors, state, self.run.mesh, fingerprint, self.keep)
+        self.newest, self.saved_step = path, progress.step
+        return path
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
+        if self._background is not None:
+            self._background.close()
+
+
+def checkpoints_of(run_folder: Path) -> Path:
+    """Return where a run's checkpoints lie."""
+    return run_folder / "checkpoints"
+
+
+def held_tensors(run: Run, *, optimizer: bool = True) -> dict[str, HeldPart]:
+    """Return what this rank holds of every tensor that a checkpoint has."""
+    tensors: dict[str, HeldPart] = {}
+    for name, part in run.engine.parts.items():
+        tensors[name] = HeldPart(part.parameter.detach(), part.global_shape, part.offset)
+        for moment in MOMENTS if optimizer else ():
+            held = run.optimizer.moment(name, moment)
+            tensors[f"optimizer.{moment}.{name}"] = HeldPart(held, part.global_shape, part.offset)
+    for name, buffer in run.buffers().items():
+        tensors[f"buffers.{name}"] = HeldPart(buffer, tuple(buffer.shape), (0,) * buffer.dim())
+    return tensors
+
+
+def state_of(run: Run, progress: Progress) -> dict[str, Any]:
+    """Return the small values of a checkpoint."""
+    return {
+        "step": progress.step,
+        "samples": progress.samples,
+        "updates": progress.updates,
+        "skipped": progress.skipped,
+        "norms": list(progress.norms),
+        "changes": list(progress.changes),
+        "run_file": write_resolved(run.run_file),
+        "store": run.store.fingerprint,
+        "end_of_text": run.store.meta.tokenizer.end_of_text,
+    }
+
+
+def model_fingerprint(run_file: RunFile) -> str:
+    """Return what must be equal for a checkpoint to be of this model."""
+    return run_file.model.model_copy(update={"preset": ""}).model_dump_json()
+
+
+def resume(run: Run, allow_change: Sequence[str] = ()) -> Resumed:
+    """Bring the run to its newest checkpoint that verifies, or to the weights that it begins from, or leave it new.
+
+    Raises:
+        ConfigError: if the checkpoint is of another model, corpus or run than the run file says.
+    """
+    newest = newest_that_verifies(checkpoints_of(run.folder), run.mesh)
+    events = [f"passed over {path}: {'; '.join(why)}" for path, why in newest.passed_over.items()]
+    if newest.path is None:
+        if newest.passed_over:
+            raise ConfigError(str(checkpoints_of(run.folder)), [*events, "no checkpoint is whole; move them away"])
+        source = run.run_file.init.source
+        return begin_from(run, Path(source)) if source else Resumed(Progress(), events)
+    state = _load(run, newest.path)
+    before = run_file_of(state, newest.path)
+    changes, problems = compare_for_resume(before, run.run_file, allow_change)
+    if state["store"] != run.store.fingerprint:
+        problems.append(f"data.store = {run.run_file.data.store}: holds other tokens than those of the checkpoint")
+    if problems:
+        raise ConfigError(str(newest.path), problems)
+    progress = Progress(**{key: state[key] for key in ("step", "samples", "updates", "skipped", "norms", "changes")})
+    progress.changes += [f"step {progress.step}: {change}" for change in changes]
+    events.append(f"resumed at step {progress.step} from {newest.path}")
+    events += [f"changed: {change}" for change in changes]
+    run.optimizer.set_updates(progress.updates)
+    run.engine.publish_weights()
+    return Resumed(progress, events)
+
+
+def _load(run: Run, path: Path) -> dict[str, Any]:
+    expect = Expect(model_fingerprint(run.run_file), is_verified=True)
+    try:
+        return load_checkpoint(path, held_tensors(run), run.mesh, expect)
+    except CheckpointError as error:
+        raise ConfigError(str(path), str(error).splitlines()) from None
+
+
+def begin_from(run: Run, source: Path) -> Resumed:
+    """Take the weights (and by choice the moments) of another run's checkpoint; step and data begin anew.
+
+    Raises:
+        ConfigError: if the checkpoint is damaged or of another model.
+    """
+    newest = newest_that_verifies(checkpoints_of(source), run.mesh) if checkpoints_of(source).is_dir() else None
+    path = newest.path if newest is not None and newest.path is not None else source
+    with_moments = run.run_file.init.load == "weights+optimizer"
+    wanted = held_tensors(run, optimizer=with_moments)
+    expect = Expect(None, may_stay_unread=("optimizer.",), same_dtype=False)
+    try:
+        state = load_checkpoint(path, wanted, run.mesh, expect)
+    except CheckpointError as error:
+        raise ConfigError(f"init.from = {source}", str(error).splitlines()) from None
+    run.optimizer.set_updates(int(state["updates"]) if with_moments else 0)
+    run.engine.publish_weights()
+    updates = int(state["updates"]) if with_moments else 0
+    return Resumed(Progress(updates=updates), [f"begun from {path} ({run.run_file.init.load})"])
+
+
+def run_file_of(state: dict[str, Any], path: Path) -> RunFile:
+    """Return the run file that a checkpoint was written under.
+
+    Raises:
+        ConfigError: if this version cannot read it.
+    """
+    run_file, problems = examine(tomllib.loads(state["run_file"]))
+    if run_file is None:
+        raise ConfigError(f"{path}: the run file in it", problems)
+    return run_file

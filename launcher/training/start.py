@@ -1,0 +1,144 @@
+"""One rank's whole life: check the run file, meet the others, build, resume, train, sum up.
+
+Everything that can be wrong with what a user gave is looked for before the ranks meet, and again where it needs
+the store or the checkpoint; then it is raised on every rank alike, so that none waits for another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meshwright.data.store import TokenStore
+from meshwright.kernels.choose import choose_products, describe_choices
+from meshwright.launcher.build import Run, build_run, resolve_device, set_threads, sizes_of, with_vocab_of
+from meshwright.launcher.inference import TOKENIZER_NAME
+from meshwright.launcher.observe.metrics import Meter
+from meshwright.launcher.observe.peak import choose_peak
+from meshwright.launcher.observe.provenance import write_provenance
+from meshwright.launcher.observe.sinks import Sinks, open_sinks
+from meshwright.launcher.observe.summary import RunFacts, print_summary, write_summary
+from meshwright.launcher.ranks import RankInfo, start_process_group, stop_process_group
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.read import read_run_file
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.runfile.write import write_resolved
+from meshwright.launcher.training.loop import train
+from meshwright.launcher.training.saving import Saver, resume
+from meshwright.launcher.training.stopping import Signals
+from meshwright.model.costs import training_flops_per_token
+from meshwright.parallel.mesh import build_mesh
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    run_file: Path
+    overrides: Sequence[str]
+    allow_change: Sequence[str]
+
+
+def run_rank(request: Request, info: RankInfo) -> None:
+    """Train as one rank of the run.
+
+    Raises:
+        ConfigError: if what the user gave cannot be honoured.
+    """
+    run_file = read_run_file(request.run_file, request.overrides, world_size=info.world_size)
+    store = open_store(request.run_file, run_file)
+    run_file = with_vocab_of(run_file, store)
+    device = resolve_device(run_file.run.device, info.local_rank)
+    threads = set_threads(run_file.train.threads, info.local_world_size)
+    signals = Signals()
+    start_process_group(info, device.type, run_file.run.timeout_seconds)
+    try:
+        mesh = build_mesh(sizes_of(run_file, info.world_size), timedelta(seconds=run_file.run.timeout_seconds))
+        choices = choose_products(device)
+        run = build_run(run_file, store, mesh, device)
+        began = resume(run, request.allow_change)
+        with open_sinks(
+            run.folder,
+            rank=info.rank,
+            total_steps=run_file.train.steps,
+            resumed_at=began.progress.step,
+            every=run_file.log.every,
+            unit="gpu" if device.type == "cuda" else "rank",
+        ) as sinks:
+            for event in [*_about(info, device, threads, choices), *began.events]:
+                sinks.event(event)
+            saver = Saver(run)
+            versions = write_what_runs(run, sinks) if info.rank == 0 else {}
+            newest = train(run, began.progress, saver, sinks, meter_of(run), signals)
+        if info.rank == 0:
+            sum_up(run, versions, newest)
+    finally:
+        stop_process_group()
+
+
+def open_store(path: Path, run_file: RunFile) -> TokenStore:
+    """Open the run's store and hold it against the run file.
+
+    Raises:
+        ConfigError: if there is none, it is damaged, or it does not fit the run file.
+    """
+    folder = run_file.data.store
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            str(path),
+            [f'data.store = "{folder}": there is no such folder; meshwright prepare --out {folder} makes one'],
+        )
+    store = TokenStore.open(folder)
+    problems = store.meta.problems(seq_len=run_file.data.seq_len, vocab_size=run_file.model.vocab_size)
+    if run_file.evaluation.every > 0 and "validation" not in store.splits:
+        problems.append(
+            f"evaluation.every = {run_file.evaluation.every}: the store holds no validation split;"
+            " prepare it with --validation-fraction, or 0 would fit"
+        )
+    if problems:
+        raise ConfigError(str(path), problems)
+    return store
+
+
+def meter_of(run: Run) -> Meter:
+    """Return what turns a step's raw numbers into named ones."""
+    precision = run.run_file.train.precision
+    dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(precision, torch.bfloat16)
+    flops = training_flops_per_token(run.run_file.model, run.run_file.data.seq_len)
+    return Meter(run.mesh.world.size, flops, choose_peak(run.device, dtype))
+
+
+def write_what_runs(run: Run, sinks: Sinks) -> dict[str, str]:
+    """Write run.toml, provenance.json and the tokenizer into the run's folder; return the versions."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "run.toml").write_text(write_resolved(run.run_file), encoding="utf-8")
+    tokenizer = (run.store.path / TOKENIZER_NAME).read_bytes()
+    (run.folder / TOKENIZER_NAME).write_bytes(tokenizer)
+    start, problem = write_provenance(run.folder, run.device)
+    if problem:
+        sinks.event(problem)
+    return dict(start.get("versions") or {})
+
+
+def sum_up(run: Run, versions: dict[str, str], newest: Path | None) -> None:
+    """Write the summary with its picture, and print it."""
+    from rich.console import Console
+
+    facts = RunFacts(
+        name=run.run_file.run.name,
+        unigram_entropy=run.store.meta.validation_unigram_nats,
+        checkpoint=str(newest) if newest else None,
+        versions=versions,
+    )
+    summary: dict[str, Any] = write_summary(run.folder, facts)
+    print_summary(summary, Console(stderr=True))
+
+
+def _about(info: RankInfo, device: torch.device, threads: int, choices: Any) -> list[str]:
+    """Say on what the run runs, in words."""
+    about = f"{info.world_size} rank{'s' if info.world_size > 1 else ''} ({info.how}) on {device.type}"
+    about += f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else ""
+    return [about, *describe_choices(choices)]

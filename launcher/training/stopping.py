@@ -1,0 +1,101 @@
+"""What ends a run before its last step, agreed by all ranks at the same step.
+
+    SIGTERM, SIGUSR1    write a checkpoint and end cleanly (Slurm sends them before the time is up)
+    SIGUSR2             write a checkpoint and go on
+    not a number        end at once, nothing is written: the last good checkpoint stays the newest
+    norm spike          leave the update out and go on
+
+A signal only sets a flag; the flag travels in the step's tally, so that ranks which got the signal at different
+moments act on it together.
+"""
+
+import math
+import signal
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from types import FrameType
+
+from torch import Tensor
+
+from meshwright.parallel.tally import Tally
+
+FLAGS = {"flag.stop": 1, "flag.save": 1}
+_STOP = (signal.SIGTERM, signal.SIGUSR1)
+_SAVE = (signal.SIGUSR2,)
+_SPIKE_WINDOW = 64
+_SPIKE_NEEDS = 16
+
+
+class Signals:
+    """Signals received since the last step, as flags. Handlers only set them, so a second signal does no harm."""
+
+    def __init__(self) -> None:
+        """Install the handlers; call in the main thread."""
+        self._stop = self._save = False
+        for number in _STOP:
+            signal.signal(number, self._on_stop)
+        for number in _SAVE:
+            signal.signal(number, self._on_save)
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+
+    def _on_save(self, number: int, frame: FrameType | None) -> None:
+        self._save = True
+
+    def raise_flags(self, tally: Tally) -> None:
+        """Add this rank's flags to the step's tally. A save is asked for once, a stop stays."""
+        tally.add("flag.stop", float(self._stop))
+        tally.add("flag.save", float(self._save))
+        self._save = False
+
+
+def wants_stop(sums: dict[str, Tensor]) -> bool:
+    """Say whether any rank was told to stop."""
+    return bool(sums["flag.stop"] > 0)
+
+
+def wants_save(sums: dict[str, Tensor]) -> bool:
+    """Say whether any rank was asked for a checkpoint."""
+    return bool(sums["flag.save"] > 0)
+
+
+class NotANumberError(RuntimeError):
+    """The loss or the gradient is no finite number."""
+
+    def __init__(self, step: int, loss: float, norm: float, documents: Iterable[str], checkpoint: str | None) -> None:
+        """Name the step, the documents of the batch where it happened, and the checkpoint to go back to."""
+        where = "\n  ".join(documents)
+        super().__init__(
+            f"step {step}: loss = {loss}, gradient norm = {norm}; training cannot go on from here\n"
+            f"the documents of the ranks' batches whose loss is not finite"
+            f" (of all, where only the gradient is not):\n  {where}\n"
+            + (f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet")
+            + "; lower learning_rate.peak, set train.skip_norm_spike, or look at these documents"
+        )
+
+
+def is_finite(loss: float, norm: float) -> bool:
+    """Say whether a step's numbers can be used."""
+    return math.isfinite(loss) and math.isfinite(norm)
+
+
+class SpikeGuard:
+    """Says which steps to leave out: those whose norm exceeds a multiple of the median of the last 64.
+
+    The first 16 norms are only watched. A skipped norm is not remembered, so that a burst cannot raise the limit.
+    """
+
+    def __init__(self, multiple: float, norms: Iterable[float] = ()) -> None:
+        """Take the multiple (0 = never skip) and the norms remembered by a checkpoint."""
+        self.multiple = multiple
+        self.norms = deque(norms, maxlen=_SPIKE_WINDOW)
+
+    def is_spike(self, norm: float) -> bool:
+        """Say whether to leave the step out, and remember its norm if not."""
+        enough = len(self.norms) >= _SPIKE_NEEDS
+        if self.multiple > 0 and enough and norm > self.multiple * statistics.median(self.norms):
+            return True
+        self.norms.append(norm)
+        return False
