@@ -4,8 +4,8 @@
     tokenizer_config.json    names the generic class, which takes tokenizer.json at its word, and the end token
     special_tokens_map.json  the end token again, where transformers 4 looks for it
 
-The generic class matters: a family's own (LlamaTokenizer for model_type llama) puts its own
-pre-tokenizer in place of the file's, and gives other tokens.
+The generic class is named because a family's own may put its own pre-tokenizer in place of the file's, as
+LlamaTokenizer of transformers 5 does with Metaspace. transformers 5 knows the name as TokenizersBackend's old one.
 """
 
 import json

@@ -202,6 +202,25 @@ def open_weights(path: Path) -> CheckpointWeights | ExportWeights:
     return ExportWeights(source.path)
 
 
+@torch.no_grad()
+def fill_model(model: nn.Module, weights: CheckpointWeights | ExportWeights) -> None:
+    """Copy the weights into a model that holds all of them, whatever its dtype and device.
+
+    Raises:
+        ValueError: if they are not exactly the model's, naming every one at fault.
+    """
+    parameters, held = dict(model.named_parameters()), weights.shapes()
+    problems = [f"{name} is missing" for name in parameters.keys() - held.keys()]
+    problems += [f"{name} is not of this model" for name in held.keys() - parameters.keys()]
+    for name in parameters.keys() & held.keys():
+        if tuple(parameters[name].shape) != held[name]:
+            problems.append(f"{name} is {list(held[name])}, in the model {list(parameters[name].shape)}")
+    if problems:
+        raise ValueError(f"{weights.path} holds another model:\n  " + "\n  ".join(sorted(problems)))
+    for name, parameter in parameters.items():
+        parameter.copy_(weights.read(name))
+
+
 def _checked_rows(name: str, shape: tuple[int, ...], rows: tuple[int, int] | None) -> tuple[int, int]:
     first, end = (0, shape[0]) if rows is None else rows
     if not 0 <= first <= end <= shape[0]:

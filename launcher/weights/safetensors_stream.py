@@ -16,9 +16,9 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -93,16 +93,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _write_file(path: Path, tensors: Sequence[NamedShape], read: Callable[[str], Tensor], dtype: torch.dtype) -> None:
-    with path.open("wb") as file:
-        file.write(_header(tensors, dtype))
+    # Unbuffered: a full disk is an error of the write, which names the file, and not of a later flush.
+    with path.open("wb", buffering=0) as file:
+        _append(file, memoryview(_header(tensors, dtype)), path)
         for tensor in tensors:
             values = read(tensor.name)
             if tuple(values.shape) != tensor.shape:
                 raise ValueError(
                     f"{tensor.name} has the shape {list(values.shape)}, the configuration says {list(tensor.shape)}"
                 )
-            _write_values(file, values, dtype)
-        file.flush()
+            _append(file, _bytes_of(values, dtype), path)
         os.fsync(file.fileno())
 
 
@@ -122,7 +122,15 @@ def _header(tensors: Sequence[NamedShape], dtype: torch.dtype) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_values(file: BinaryIO, values: Tensor, dtype: torch.dtype) -> None:
-    """Write a tensor's bytes; safetensors are little-endian, as are all machines that torch has wheels for."""
+def _bytes_of(values: Tensor, dtype: torch.dtype) -> memoryview:
+    """Return a tensor's bytes; safetensors are little-endian, as are all machines that torch has wheels for."""
     flat = values.detach().to(device="cpu", dtype=dtype).contiguous().flatten()
-    file.write(flat.view(torch.uint8).numpy().data)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _append(file: RawIOBase, data: memoryview, path: Path) -> None:
+    while data:  # one call writes at most 2 GiB
+        try:
+            data = data[file.write(data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None

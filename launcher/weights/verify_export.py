@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from meshwright.launcher.weights.export_report import (
     ExportReport,
@@ -51,6 +52,8 @@ class VerificationText:
     tokens: Int64[Tensor, "s b"]
     origin: str
     """Where the text is from, for the report."""
+    tokenizer_json: str
+    """The tokenizer.json that gave the tokens."""
 
 
 def verify_export(
@@ -87,7 +90,7 @@ def verify_export(
         tensors=tensors,
         logits=compared,
         greedy=judge_choices(choices, compared.max_difference),
-        tokenizer_differences=tokenizer_differences(folder, text.tokens),
+        tokenizer_differences=tokenizer_differences(folder, text),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
 
@@ -189,14 +192,37 @@ def compare_tensors(
     )
 
 
-def tokenizer_differences(folder: Path, tokens: Int64[Tensor, "s b"]) -> int:
-    """Return at how many samples the exported tokenizer does not encode the text as the file tokenizer.json does."""
-    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+def tokenizer_differences(folder: Path, text: VerificationText) -> int:
+    """Return how many samples the exported tokenizer encodes otherwise than the one that the model was trained with."""
+    own = Tokenizer.from_str(text.tokenizer_json)
     own.no_truncation()
     own.no_padding()
     theirs = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    texts = [own.decode(column.tolist(), skip_special_tokens=False) for column in tokens.T]
-    return sum(own.encode(text).ids != theirs(text)["input_ids"] for text in texts)
+    samples = [own.decode(column.tolist(), skip_special_tokens=False) for column in text.tokens.T]
+    return sum(own.encode(sample).ids != theirs(sample)["input_ids"] for sample in samples)
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round a model's weights to a dtype, in place, while they keep their own."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+
+
+def rounding_effect(
+    before: Float[Tensor, "s b v"], after: Float[Tensor, "s b v"], tokens: Int64[Tensor, "s b"]
+) -> dict[str, float]:
+    """Return what rounding the weights changed in our logits of a text, and in the loss of its next tokens."""
+
+    def losses(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:-1].flatten(0, 1).double(), tokens[1:].flatten(), reduction="none")
+
+    change = losses(after) - losses(before)
+    return {
+        "largest difference of logits": float((before - after).abs().max()),
+        "mean change of the loss": float(change.mean()),
+        "mean change of the loss, absolute": float(change.abs().mean()),
+    }
 
 
 def _their_logits(model: Any, tokens: Tensor) -> Tensor:

@@ -1,0 +1,114 @@
+"""A folder is written whole or not at all, only over an export, and only from weights that are the model's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from tiny_exports import CONFIGS, END, MOE, tiny_config, tiny_model, tiny_tokenizer, write_tiny_export
+from torch import Tensor
+
+from meshwright.launcher.weights.hf_tokenizer import token_id
+from meshwright.launcher.weights.hf_writer import (
+    ExportSettings,
+    check_destination,
+    finish,
+    partial_folder,
+    write_hf_folder,
+)
+from meshwright.launcher.weights.read_weights import ModelWeights
+from meshwright.model.families.choose import NotRepresentableError
+
+SETTINGS = ExportSettings(tiny_tokenizer(), END, max_positions=32)
+
+
+class Changed:
+    """Weights of which some are named or shaped otherwise."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], changes: Mapping[str, tuple[int, ...] | None]) -> None:
+        changed = dict(shapes) | changes
+        self._shapes = {name: shape for name, shape in changed.items() if shape is not None}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        raise AssertionError("nothing may be read before all weights fit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"final_norm.weight": None}, r"final_norm\.weight \[16\] is missing"),
+        ({"layers.0.extra": (3,)}, r"layers\.0\.extra \[3\] has no place in the class"),
+        (
+            {"layers.0.feedforward.part.experts.gate": (5, 20, 16)},
+            r"experts\.gate has the shape \[5, 20, 16\], the configuration says \[4, 20, 16\]",
+        ),
+    ],
+)
+def test_weights_of_another_model_are_refused_before_anything_is_written(
+    changes: dict[str, tuple[int, ...] | None], problem: str, tmp_path: Path
+) -> None:
+    config = CONFIGS["mixtral"]
+    weights = Changed(ModelWeights(tiny_model(config)).shapes(), changes)
+    with pytest.raises(ValueError, match=problem):
+        write_hf_folder(tmp_path, config, weights, SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_no_class_is_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = tiny_config(pattern="*E", moe=MOE.model_copy(update={"num_shared_experts": 1}))
+    with pytest.raises(NotRepresentableError, match="num_shared_experts = 1"):
+        write_hf_folder(tmp_path, config, ModelWeights(tiny_model(config)), SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_end_token_that_the_tokenizer_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="no token '</s>'"):
+        token_id(tiny_tokenizer(), "</s>")
+
+
+def test_a_tied_model_writes_no_output_matrix(tmp_path: Path) -> None:
+    config = tiny_config(tie_embeddings=True)
+    write_tiny_export(tmp_path, tiny_model(config), config)
+    assert b"lm_head" not in (tmp_path / "model.safetensors").read_bytes()[:10_000]
+
+
+def test_a_destination_is_only_replaced_when_it_is_an_export_and_was_asked_for(tmp_path: Path) -> None:
+    check_destination(tmp_path / "new", overwrite=False)
+    (tmp_path / "empty").mkdir()
+    check_destination(tmp_path / "empty", overwrite=False)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is no export"):
+        check_destination(tmp_path, overwrite=True)
+    (tmp_path / "export_report.json").write_text("{}")
+    with pytest.raises(ValueError, match="--overwrite to replace it"):
+        check_destination(tmp_path, overwrite=False)
+    check_destination(tmp_path, overwrite=True)
+
+
+def test_what_stands_under_the_final_name_is_the_new_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    partial = partial_folder(out)
+    (partial / "new.txt").write_text("new")
+    assert finish(partial, out, passed=True) == out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["new.txt"]
+
+
+def test_what_did_not_verify_stands_apart_and_the_older_export_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    partial = partial_folder(out)
+    assert finish(partial, out, passed=False) == tmp_path / "out.failed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.failed"]
+    assert (out / "old.txt").exists()
+
+
+def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (partial_folder(out) / "half.safetensors").write_bytes(b"half")
+    assert list(partial_folder(out).iterdir()) == []
