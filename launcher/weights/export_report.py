@@ -4,13 +4,15 @@ The report lies beside the exported files, so that who gets the folder sees what
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from meshwright.launcher.weights.hf_writer import REPORT_NAME
 from meshwright.launcher.weights.safetensors_stream import write_text
+
+REPORT_PAGE = "export_report.md"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class ExportReport:
     rounding: dict[str, float] = field(default_factory=dict)
     """What rounding the weights changed in our own logits; empty in fp32."""
 
+    def with_rounding(self, effect: dict[str, float]) -> "ExportReport":
+        """Return this report with what rounding the weights changed."""
+        return replace(self, rounding=effect)
+
     def failures(self) -> list[str]:
         """Return every figure that is out of bounds; empty means that the export passed."""
         found: list[str] = []
@@ -129,7 +135,7 @@ def write_report(folder: Path, report: ExportReport | None, about: dict[str, Any
     page = [*_verdict(report, failures), "", *_table("This export", about)]
     if report is not None:
         page += ["", *_comparison(report)]
-    write_text(folder / Path(REPORT_NAME).with_suffix(".md"), "\n".join(page) + "\n")
+    write_text(folder / REPORT_PAGE, "\n".join(page) + "\n")
 
 
 def _verdict(report: ExportReport | None, failures: list[str]) -> list[str]:
