@@ -180,8 +180,12 @@ def _seekable(file: BinaryIO, source: Source) -> BinaryIO:
     if not source.compression:
         return file
     whole = tempfile.TemporaryFile()  # noqa: SIM115 - whoever asked closes it
-    with _unpacked(file, source) as stream:
-        shutil.copyfileobj(stream, whole)
+    try:
+        with _unpacked(file, source) as stream:
+            shutil.copyfileobj(stream, whole)
+    except BaseException:
+        whole.close()
+        raise
     whole.seek(0)
     return cast(BinaryIO, whole)
 

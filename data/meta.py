@@ -11,7 +11,7 @@ Imports neither numpy nor torch, so that a run file can be checked against a sto
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -128,7 +128,7 @@ class StoreMeta(_Table):
         return json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def read(cls, store: Path) -> Self:
+    def read(cls, store: Path) -> "StoreMeta":
         """Read and verify the meta.json of a store.
 
         Raises:

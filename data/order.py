@@ -16,6 +16,8 @@ ranks, workers, batch sizes or the length of the run.
 
 from functools import lru_cache
 from hashlib import blake2b
+from operator import index
+from typing import SupportsIndex
 
 ROUNDS = 6
 MASK_64 = 2**64 - 1
@@ -40,9 +42,9 @@ class SampleOrder:
         self.samples_per_epoch = (num_tokens - 1) // seq_len
         self._half_bits = ((self.samples_per_epoch - 1).bit_length() + 1) // 2
 
-    def window(self, sample_index: int) -> int:
+    def window(self, sample_index: SupportsIndex) -> int:
         """Return the position of the first token of a sample; the sample is seq_len + 1 tokens from there on."""
-        epoch, place = divmod(sample_index, self.samples_per_epoch)
+        epoch, place = divmod(index(sample_index), self.samples_per_epoch)
         keys = _round_keys(self.seed, epoch)
         # Outside the epoch's windows a place leads on to another place, and some day back in: that is what
         # makes a permutation of the next power of four one of any size.

@@ -33,6 +33,7 @@ from meshwright.data.tokenizer import MIN_VOCAB_SIZE, StoreTokenizer, load_token
 from meshwright.data.write import SplitWriter, open_group, unigram_nats
 
 TOKENIZER_SAMPLE_BYTES = 128 << 20  # text that a tokenizer is trained on, at most; more changes few merges
+DEFAULT_VOCAB_SIZE = 8192
 BYTES_PER_WORKER = 4 << 20  # a process takes about as long to start as to encode this much
 
 Report = Callable[[str, int, int], None]
@@ -49,7 +50,8 @@ class PrepareOptions:
     source_format: str = "auto"
     field: str = "text"
     text_unit: str = "file"
-    vocab_size: int = 8192
+    vocab_size: int | None = None
+    """Of a tokenizer that is trained; None takes 8192."""
     tokenizer: Path | None = None
     """A tokenizer.json; None trains one."""
     end_of_text: str = ""
@@ -67,7 +69,11 @@ class PrepareOptions:
             (self.source_format in FORMATS, f"--format {self.source_format}: must be one of {', '.join(FORMATS)}"),
             (self.text_unit in UNITS, f"--documents {self.text_unit}: must be one of {', '.join(UNITS)}"),
             (
-                self.tokenizer is not None or self.vocab_size >= MIN_VOCAB_SIZE,
+                self.tokenizer is None or self.vocab_size is None,
+                f"--vocab-size {self.vocab_size}: is for a tokenizer trained here; {self.tokenizer} has its own",
+            ),
+            (
+                self.vocab_size is None or self.vocab_size >= MIN_VOCAB_SIZE,
                 f"--vocab-size {self.vocab_size}: must be at least {MIN_VOCAB_SIZE}: all bytes and the end of text",
             ),
             (
@@ -204,7 +210,9 @@ def _recipe(
         "sources": contents.hexdigest(),
         "field": options.field,
         "documents": options.text_unit,
-        "tokenizer": tokenizer.sha256 if tokenizer else f"trained, vocabulary of {options.vocab_size}",
+        "tokenizer": tokenizer.sha256
+        if tokenizer
+        else f"trained, vocabulary of {options.vocab_size or DEFAULT_VOCAB_SIZE}",
         "end_of_text": tokenizer.end_of_text if tokenizer else "",
         "validation_fraction": options.validation_fraction,
         "seed": options.seed,
@@ -252,7 +260,7 @@ def _train(options: PrepareOptions, reader: DocumentReader, report: Report) -> S
                     break
             report("tokenizer", min(total, reader.bytes_done), total)
 
-    tokenizer = train_tokenizer(texts(), options.vocab_size)
+    tokenizer = train_tokenizer(texts(), options.vocab_size or DEFAULT_VOCAB_SIZE)
     if reader.problems:
         raise DataError(*reader.problems)
     return tokenizer

@@ -105,15 +105,13 @@ def prepare(
 
     began = time.monotonic()
     try:
-        if tokenizer is not None and vocab_size is not None:
-            raise DataError(f"--vocab-size {vocab_size}: is for a tokenizer trained here; {tokenizer} has its own")
         options = PrepareOptions(
             out=out.expanduser(),
             sources=tuple(sources or ()),
             source_format=source_format,
             field=field,
             text_unit=documents,
-            vocab_size=8192 if vocab_size is None else vocab_size,
+            vocab_size=vocab_size,
             tokenizer=tokenizer,
             end_of_text=end_of_text,
             validation_fraction=validation_fraction,
