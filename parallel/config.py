@@ -6,6 +6,7 @@
 None of these keys changes what is computed, only where: a checkpoint of one layout loads into any other.
 """
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
@@ -133,7 +134,7 @@ class RecomputeConfig(BaseModel):
             )
         if self.mode == "full" and self.save != RecomputeConfig().save:
             found.append(
-                f'recompute.save = {list(self.save)}: counts only with recompute.mode = "selective", and the mode is'
-                ' "full"; leave it out'
+                f"recompute.save = {json.dumps(self.save)}: counts only with"
+                ' recompute.mode = "selective", and the mode is "full"; leave it out'
             )
         return found

@@ -89,7 +89,7 @@ def machine_rows() -> Rows:
     """Yield the system, the cores and the memory that this process may use, and free room on disk."""
     yield (
         "system",
-        f"{platform.system()} {platform.release()}, {platform.machine()}, glibc {platform.libc_ver()[1] or '-'}",
+        f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver()).strip()}",
     )
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "cores", f"{usable} usable of {os.cpu_count()}"
@@ -117,7 +117,7 @@ def torch_rows() -> Rows:
         "torch",
         f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.backends.cpu.get_cpu_capability()}",
     )
-    has_mkl, has_onednn = (bool(it.is_available()) for it in (torch.backends.mkl, torch.backends.mkldnn))  # type: ignore[no-untyped-call]
+    has_mkl, has_onednn = (bool(it.is_available()) for it in (torch.backends.mkl, torch.backends.mkldnn))
     yield "products on CPU", f"MKL {'yes' if has_mkl else 'no'}, oneDNN {'yes' if has_onednn else 'no'}"
     if not dist.is_available():
         yield "ranks", "this torch is built without torch.distributed: only one process can run"
@@ -216,5 +216,5 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _gib(number: float) -> str:
+def _gib(number: int) -> str:
     return f"{number / 2**30:.1f} GiB"

@@ -12,7 +12,6 @@ Dense weights have d = dp_shard * cp; routed experts are N/ep on a rank, and d =
 stage 0. Activations, the layer that is gathered, send buffers and the library's own memory come on top.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from meshwright.launcher.runfile.tables import RunFile
@@ -36,14 +35,6 @@ class StateBytes(NamedTuple):
         return sum(self)
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Weights that share one way of sharding: how many a rank computes with, and over how many ranks state is cut."""
-
-    number: float
-    shards: int
-
-
 def state_bytes(run_file: RunFile, world_size: int) -> StateBytes:
     """Return what one rank of `world_size` holds; the run file must have passed its checks.
 
@@ -51,20 +42,21 @@ def state_bytes(run_file: RunFile, world_size: int) -> StateBytes:
     """
     parallel, model = run_file.parallel, run_file.model
     routed = routed_parameter_count(model)
-    dense = _Held(parameter_count(model) - routed, parallel.dp_shard_in(world_size) * parallel.cp)
-    experts = _Held(routed / parallel.ep, parallel.edp_in(world_size))
-    parts = [_bytes_of(held, run_file.zero.stage, run_file.train.precision) for held in (dense, experts)]
+    dense = (float(parameter_count(model) - routed), parallel.dp_shard_in(world_size) * parallel.cp)
+    experts = (routed / parallel.ep, parallel.edp_in(world_size))
+    parts = [_bytes_of(*held, run_file.zero.stage, run_file.train.precision) for held in (dense, experts)]
     return StateBytes(*(sum(column) for column in zip(*parts, strict=True)))
 
 
-def _bytes_of(held: _Held, stage: int, precision: str) -> StateBytes:
+def _bytes_of(number: float, shards: int, stage: int, precision: str) -> StateBytes:
+    """Return the bytes of so many weights, whose state is cut over `shards` ranks."""
     compute, update = COMPUTE_BYTES[precision], UPDATE_BYTES[precision]
-    stage = stage if held.shards > 1 else 0
-    part = held.number / held.shards
+    stage = stage if shards > 1 else 0
+    part = number / shards
     has_masters = compute < update or stage >= 2
     return StateBytes(
-        weights=0.0 if stage == 3 else float(compute * held.number),
-        masters=update * (part if stage >= 1 else held.number) if has_masters else 0.0,
-        gradients=update * (part if stage >= 2 else held.number),
-        moments=2 * update * (part if stage >= 1 else held.number),
+        weights=0.0 if stage == 3 else compute * number,
+        masters=update * (part if stage >= 1 else number) if has_masters else 0.0,
+        gradients=update * (part if stage >= 2 else number),
+        moments=2 * update * (part if stage >= 1 else number),
     )

@@ -23,6 +23,9 @@ from meshwright.launcher.runfile.overrides import apply_overrides
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.model.presets import PRESETS, with_preset
 
+# Where a message about an unknown key goes on to list what there is.
+LISTING = re.compile(r" has: |the tables are: ")
+
 # What stands in for a key that must be there and is not, by its type, while the rest is checked.
 STAND_INS: dict[Any, object] = {str: "unknown", float: 1.0}
 
@@ -100,7 +103,7 @@ def _table_problems(
         return lines
     # What is said about a key that is wrong, or about the one it was meant to be, follows from another value than the
     # user's; and a model with a size stood in for says nothing about the user's.
-    said = {*_keys_in(" ".join(line.partition(" has: ")[0] for line in lines)), *stood_in}
+    said = {*_keys_in(" ".join(LISTING.split(line)[0] for line in lines)), *stood_in}
     is_model_known = not any(key.startswith("model.") and not key.startswith("model.moe.") for key in stood_in)
     return [
         *lines,

@@ -31,7 +31,7 @@ class RunConfig(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run, in its folder and its log: letters, digits, dot, dash and underscore."""
     folder: str = ""
-    """Where everything of the run is written; "" = `output/<name>`. On a cluster: on a file system that all nodes see."""
+    """Where everything of the run is written; "" = `output/<name>`. On a cluster all nodes must see it."""
     seed: NonNegativeInt = 0
     """Decides initial weights and data order, the same on every layout."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

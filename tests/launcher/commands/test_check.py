@@ -1,0 +1,78 @@
+"""`check` says what the run will be, and looks at the store where it is there."""
+
+from pathlib import Path
+
+import pytest
+
+from meshwright.data.meta import SplitMeta, StoreMeta, TokenizerMeta
+from meshwright.launcher.commands.check import check
+from meshwright.launcher.runfile.messages import ConfigError
+
+RUNS = Path(__file__).resolve().parents[3] / "runs"
+
+
+def write_store(folder: Path, *, vocab_size: int, num_tokens: int) -> str:
+    folder.mkdir()
+    meta = StoreMeta(
+        format="meshwright-tokens",
+        version=1,
+        corpus="none",
+        vocab_size=vocab_size,
+        dtype="uint16",
+        tokenizer=TokenizerMeta(sha256="0", origin="none", end_of_text="x", end_of_text_id=0),
+        splits={"train": SplitMeta(num_tokens=num_tokens, num_documents=1, arrays={})},
+        validation_unigram_nats=None,
+        sources=[],
+        recipe={},
+        written_with={},
+    )
+    (folder / "meta.json").write_text(meta.to_json(), encoding="utf-8")
+    return f"data.store={folder}"
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Return what was printed, by the name that begins each line."""
+    return {line[2:14].strip(): line[14:] for line in capsys.readouterr().out.splitlines()[1:] if line[2] != " "}
+
+
+def test_a_large_run_is_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    check(RUNS / "qwen3_30b_a3b.toml", [], world_size=64)
+    said = lines(capsys)
+    assert said["layout"] == "dp 64, ep 8 x edp 8, ZeRO-3, recompute full, bf16_autocast"
+    assert "30.53 B (30,532,122,624) weights, 3.35 B (3,353,032,704) active" in said["model"]
+    assert said["step"] == "512 samples x 4096 = 2,097,152 tokens; on each rank 4 micro-batches of 2"
+    assert said["length"].startswith("200,000 steps, 419,430,400,000 tokens in all, 125 for each active weight")
+    assert said["schedule"] == "wsd, peak 0.0004 after 2000 steps, end 4e-05"
+    # 16 bytes for each of 30.5 B weights over 64 ranks
+    assert said["state"].startswith("7.1 GiB on each rank: weights 0 B, masters 1.8 GiB, gradients 1.8 GiB")
+
+
+def test_the_tokens_of_a_ramp_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    check(RUNS / "llama3_8b.toml", ["train.steps=3", "learning_rate.warmup_steps=1"], world_size=64)
+    said = lines(capsys)
+    assert said["step"].endswith("2 micro-batches of 1, after a ramp over [64]")
+    assert said["length"].startswith(f"3 steps, {3 * 64 * 8192:,} tokens in all")
+
+
+def test_a_store_that_is_there_gives_the_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = write_store(tmp_path / "store", vocab_size=1000, num_tokens=5000)
+    check(RUNS / "dense_tiny.toml", [store], world_size=1)
+    said = lines(capsys)
+    assert said["data"].endswith("train 5,000 tokens; vocabulary 1,000")
+    assert "(without the embedding" not in said["model"]
+    assert f"({98_624 + 2 * 1024 * 64:,})" in said["model"]
+
+
+def test_a_store_that_is_not_there_yet_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(RUNS / "dense_tiny.toml", [f"data.store={tmp_path}/none"], world_size=1)
+    said = lines(capsys)
+    assert "the store is not here yet" in said["data"]
+    assert "(without the embedding" in said["model"]
+
+
+def test_a_store_that_does_not_fit_is_a_problem(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", vocab_size=1000, num_tokens=100)
+    with pytest.raises(ConfigError) as caught:
+        check(RUNS / "dense_tiny.toml", [store, "model.vocab_size=512"], world_size=1)
+    assert len(caught.value.problems) == 2
+    assert caught.value.problems[0].startswith("data.seq_len = 128: one sample needs 129 tokens")

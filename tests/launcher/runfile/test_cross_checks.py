@@ -1,0 +1,165 @@
+"""What needs several tables to be seen is told with sizes that would fit; and those sizes do fit."""
+
+import re
+from typing import Any
+
+import pytest
+
+from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.model.presets import with_preset
+
+MOE = {"preset": "moe-tiny", "moe": {"num_experts": 12}}
+
+
+def run_file(**tables: dict[str, Any]) -> RunFile:
+    """Return a sound run file with some keys changed, table by table."""
+    sound: dict[str, dict[str, Any]] = {
+        "run": {"name": "x"},
+        "model": {"preset": "tiny"},
+        "data": {"store": "s", "seq_len": 64},
+        "train": {"steps": 100, "global_batch_size": 24},
+        "learning_rate": {"peak": 1e-3},
+    }
+    merged = {name: {**sound.get(name, {}), **tables.get(name, {})} for name in {*sound, *tables}}
+    merged["model"] = with_preset(merged["model"])
+    return RunFile.model_validate(merged)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_a_sound_run_has_no_problems(world_size: int) -> None:
+    assert check(run_file(), world_size) == []
+
+
+def test_experts_on_ranks_that_divide_them_have_no_problems() -> None:
+    assert check(run_file(model=MOE, parallel={"ep": 4}, zero={"stage": 2}), 8) == []
+
+
+@pytest.mark.parametrize(
+    ("tables", "world_size", "line"),
+    [
+        (
+            {"train": {"global_batch_size": 20, "micro_batch_size": 2}},
+            4,
+            "train.global_batch_size = 20: must be a multiple of dp * train.micro_batch_size = 4 * 2 = 8;"
+            " one of [16, 24] would fit, or train.micro_batch_size = one of [1, 5]",
+        ),
+        (
+            {"train": {"batch_ramp": [{"samples": 9, "global_batch_size": 3}]}},
+            4,
+            "train.batch_ramp[0].global_batch_size = 3: must be a multiple of dp * train.micro_batch_size"
+            " = 4 * 1 = 4; one of [4] would fit",
+        ),
+        (
+            {"train": {"batch_ramp": [{"samples": n, "global_batch_size": 12} for n in (8, 4)]}},
+            4,
+            "train.batch_ramp[1].samples = 4: must be above the 8 of the entry before it; sort the list",
+        ),
+        (
+            {"model": MOE, "parallel": {"ep": 8}},
+            8,
+            "parallel.ep = 8: must divide model.moe.num_experts = 12; one of [1, 2, 3, 4, 6, 12] would fit",
+        ),
+        (
+            {"parallel": {"ep": 2}},
+            2,
+            "parallel.ep = 2: splits experts, and the model has none (no table [model.moe]); 1 would fit",
+        ),
+        (
+            {"learning_rate": {"warmup_steps": 10, "warmup_fraction": 0.1}},
+            1,
+            "learning_rate.warmup_steps = 10: must not stand beside learning_rate.warmup_fraction = 0.1;"
+            " leave one of them out",
+        ),
+        (
+            {"checkpoint": {"keep_every": 100}},
+            1,
+            "checkpoint.keep_every = 100: needs checkpoint.every, which is 0; checkpoint.every = 100 would fit",
+        ),
+        (
+            {"checkpoint": {"every": 30, "keep_every": 100}},
+            1,
+            "checkpoint.keep_every = 100: must be a multiple of checkpoint.every = 30; one of [90, 120] would fit",
+        ),
+        (
+            {"init": {"load": "weights+optimizer"}},
+            1,
+            'init.load = "weights+optimizer": needs a checkpoint to load, and init.from is empty;'
+            " name a folder in init.from, or leave it out",
+        ),
+        ({"parallel": {"tp": 2}}, 2, "parallel.tp = 2: tensor parallelism is not in this version; 1 would fit"),
+        ({"run": {"device": "mps"}}, 2, 'run.device = "mps": is for one process, and the world size is 2; 1 would fit'),
+        (
+            {"run": {"device": "mps"}, "train": {"precision": "fp64"}},
+            1,
+            'train.precision = "fp64": on run.device = "mps" there are no 64-bit numbers; "fp32" would fit',
+        ),
+        (
+            {"run": {"device": "mps"}, "train": {"precision": "bf16"}},
+            1,
+            'train.precision = "bf16": on run.device = "mps" no fp32 masters; "bf16_autocast" or "fp32" would fit',
+        ),
+        (
+            {"run": {"device": "mps"}, "train": {"compile": True}},
+            1,
+            'train.compile = true: on run.device = "mps" torch.compile is not offered; false would fit',
+        ),
+        (
+            {"run": {"device": "mps"}, "zero": {"stage": 1}},
+            1,
+            'zero.stage = 1: on run.device = "mps" there is one process, and nothing to split; 0 would fit',
+        ),
+    ],
+)
+def test_tables_that_do_not_go_together_are_told(tables: dict[str, Any], world_size: int, line: str) -> None:
+    assert check(run_file(**tables), world_size) == [line]
+
+
+@pytest.mark.parametrize(
+    ("tables", "begins"),
+    [
+        (
+            {"learning_rate": {"warmup_steps": 101}},
+            "learning_rate.warmup_steps = 101: must not exceed train.steps = 100",
+        ),
+        ({"learning_rate": {"schedule": "wsd", "warmup_steps": 90}}, "learning_rate.decay_fraction = 0.2"),
+        ({"recompute": {"mode": "full", "every": 3}}, "recompute.every = 3: must not exceed model.num_layers = 2"),
+        ({"model": {"num_kv_heads": 3}}, "model.num_kv_heads = 3: must divide"),
+    ],
+)
+def test_what_one_table_finds_is_told_too(tables: dict[str, Any], begins: str) -> None:
+    found = check(run_file(**tables), 1)
+    assert len(found) == 1
+    assert found[0].startswith(begins)
+
+
+def test_what_is_on_mps_is_refused_by_name_all_at_once() -> None:
+    tables = {"run": {"device": "mps"}, "train": {"precision": "fp64", "compile": True}, "zero": {"stage": 3}}
+    found = check(run_file(model=MOE, parallel={"ep": 2}, **tables), 2)
+    assert [line.partition(" =")[0] for line in found] == [
+        "train.precision",
+        "train.compile",
+        "zero.stage",
+        "parallel.ep",
+        "run.device",
+    ]
+
+
+def test_without_a_world_only_what_no_layout_could_mend_is_told() -> None:
+    odd = run_file(train={"global_batch_size": 7}, parallel={"dp_shard": 5, "tp": 2})
+    assert check_on_any_world(odd) == ["parallel.tp = 2: tensor parallelism is not in this version; 1 would fit"]
+    assert len(check(odd, 4)) > 1
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+@pytest.mark.parametrize("size", range(1, 30, 4))
+def test_a_batch_size_that_is_said_to_fit_fits(world_size: int, size: int) -> None:
+    for line in check(run_file(train={"global_batch_size": size, "micro_batch_size": 3}), world_size):
+        fits = [int(text) for text in re.findall(r"\d+", line.partition("one of [")[2].partition("]")[0])]
+        assert fits
+        for fit in fits:
+            assert check(run_file(train={"global_batch_size": fit, "micro_batch_size": 3}), world_size) == []
+
+
+def test_no_world_is_empty() -> None:
+    assert check(run_file(), 0) == ["world size = 0: must be at least 1"]

@@ -1,0 +1,58 @@
+"""Bytes of state on a rank, counted by hand for each ZeRO stage."""
+
+import pytest
+
+from meshwright.launcher.runfile.footprint import StateBytes, state_bytes
+from meshwright.launcher.runfile.read import examine
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.model.costs import parameter_count, routed_parameter_count
+
+
+def run_file(*overrides: str) -> RunFile:
+    tables = {
+        "run": {"name": "x"},
+        "model": {"preset": "moe-tiny", "vocab_size": 320},
+        "data": {"store": "s", "seq_len": 64},
+        "train": {"steps": 100, "global_batch_size": 24},
+        "learning_rate": {"peak": 1e-3},
+    }
+    made, problems = examine(tables, overrides)
+    assert made is not None, problems
+    return made
+
+
+ALL = parameter_count(run_file().model)
+EXPERTS = routed_parameter_count(run_file().model)
+# On 8 ranks with ep = 2: a rank holds half of the experts, shared with the 3 others of its edp; the rest with 7.
+HELD = ALL - EXPERTS + EXPERTS / 2
+PART = (ALL - EXPERTS) / 8 + EXPERTS / 2 / 4
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (0, StateBytes(4 * HELD, 0, 4 * HELD, 8 * HELD)),
+        (1, StateBytes(4 * HELD, 0, 4 * HELD, 8 * PART)),
+        (2, StateBytes(4 * HELD, 4 * PART, 4 * PART, 8 * PART)),
+        (3, StateBytes(0, 4 * PART, 4 * PART, 8 * PART)),
+    ],
+)
+def test_each_stage_shares_more(stage: int, expected: StateBytes) -> None:
+    assert state_bytes(run_file(f"zero.stage={stage}", "parallel.ep=2"), 8) == pytest.approx(expected)
+
+
+def test_weights_in_bf16_have_masters() -> None:
+    assert state_bytes(run_file("train.precision=bf16"), 1) == StateBytes(2 * ALL, 4 * ALL, 4 * ALL, 8 * ALL)
+    assert state_bytes(run_file("train.precision=fp64"), 1) == StateBytes(8 * ALL, 0, 8 * ALL, 16 * ALL)
+
+
+def test_one_rank_has_nobody_to_share_with() -> None:
+    assert state_bytes(run_file("zero.stage=3"), 1) == state_bytes(run_file(), 1)
+
+
+def test_experts_without_a_copy_are_held_whole() -> None:
+    """With ep = world size each expert lives on one rank: stage 3 shards all else."""
+    dense = (ALL - EXPERTS) / 4
+    held = EXPERTS / 4
+    expected = StateBytes(4 * held, 4 * dense, 4 * (dense + held), 8 * (dense + held))
+    assert state_bytes(run_file("zero.stage=3", "parallel.ep=4"), 4) == pytest.approx(expected)

@@ -1,0 +1,83 @@
+"""The schema, the list of keys and the example run files keep up with the tables."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from meshwright.launcher.runfile.keys import all_keys, field_of
+from meshwright.launcher.runfile.read import examine, load_toml, read_run_file
+from meshwright.launcher.runfile.schema import json_schema, key_list, with_key_list
+
+ROOT = Path(__file__).resolve().parents[3]
+RUNS = ROOT / "runs"
+PAGE = ROOT / "docs" / "run-file.md"
+ANEW = "run `python -m meshwright.launcher.runfile.schema`"
+
+# The ranks that each file is meant for; a new file must be named here.
+WORLD_SIZES = {"moe_tiny": 2, "dense_tiny": 1, "llama3_8b": 64, "qwen3_30b_a3b": 64}
+
+
+def test_the_schema_is_current() -> None:
+    assert (RUNS / "schema.json").read_text(encoding="utf-8") == json_schema(), ANEW
+
+
+def test_the_list_of_keys_is_current() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_key_list(page), ANEW
+
+
+def test_a_page_without_its_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="the page has no part between"):
+        with_key_list("nothing here")
+
+
+@pytest.mark.parametrize("key", all_keys())
+def test_every_key_says_what_it_is(key: str) -> None:
+    field = field_of(key)
+    assert field is not None
+    assert field.description is not None
+    assert len(field.description) > 15
+    assert f"| `{key.rpartition('.')[2]}` |" in key_list()
+
+
+def test_every_key_is_in_the_schema_with_its_meaning() -> None:
+    schema = json.loads(json_schema())
+    described = json.dumps(schema, ensure_ascii=False)
+    assert schema["additionalProperties"] is False
+    for definition in schema["$defs"].values():
+        assert definition["additionalProperties"] is False
+        for name, value in definition["properties"].items():
+            assert "description" in value or "$ref" in json.dumps(value), name
+    assert "from" in schema["$defs"]["InitConfig"]["properties"]
+    assert "Weight of the load-balancing loss" in described
+
+
+def test_every_run_file_is_known_here() -> None:
+    assert {path.stem for path in RUNS.glob("*.toml")} == set(WORLD_SIZES)
+
+
+@pytest.mark.parametrize("name", WORLD_SIZES)
+def test_a_run_file_is_sound_on_its_ranks(name: str) -> None:
+    path = RUNS / f"{name}.toml"
+    run_file = read_run_file(path, world_size=WORLD_SIZES[name])
+    assert run_file.run.name == name.replace("_", "-")
+    assert path.read_text(encoding="utf-8").startswith("#:schema schema.json\n")
+
+
+def test_the_main_jobs_file_explains_each_of_its_keys() -> None:
+    keys = [line for line in (RUNS / "moe_tiny.toml").read_text().splitlines() if re.match(r"\w+ *=", line)]
+    assert len(keys) > 30
+    assert [line for line in keys if "#" not in line] == []
+
+
+def test_the_page_shows_a_run_file_that_is_sound_and_the_messages_that_there_are() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    example = page.partition("```toml\n")[2].partition("```")[0]
+    assert examine(tomllib.loads(example), world_size=1)[1] == []
+    shown = page.partition("nothing was started\n")[2].partition("\n```")[0].splitlines()
+    overrides = ["train.stps=100", "parallel.ep=12"]
+    _, problems = examine(load_toml(RUNS / "qwen3_30b_a3b.toml"), overrides, world_size=48)
+    assert [line.strip() for line in shown] == problems

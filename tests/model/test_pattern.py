@@ -1,0 +1,58 @@
+"""A pattern of letters becomes layers; what is no pattern names the character at fault."""
+
+import pytest
+
+from meshwright.model.pattern import LayerKinds, layers_of, parse_pattern
+
+ATTENTION_MLP = LayerKinds("attention", "mlp")
+ATTENTION_MOE = LayerKinds("attention", "moe")
+MAMBA = LayerKinds("mamba2", None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*-", [ATTENTION_MLP]),
+        ("*E", [ATTENTION_MOE]),
+        ("M", [MAMBA]),
+        ("3M*-", [MAMBA, MAMBA, MAMBA, ATTENTION_MLP]),
+        ("*-E", [ATTENTION_MLP, LayerKinds(None, "moe")]),
+        ("-*", [LayerKinds(None, "mlp"), LayerKinds("attention", None)]),
+        ("2(*-)3(*E)", [ATTENTION_MLP] * 2 + [ATTENTION_MOE] * 3),
+        ("2(M2(*E))", [MAMBA, ATTENTION_MOE, ATTENTION_MOE] * 2),
+        # The repeats are written out first: the last attention takes the feed-forward.
+        ("2(*)-", [LayerKinds("attention", None), ATTENTION_MLP]),
+        ("12(*-)", [ATTENTION_MLP] * 12),
+    ],
+)
+def test_a_pattern_says_the_kinds_of_each_layer(pattern: str, expected: list[LayerKinds]) -> None:
+    assert list(parse_pattern(pattern)) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fault"),
+    [
+        ("", "it is empty"),
+        ("*x", "character 2: 'x' is none of the letters"),
+        ("2(*-", "a group is not closed"),
+        ("*-)", "character 3: this \\) closes no group"),
+        ("2()", "character 3: the group is empty"),
+        ("*-2", "the number 2 at the end stands before nothing"),
+        ("(*-2)", "character 5: 2 must"),
+        ("0(*-)", "character 2: 0 must be 1 or more"),
+        ("99999999(*-)", "repeats to more than"),
+        ("1000(1000(1000(1000(*))))", "repeats to more than"),
+    ],
+)
+def test_what_is_no_pattern_is_named(pattern: str, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        parse_pattern(pattern)
+
+
+def test_the_period_is_repeated_up_to_the_number_of_layers() -> None:
+    assert layers_of("*-*E", 6) == (ATTENTION_MLP, ATTENTION_MOE) * 3
+
+
+def test_a_period_that_does_not_divide_the_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_layers = 5 does not divide by the 2 layers"):
+        layers_of("*-*E", 5)

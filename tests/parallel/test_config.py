@@ -1,0 +1,63 @@
+"""The layout's tables say what a world cannot hold, what is not in this version, and what would fit."""
+
+from typing import Any
+
+import pytest
+
+from meshwright.parallel.config import NOT_YET, ParallelConfig, RecomputeConfig
+
+
+def problems(world_size: int, **keys: Any) -> list[str]:
+    return ParallelConfig.model_validate(keys).problems(world_size)
+
+
+@pytest.mark.parametrize("keys", [{}, {"ep": 2}, {"ep": 4}, {"dp_shard": 8}, {"ep": 8, "dp_shard": 8}])
+def test_a_layout_of_eight_ranks_fits(keys: dict[str, int]) -> None:
+    assert problems(8, **keys) == []
+
+
+@pytest.mark.parametrize("key", NOT_YET)
+def test_an_axis_of_a_later_version_is_refused_by_name(key: str) -> None:
+    assert problems(8, **{key: 2}) == [f"parallel.{key} = 2: {NOT_YET[key]} is not in this version; 1 would fit"]
+
+
+def test_axes_that_do_not_divide_the_world_are_named() -> None:
+    assert problems(6, tp=4)[1] == "tp * pp * cp * dp_replicate = 4 must divide the world size 6"
+
+
+def test_a_dp_shard_that_does_not_make_the_world_says_which_would() -> None:
+    assert problems(8, dp_shard=4) == [
+        "parallel.dp_shard = 4: tp * pp * cp * dp_replicate * dp_shard = 4 must be the world size 8;"
+        " 8 or 0 (what remains) would fit"
+    ]
+
+
+def test_an_ep_that_does_not_divide_the_ranks_says_which_would() -> None:
+    assert problems(6, ep=4) == [
+        "parallel.ep = 4: ep * etp = 4 must divide the 6 ranks of a stage (world size 6 / pp);"
+        " one of [1, 2, 3, 6] would fit"
+    ]
+
+
+def test_what_remains_of_the_world_is_data_parallel() -> None:
+    layout = ParallelConfig(ep=4)
+    assert (layout.dp_shard_in(8), layout.dp_in(8), layout.edp_in(8)) == (8, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "part"),
+    [
+        ({"mode": "full", "every": 5}, "recompute.every = 5: must not exceed model.num_layers = 4"),
+        ({"mode": "selective", "every": 2}, 'recompute.every = 2: counts only with recompute.mode = "full"'),
+        ({"mode": "selective", "save": []}, "recompute.save = []"),
+        ({"mode": "full", "save": ["matmul"]}, 'recompute.save = ["matmul"]: counts only with'),
+    ],
+)
+def test_recompute_keys_that_cannot_be_honoured_are_named(keys: dict[str, Any], part: str) -> None:
+    found = RecomputeConfig.model_validate(keys).problems(num_layers=4)
+    assert len(found) == 1
+    assert part in found[0]
+
+
+def test_mode_none_turns_the_other_recompute_keys_off_without_a_word() -> None:
+    assert RecomputeConfig.model_validate({"every": 9, "save": []}).problems(num_layers=4) == []
