@@ -73,7 +73,6 @@ class Batches:
         self,
         split: Split,
         order: SampleOrder,
-        *,
         first_sample: int,
         batch_size_at: Callable[[int], int],
         rank: int = 0,

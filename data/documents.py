@@ -142,6 +142,7 @@ class DocumentReader:
                     f"{source.path} has no column {self.field!r}; it has {schema.names}: name one with --field"
                 )
             kind = schema.field(self.field).type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
                 raise _UnreadableError(f"{source.path}: column {self.field!r} holds {kind}, text was expected")
             index = 0

@@ -286,6 +286,10 @@ def _encode(
         report("encoding", min(total, reader.bytes_done), total)
     if reader.problems:
         raise DataError(*reader.problems)
+    if changed := [it.path for it in reader.sources if not it.is_unchanged]:
+        raise DataError(
+            *(f"{path} was changed while it was read; prepare again when it is at rest" for path in changed)
+        )
     _check_not_empty(options, sum(num_documents), {it: writer.num_documents for it, writer in writers.items()})
     counts = {it: writer.counts for it, writer in writers.items()}
     unigram = unigram_nats(counts["train"], counts["validation"]) if "validation" in counts else None

@@ -37,6 +37,17 @@ class Source:
     """gzip, zstd or empty."""
     bytes: int
     """Size on disk."""
+    modified_ns: int
+    """When it was last changed; a file that changes while it is prepared is refused."""
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Say whether the file is still the one that was found."""
+        try:
+            now = self.file.stat()
+        except OSError:
+            return False
+        return (now.st_size, now.st_mtime_ns) == (self.bytes, self.modified_ns)
 
 
 def find_sources(patterns: Sequence[str], source_format: str = "auto") -> list[Source]:
@@ -61,7 +72,7 @@ def find_sources(patterns: Sequence[str], source_format: str = "auto") -> list[S
                 problems.append(f"{file} is named twice, by {named_by[real]!r} and {pattern!r}; name it once")
                 continue
             named_by[real] = pattern
-            sources.append(_source(file, source_format))
+            sources.append(_source(file, file.as_posix(), source_format))
     if problems:
         raise DataError(*problems)
     return sources
@@ -80,10 +91,7 @@ def embedded_sources() -> list[Source]:
             f"the embedded corpus is Python's own standard library, and {root} holds no .py files; "
             "name other sources, or use a Python that is not packed into one file"
         )
-    return [
-        Source(f"stdlib/{name}", file, kind="text", compression="", bytes=file.stat().st_size)
-        for name, file in sorted(found.items())
-    ]
+    return [_source(file, f"stdlib/{name}", "text") for name, file in sorted(found.items())]
 
 
 def embedded_note() -> str:
@@ -130,11 +138,12 @@ def _why_nothing(pattern: str) -> str:
     return "no file matches" if glob.has_magic(pattern) else "no such file"
 
 
-def _source(file: Path, source_format: str) -> Source:
+def _source(file: Path, path: str, source_format: str) -> Source:
     compression = COMPRESSIONS.get(file.suffix.lower(), "")
     inner = Path(file.stem) if compression else file
     kind = KINDS.get(inner.suffix.lower(), "text") if source_format == "auto" else source_format
-    return Source(file.as_posix(), file, kind, compression, file.stat().st_size)
+    found = file.stat()
+    return Source(path, file, kind, compression, found.st_size, found.st_mtime_ns)
 
 
 def _python_files(root: Path) -> Iterator[Path]:

@@ -130,6 +130,12 @@ def test_a_column_that_is_missing_null_or_no_text_is_named(tmp_path: Path) -> No
     assert read_all(path, field="n")[1] == [f"{path}: column 'n' holds int64, text was expected"]
 
 
+def test_a_column_of_repeated_texts_kept_as_a_dictionary_reads_as_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array(["a", "b", "a"]).dictionary_encode()}), tmp_path / "a.parquet")
+    documents, problems = read_all(tmp_path / "a.parquet")
+    assert ([it.text for it in documents], problems) == (["a", "b", "a"], [])
+
+
 def test_documents_without_text_are_left_out_and_numbers_stay(tmp_path: Path) -> None:
     documents, problems = read_all(pack(tmp_path / "a.jsonl", json_lines(["", "x", "", "y"])))
     assert ([(it.index, it.text) for it in documents], problems) == ([(1, "x"), (3, "y")], [])

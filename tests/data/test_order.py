@@ -18,6 +18,13 @@ def test_each_epoch_is_a_permutation_of_all_windows(num_windows: int) -> None:
         assert sorted(order.window(first + place) for place in range(num_windows)) == everything
 
 
+def test_every_window_lies_within_the_split_whatever_is_left_over() -> None:
+    for num_tokens in range(9, 40):
+        order = SampleOrder(num_tokens, seq_len=8, seed=0)
+        last = max(order.window(sample) for sample in range(order.samples_per_epoch))
+        assert last + 8 < num_tokens <= last + 8 + 8
+
+
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     def epoch_of(seed: int, epoch: int) -> tuple[int, ...]:
         order = SampleOrder(1001, seq_len=10, seed=seed)

@@ -153,6 +153,18 @@ def test_a_changed_source_is_another_store(tmp_path: Path) -> None:
         prepare(options(tmp_path / "s", path))
 
 
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl")
+
+    def touch(phase: str, done: int, total: int) -> None:
+        if phase == "encoding":
+            write_lines(path, 41)
+
+    with pytest.raises(DataError, match=r"a\.jsonl was changed while it was read"):
+        prepare(options(tmp_path / "s", path), touch)
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_folder_that_is_no_store_is_never_replaced(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
