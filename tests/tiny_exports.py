@@ -1,15 +1,21 @@
-"""Tiny models of every family, a tokenizer trained on the spot, and exports of them, for the tests of exporting."""
+"""Tiny models of every family, a tokenizer, runs and exports of them, for the tests of exporting."""
 
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from meshwright.data.prepare import PrepareOptions, prepare
+from meshwright.data.store import TokenStore
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.runfile.write import write_resolved
 from meshwright.launcher.weights.hf_writer import ExportSettings, write_hf_folder
 from meshwright.launcher.weights.read_weights import ModelWeights
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
+from meshwright.parallel.checkpoint.save import save_checkpoint
+from meshwright.parallel.mesh import single_process_mesh
 
 END = "<|endoftext|>"
 TEXT = "def area(width, height):\n    return width * height  # in square metres\n\nprint(area(2, 3))\n" * 8
@@ -89,3 +95,45 @@ def write_tiny_export(
     folder.mkdir(parents=True, exist_ok=True)
     write_hf_folder(folder, config, ModelWeights(model), settings)
     return settings
+
+
+def write_tiny_store(folder: Path, *, extra: str = "") -> TokenStore:
+    """Prepare a store from TEXT with the tiny tokenizer."""
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(tiny_tokenizer())
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(f"# file {number}\n{TEXT}{extra}")
+    options = PrepareOptions(
+        folder / "store",
+        (str(folder / "*.txt"),),
+        tokenizer=folder / "tokenizer.json",
+        validation_fraction=0.4,
+        workers=1,
+    )
+    return TokenStore.open(prepare(options).store)
+
+
+def write_tiny_run(folder: Path, config: ModelConfig, store: TokenStore, *, step: int = 7, seq_len: int = 24) -> Path:
+    """Write what training leaves: run.toml, the tokenizer and one checkpoint, with moments and buffers in it."""
+    run_file = RunFile.model_validate(
+        {
+            "run": {"name": "tiny", "folder": str(folder)},
+            "model": config.model_dump(exclude_none=True),
+            "data": {"store": str(store.path), "seq_len": seq_len},
+            "train": {"steps": 10, "global_batch_size": 1},
+            "learning_rate": {"peak": 1e-3},
+        }
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.toml").write_text(write_resolved(run_file))
+    (folder / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
+    weights = {name: parameter.detach() for name, parameter in tiny_model(config).named_parameters()}
+    others = {f"optimizer.exp_avg.{name}": tensor + 1 for name, tensor in weights.items()}
+    others["buffers.layers.0.load"] = torch.ones(3)
+    state = {
+        "step": step,
+        "run_file": write_resolved(run_file),
+        "store": store.fingerprint,
+        "end_of_text": store.meta.tokenizer.end_of_text,
+    }
+    return save_checkpoint(folder / "checkpoints", step, weights | others, state, single_process_mesh(), "tiny")

@@ -1,0 +1,171 @@
+"""`meshwright export`: one command from a run to a verified folder, or a reason and nothing left behind."""
+
+import json
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tiny_exports import CONFIGS, MOE, tiny_config, write_tiny_run, write_tiny_store
+
+from meshwright.data.store import TokenStore
+from meshwright.launcher.__main__ import main
+from meshwright.launcher.weights import export_run
+from meshwright.model.config import ModelConfig
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    return write_tiny_store(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture
+def run(store: TokenStore, tmp_path: Path) -> Path:
+    write_tiny_run(tmp_path / "run", CONFIGS["mixtral"], store)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def meshwright(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["meshwright", *(str(argument) for argument in arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    return call
+
+
+def report_of(folder: Path) -> dict[str, object]:
+    report: dict[str, object] = json.loads((folder / "export_report.json").read_text())
+    return report
+
+
+def test_a_run_is_exported_into_its_folder_and_verified_on_its_held_out_text(
+    run: Path, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert meshwright("export", run) == 0
+    report = report_of(run / "export")
+    assert (report["verified"], report["passed"], report["step"]) == (True, True, 7)
+    assert report["class"] == report["class_name"] == "MixtralForCausalLM"
+    assert "the validation split of" in str(report["text"])
+    assert report["positions"] == 48
+    out = capsys.readouterr().out
+    assert "verified in transformers" in out
+    assert str(run / "export") in out
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "export", "run.toml", "tokenizer.json"]
+
+
+def test_bf16_of_one_checkpoint_into_a_named_folder(run: Path, meshwright: Callable[..., int], tmp_path: Path) -> None:
+    checkpoint = run / "checkpoints" / "step_00000007"
+    assert meshwright("export", checkpoint, "--out", tmp_path / "hf", "--dtype", "bf16", "--max-file-gb", 2e-5) == 0
+    report = report_of(tmp_path / "hf")
+    assert report["passed"] is True
+    assert report["rounding"]["largest difference of logits"] > 1e-3  # type: ignore[index]
+    assert int(str(report["files"])) > 1
+
+
+def test_a_failed_verification_names_the_figure_exits_1_and_leaves_the_older_export(
+    run: Path, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert meshwright("export", run, "--skip-verify") == 0
+    write = export_run.write_hf_folder
+
+    def write_another_rope_base(folder: Path, config: ModelConfig, *rest: object) -> None:
+        write(folder, config.model_copy(update={"rope_base": 3.0}), *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(export_run, "write_hf_folder", write_another_rope_base)
+    assert meshwright("export", run, "--overwrite") == 1
+    assert "the largest difference of logits is" in capsys.readouterr().err
+    assert report_of(run / "export.failed")["passed"] is False
+    assert report_of(run / "export")["verified"] is False  # the older one
+
+
+def test_an_unverified_export_says_so(
+    run: Path, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert meshwright("export", run, "--skip-verify") == 0
+    assert "not verified" in capsys.readouterr().out
+    assert report_of(run / "export")["verified"] is False
+
+
+def test_a_model_that_no_class_is_is_refused_with_every_reason_and_status_2(
+    store: TokenStore, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tiny_config(
+        pattern="*E", moe=MOE.model_copy(update={"num_shared_experts": 1, "normalise_top_k": False}), bias=("v",)
+    )
+    write_tiny_run(tmp_path / "run", config, store)
+    assert meshwright("export", tmp_path / "run") == 2
+    told = capsys.readouterr().err
+    for key in ("model.moe.num_shared_experts = 1", "model.moe.normalise_top_k = false", "model.bias has ['v']"):
+        assert key in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "run" / "export").exists()
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """Let no file grow beyond `size` bytes, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(
+    run: Path, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with disk_of(20_000):
+        assert meshwright("export", run) == 1
+    assert "model.safetensors" in capsys.readouterr().err
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "run.toml", "tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--dtype", "fp16"], '--dtype "fp16": one of fp32, bf16 would fit'),
+        (["--max-file-gb", "0"], "--max-file-gb 0: must be above 0"),
+        (["--text", "absent.txt"], "--text absent.txt: cannot be read"),
+        (["--end-of-text", "</s>"], "</s>"),
+    ],
+)
+def test_a_wrong_option_is_told_with_status_2(
+    run: Path, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert meshwright("export", run, *arguments) == 2
+    assert told in capsys.readouterr().err
+    assert not (run / "export").exists()
+
+
+def test_text_of_ones_own_serves_where_the_store_is_gone(
+    meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    store = write_tiny_store(tmp_path / "text")
+    write_tiny_run(tmp_path / "run", CONFIGS["llama"], store)
+    shutil.rmtree(store.path)
+    assert meshwright("export", tmp_path / "run") == 2
+    assert "give a text with --text FILE, or --skip-verify" in capsys.readouterr().err
+    (tmp_path / "own.txt").write_text("a text of one's own, long enough to compare on\n" * 3)
+    assert meshwright("export", tmp_path / "run", "--text", tmp_path / "own.txt") == 0
+    assert report_of(tmp_path / "run" / "export")["text"] == str(tmp_path / "own.txt")
+
+
+def test_a_store_that_was_changed_since_is_not_verified_on(
+    meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    store = write_tiny_store(tmp_path / "text")
+    write_tiny_run(tmp_path / "run", CONFIGS["llama"], store)
+    other = write_tiny_store(tmp_path / "other", extra="one more line")
+    shutil.rmtree(store.path)
+    shutil.copytree(other.path, store.path)
+    assert meshwright("export", tmp_path / "run") == 2
+    assert "holds other tokens than the run was trained on" in capsys.readouterr().err

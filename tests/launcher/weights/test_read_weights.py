@@ -1,0 +1,166 @@
+"""Any rows of any weight are read by our name, from a checkpoint of any layout and from an exported folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rank_pool import run_mesh
+from safetensors.torch import load_file, save_file
+from tiny_exports import CONFIGS, tiny_model, write_tiny_export, write_tiny_run, write_tiny_store
+
+from meshwright.data.store import TokenStore
+from meshwright.launcher.weights.read_weights import (
+    CheckpointWeights,
+    ExportWeights,
+    fill_model,
+    find_source,
+    open_weights,
+)
+from meshwright.model.parts import build_model
+from meshwright.parallel.checkpoint.describe import describe
+from meshwright.parallel.checkpoint.folder import checkpoint_path
+from meshwright.parallel.checkpoint.save import save_checkpoint
+from meshwright.parallel.mesh import Mesh, Sizes
+from meshwright.parallel.placement import placement_table
+
+CONFIG = CONFIGS["qwen3_moe un-normalised, mixed, with biases"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    return write_tiny_store(tmp_path_factory.mktemp("corpus") / "text")
+
+
+def save_in_parts(mesh: Mesh, folder: Path) -> None:
+    """Save a model of which each rank holds half of the experts, and of these a ZeRO part."""
+    model = build_model(CONFIG, seed=1, mesh=mesh)
+    table = placement_table(model)
+    parts = {}
+    for name, parameter in model.named_parameters():
+        local, placement = parameter.detach(), table[name]
+        chunks = local.chunk(placement.zero_axis(mesh).size)
+        part = chunks[placement.zero_axis(mesh).rank] if placement.zero_axis(mesh).rank < len(chunks) else local[:0]
+        parts[name] = describe(
+            part.clone(), placement.global_shape(tuple(local.shape)), placement, mesh, zero_part=True
+        )
+    save_checkpoint(folder, 3, parts, {}, mesh, "tiny")
+
+
+def test_a_checkpoint_in_parts_reads_as_the_whole(tmp_path: Path) -> None:
+    run_mesh(Sizes(dp_shard=4, ep=2), save_in_parts, tmp_path)
+    weights = CheckpointWeights(checkpoint_path(tmp_path, 3))
+    expected = dict(build_model(CONFIG, seed=1).named_parameters())
+    assert weights.shapes() == {name: tuple(parameter.shape) for name, parameter in expected.items()}
+    for name, parameter in expected.items():
+        assert torch.equal(weights.read(name), parameter), name
+        assert torch.equal(weights.read(name, (1, 4)), parameter[1:4]), name  # across the parts of two ranks
+    gate = "layers.1.feedforward.part.experts.gate"
+    assert torch.equal(weights.read(gate, (2, 3)), expected[gate][2:3])
+    assert weights.read(gate, (2, 2)).shape == (0, 20, 16)
+
+
+@pytest.mark.parametrize("rows", [(-1, 2), (3, 2), (0, 5)])
+def test_rows_outside_a_weight_are_refused(rows: tuple[int, int], tmp_path: Path) -> None:
+    write_tiny_export(tmp_path, tiny_model(CONFIG), CONFIG)
+    with pytest.raises(ValueError, match=r"are not within layers\.1\.feedforward\.part\.router\.weight \[4, 16\]"):
+        ExportWeights(tmp_path).read("layers.1.feedforward.part.router.weight", rows)
+
+
+def test_a_checkpoints_moments_and_buffers_are_no_weights(store: TokenStore, tmp_path: Path) -> None:
+    weights = CheckpointWeights(write_tiny_run(tmp_path, CONFIG, store))
+    assert weights.shapes().keys() == dict(tiny_model(CONFIG).named_parameters()).keys()
+
+
+def test_a_changed_byte_is_found_before_anything_is_read(store: TokenStore, tmp_path: Path) -> None:
+    path = write_tiny_run(tmp_path, CONFIG, store)
+    content = bytearray((path / "rank_00000.bin").read_bytes())
+    content[100] ^= 1
+    (path / "rank_00000.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rank_00000\.bin was changed"):
+        CheckpointWeights(path)
+
+
+def test_of_a_run_the_newest_checkpoint_that_verifies_is_taken(store: TokenStore, tmp_path: Path) -> None:
+    older = write_tiny_run(tmp_path, CONFIG, store, step=3)
+    newer = write_tiny_run(tmp_path, CONFIG, store, step=5)
+    assert find_source(tmp_path).path == newer
+    (newer / "rank_00000.bin").write_bytes(b"cut short")
+    source = find_source(tmp_path)
+    assert (source.path, source.run_folder, source.is_checkpoint) == (older, tmp_path, True)
+    assert list(source.passed_over) == [newer]
+    (older / "rank_00000.bin").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint that can be loaded(.|\n)*rank_00000\.bin is missing"):
+        find_source(tmp_path)
+
+
+def test_a_named_checkpoint_knows_its_run(store: TokenStore, tmp_path: Path) -> None:
+    path = write_tiny_run(tmp_path, CONFIG, store)
+    assert find_source(path).run_folder == tmp_path.resolve()
+
+
+@pytest.mark.parametrize(("name", "problem"), [("absent", "there is nothing"), ("", "neither a run, nor a checkpoint")])
+def test_what_is_no_source_is_refused_with_what_would_be(name: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=problem):
+        open_weights(tmp_path / name)
+
+
+def test_a_model_is_filled_from_either(store: TokenStore, tmp_path: Path) -> None:
+    expected = tiny_model(CONFIG)
+    write_tiny_export(tmp_path / "export", expected, CONFIG)
+    for path in (write_tiny_run(tmp_path / "run", CONFIG, store), tmp_path / "export"):
+        model = build_model(CONFIG, seed=9)
+        fill_model(model, open_weights(path))
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(model.get_parameter(name), parameter), name
+
+
+def test_another_model_is_not_filled(tmp_path: Path) -> None:
+    write_tiny_export(tmp_path, tiny_model(CONFIG), CONFIG)
+    with pytest.raises(ValueError, match=r"(?s)embedding\.weight is \[320, 16\], in the model \[384, 16\].*router"):
+        fill_model(build_model(CONFIGS["qwen3"].model_copy(update={"vocab_size": 384})), ExportWeights(tmp_path))
+
+
+def drop(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def add(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"extra": torch.ones(1)}, folder / "model.safetensors")
+
+
+def reshape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.ones(17)}, folder / "model.safetensors")
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def other_class(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (drop, r"model\.norm\.weight is missing"),
+        (add, "extra has no place in the class"),
+        (reshape, r"model\.norm\.weight is \[17\], config\.json says \[16\]"),
+        (cut_short, r"model\.safetensors is damaged"),
+        (other_class, "model_type = 'gpt2': must be one of"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is damaged: not JSON"),
+    ],
+)
+def test_a_damaged_export_is_refused_by_name(damage: object, problem: str, tmp_path: Path) -> None:
+    write_tiny_export(tmp_path, tiny_model(CONFIG), CONFIG)
+    damage(tmp_path)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=problem):
+        ExportWeights(tmp_path)
