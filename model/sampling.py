@@ -92,9 +92,7 @@ def kept_probabilities(
     probabilities = ordered.softmax(dim=-1)
     if sampling.top_p < 1.0:
         before = probabilities.cumsum(dim=-1) - probabilities
-        beyond = before >= sampling.top_p
-        beyond[:, 0] = False
-        probabilities = probabilities.masked_fill(beyond, 0.0)
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)  # never the first: 0 is before it
     return probabilities, tokens
 
 

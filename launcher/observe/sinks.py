@@ -107,10 +107,10 @@ class JsonLines:
 def drop_lines_after(path: Path, step: int) -> int:
     """Rewrite the file without the steps and evaluations after `step`, atomically; return how many lines went.
 
-    Events stay. Lines that are no whole record, such as the last one of a killed run, go too.
+    Events, which have no step, stay. Lines that are no whole record, such as the last one of a killed run, go too.
     """
     records, unreadable = read_records(path)
-    kept = [record for record in records if record["kind"] == "event" or int(record.get("step") or 0) <= step]
+    kept = [record for record in records if int(record.get("step") or 0) <= step]
     dropped = len(records) - len(kept) + unreadable
     if dropped > 0:
         aside = path.with_name(path.name + ".new")

@@ -80,6 +80,11 @@ def test_the_ends_of_the_uniform_number_never_leave_what_is_kept(sampling: Sampl
     assert first.tolist() == logits.argmax(dim=-1).tolist()
 
 
+def test_a_number_on_the_border_of_two_tokens_takes_the_second() -> None:
+    numbers = uniform(0.0, 0.2499, 0.25, 0.5, 0.75)
+    assert next_tokens(torch.zeros(5, 4), Sampling(), numbers).tolist() == [0, 0, 1, 2, 3]
+
+
 def test_a_row_chooses_the_same_alone_and_in_a_batch() -> None:
     logits, sampling = some_logits(), Sampling(temperature=1.2, top_p=0.95)
     numbers = uniforms_at(seed=3, step=11, num_sequences=B)

@@ -142,6 +142,14 @@ def test_a_file_that_needs_no_dropping_is_not_written_again(tmp_path: Path) -> N
     assert path.stat().st_ino == inode
 
 
+def test_lines_that_are_no_records_are_dropped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "step", "step": 1}\n\xff\xfe\n[1]\n{"step": 2}\n\n{"kind": "step", "step": 2}\n')
+    assert read_records(path)[1] == 4
+    assert drop_lines_after(path, 2) == 4
+    assert [record["step"] for record in lines_of(path)] == [1, 2]
+
+
 def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = JsonLines(tmp_path / "metrics.jsonl", resumed_at=0)
 

@@ -93,6 +93,11 @@ def test_a_run_that_ended_in_nan_has_a_summary_in_strict_json(tmp_path: Path) ->
     assert (written["final_loss"], written["best_loss"]) == (None, 5.0)
 
 
+def test_a_loss_that_is_no_number_is_never_the_best() -> None:
+    for losses in ([math.nan, 4.0, 5.0], [4.0, math.nan, 5.0], [5.0, 4.0, math.nan]):
+        assert summarise([step(n, loss) for n, loss in enumerate(losses)], FACTS)["best_loss"] == 4.0
+
+
 def test_a_run_without_any_step_has_a_summary_too(tmp_path: Path) -> None:
     summary = write_summary(tmp_path, RunFacts("empty"))
     assert (summary["steps"], summary["final_loss"], summary["tokens"]) == (0, None, 0)
