@@ -1,0 +1,117 @@
+"""The folder of checkpoints: which stay, which leftovers go, and that nothing else is touched."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_cases import names_in
+
+from meshwright.parallel.checkpoint.agree import CheckpointError
+from meshwright.parallel.checkpoint.folder import Keep, list_checkpoints, read_manifest, retain
+from meshwright.parallel.checkpoint.load import load_checkpoint
+from meshwright.parallel.checkpoint.save import save_checkpoint
+from meshwright.parallel.checkpoint.verify import newest_that_verifies, verify
+from meshwright.parallel.mesh import single_process_mesh
+
+
+def save(folder: Path, step: int, keep: Keep | None = None, value: float = 0.0) -> Path:
+    tensors = {"weight": torch.full((4,), value or float(step))}
+    return save_checkpoint(folder, step, tensors, {}, single_process_mesh(), "model", keep)
+
+
+def test_the_last_n_and_every_kth_stay(tmp_path: Path) -> None:
+    for step in range(10, 100, 10):
+        save(tmp_path, step, Keep(last=2, every=40))
+    assert list_checkpoints(tmp_path) == [40, 80, 90]
+
+
+def test_checkpoints_of_a_future_that_was_left_do_not_count_as_newest(tmp_path: Path) -> None:
+    for step in (10, 20, 90):
+        save(tmp_path, step)
+    (tmp_path / "step_00000090" / "manifest.json").unlink()  # damaged: training went back to 20
+    save(tmp_path, 30, Keep(last=1))
+    assert list_checkpoints(tmp_path) == [30, 90]
+    assert newest_that_verifies(tmp_path, single_process_mesh()).step == 30
+
+
+@pytest.mark.parametrize("keep", [Keep(last=0), Keep(last=1, every=-1)])
+def test_keeping_none_is_refused(tmp_path: Path, keep: Keep) -> None:
+    with pytest.raises(ValueError, match="keep at least the last 1"):
+        retain(tmp_path, 1, keep)
+    with pytest.raises(CheckpointError, match="step_00000001 was saved, but older ones could not be removed"):
+        save(tmp_path, 1, keep)
+    assert list_checkpoints(tmp_path) == [1]
+
+
+def test_only_leftovers_of_our_own_form_are_removed(tmp_path: Path) -> None:
+    ours = ["step_00000007.tmp-0123abcd", "step_00000007.old-0123abcd"]
+    others = ["step_00000007.tmp-mine", "step_7", "notes", "step_00000007.tmp-0123abcd.bak"]
+    for name in ours + others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / "step_00000009.tmp-0123abcd").write_text("a file, not a folder")
+    save(tmp_path, 7)
+    save(tmp_path, 8)
+    assert names_in(tmp_path) == sorted([*others, "step_00000007", "step_00000008", "step_00000009.tmp-0123abcd"])
+
+
+def test_a_step_that_exists_is_replaced_whole(tmp_path: Path) -> None:
+    save(tmp_path, 5, value=1.0)
+    path = save(tmp_path, 5, value=2.0)
+    weight = torch.zeros(4)
+    load_checkpoint(path, {"weight": weight}, single_process_mesh())
+    assert weight.tolist() == [2.0] * 4
+    assert names_in(tmp_path) == ["step_00000005"]
+
+
+def test_a_checkpoint_moved_aside_by_a_killed_save_gets_its_name_back(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    path.rename(tmp_path / "step_00000005.old-0123abcd")
+    assert list_checkpoints(tmp_path) == []
+    assert newest_that_verifies(tmp_path, single_process_mesh()).path == path
+
+
+def test_a_save_gives_the_name_back_too_instead_of_clearing_it_away(tmp_path: Path) -> None:
+    save(tmp_path, 5).rename(tmp_path / "step_00000005.old-0123abcd")
+    save(tmp_path, 6)
+    assert list_checkpoints(tmp_path) == [5, 6]
+
+
+def test_a_copy_under_any_other_name_still_loads(tmp_path: Path) -> None:
+    mesh = single_process_mesh()
+    path = save(tmp_path, 5).rename(tmp_path / "best")
+    assert verify(path, mesh) == []
+    weight = torch.zeros(4)
+    load_checkpoint(path, {"weight": weight}, mesh)
+    assert weight.tolist() == [5.0] * 4
+    manifest = read_manifest(path)
+    assert (manifest.step, manifest.world_size, manifest.fingerprint) == (5, 1, "model")
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match=r"step 1 was not saved .*: (NotADirectory|FileExists)Error"):
+        save(tmp_path / "file", 1)
+
+
+def test_every_file_and_folder_is_on_the_disk_before_anything_refers_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noting_fsync(fd: int) -> None:
+        happened.append("fsync " + Path(os.readlink(f"/proc/self/fd/{fd}")).name.split(".tmp-")[0])
+        fsync(fd)
+
+    def noting_rename(source: Path, target: Path) -> None:
+        happened.append(f"rename {target.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "rename", noting_rename)
+    save(tmp_path, 1)
+    files = ["rank_00000.bin", "tensors.json", "state.json", "manifest.json"]
+    last = ["fsync step_00000001", "rename step_00000001", f"fsync {tmp_path.name}"]
+    assert happened == [f"fsync {file}" for file in files] + last
