@@ -6,7 +6,6 @@
 Below this file functions take numbers, axes and modules.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,14 +140,6 @@ def with_vocab_of(run_file: RunFile, store: TokenStore) -> RunFile:
     except ValueError as error:
         raise ConfigError(run_file.data.store, [str(error)]) from None
     return run_file.model_copy(update={"model": model})
-
-
-def set_threads(wanted: int, local_world_size: int) -> int:
-    """Set and return the CPU threads of this rank: as wanted, or its share of the cores that it may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = wanted or max(1, cores // local_world_size)
-    torch.set_num_threads(threads)
-    return threads
 
 
 def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> LanguageModel:

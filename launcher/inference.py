@@ -1,8 +1,8 @@
 """A trained model on one process, from a run, a checkpoint or an export: for generation and for judging exports.
 
-    run folder          its newest checkpoint that verifies; sizes from the run file in it, tokenizer beside it
-    checkpoint folder   the same, of that step
-    export folder       sizes from config.json, tokenizer.json in it
+run folder          its newest checkpoint that verifies; sizes from the run file in it, tokenizer beside it
+checkpoint folder   the same, of that step
+export folder       sizes from config.json, tokenizer.json in it
 """
 
 import json

@@ -63,4 +63,5 @@ def uniform_range(seed: int, name: str, begin: int, end: int) -> Float64[Tensor,
 
 def normal_from_uniform(uniform: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
     """Return standard normal numbers by inverting the normal distribution; none is beyond 6.4."""
-    return torch.erfinv(2.0 * uniform - 1.0) * 2.0**0.5
+    normal: Tensor = torch.erfinv(2.0 * uniform - 1.0) * 2.0**0.5
+    return normal

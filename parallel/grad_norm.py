@@ -38,4 +38,5 @@ def gradient_norm(parts: Iterable[Part]) -> float:
 def clip_gradients(parts: Iterable[Part], norm: float, limit: float) -> None:
     """Scale every gradient so that the norm is at most `limit`; 0 is no limit."""
     if limit > 0 and norm > limit:
-        torch._foreach_mul_([part.parameter.grad for part in parts], limit / norm)  # type: ignore[arg-type]
+        gradients = [part.parameter.grad for part in parts if part.parameter.grad is not None]
+        torch._foreach_mul_(gradients, limit / norm)

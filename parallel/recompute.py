@@ -40,7 +40,7 @@ def recompute_layers(layers: Iterable[nn.Module], tally: Tally, saved: Iterable[
     """Make each layer recompute its forward pass in the backward pass, except for the ops named in `saved`."""
     keep = _ROUTING.union(*(SAVED_OPS[name] for name in saved))
     for layer in layers:
-        layer.forward = _recomputed(layer.forward, frozenset(keep), tally)  # type: ignore[method-assign]
+        layer.forward = _recomputed(layer.forward, frozenset(keep), tally)
 
 
 def _recomputed(forward: Callable[..., Any], keep: frozenset[Any], tally: Tally) -> Callable[..., Any]:
@@ -48,7 +48,7 @@ def _recomputed(forward: Callable[..., Any], keep: frozenset[Any], tally: Tally)
         return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        first, again = create_selective_checkpoint_contexts(policy)
+        first, again = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
         return first, _both(again, tally.paused())
 
     # Nothing draws random numbers from a generator, so there is no generator state to restore.

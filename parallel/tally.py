@@ -28,7 +28,9 @@ class Tally:
         """Take each entry's length; keep fp64 where the device has it, so that counts are exact."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self._flat = torch.zeros(sum(entries.values()), dtype=dtype, device=device)
-        self._views = dict(zip(entries, self._flat.split(list(entries.values())), strict=True)) if entries else {}
+        self._views = (
+            dict(zip(entries, torch.split(self._flat, list(entries.values())), strict=True)) if entries else {}
+        )
         self._paused = False
 
     def add(self, name: str, value: Tensor | float) -> None:
@@ -52,7 +54,7 @@ class Tally:
         all_reduce(self._flat, mesh.world)
         sums = self._flat.cpu()
         lengths = [len(view) for view in self._views.values()]
-        reduced = dict(zip(self._views, sums.clone().split(lengths), strict=True)) if lengths else {}
+        reduced = dict(zip(self._views, torch.split(sums.clone(), lengths), strict=True)) if lengths else {}
         self._flat.zero_()
         return reduced
 

@@ -100,7 +100,9 @@ class _Pool:
         failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
         if failed:
             self.close()
-            raise RankFailed("\n".join(f"--- rank {rank} of {self.size}\n{text}" for rank, text in sorted(failed.items())))
+            raise RankFailed(
+                "\n".join(f"--- rank {rank} of {self.size}\n{text}" for rank, text in sorted(failed.items()))
+            )
         return [answers[rank][1] for rank in range(self.size)]
 
     def close(self) -> None:

@@ -36,16 +36,14 @@ def train(
 
     torchrun --nproc-per-node 8 -m meshwright.launcher train runs/llama3_8b.toml
     """
-    from meshwright.launcher.local_ranks import start_local_ranks
-    from meshwright.launcher.ranks import find_ranks
+    from meshwright.launcher.local_ranks import become_a_rank
+    from meshwright.launcher.ranks import who_am_i
     from meshwright.launcher.runfile.read import read_run_file
 
-    info = find_ranks(ranks)
-    world_size = info.world_size if info is not None else ranks
-    config = read_run_file(run_file, overrides or [], world_size=world_size)
-    if info is None:
-        start_local_ranks(ranks, device=config.run.device)
-        return
+    # Before any rank is started, and before torch is loaded: every mistake in the run file.
+    config = read_run_file(run_file, overrides or [], world_size=max(ranks, who_am_i().world_size))
+    info = become_a_rank(ranks, config.train.threads)
+
     from meshwright.launcher.training.start import Request, run_rank
 
     run_rank(Request(run_file, overrides or [], allow_change or []), info)

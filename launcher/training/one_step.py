@@ -1,10 +1,10 @@
 """One step: count its tokens, forward and backward by micro-batches, reduce, clip, update.
 
-    count      the counted tokens of the whole batch, summed over the data ranks before the first forward
-    forward,   each micro-batch's loss is its sum divided by that count; gradients are summed, in order, and
-    backward   leave for the other ranks while the last micro-batch's backward runs
-    norm       of the whole gradient, over every axis; the tally with losses, loads and flags is summed
-    update     unless the loss is no number or the norm spikes: clip, AdamW, bring the weights back
+count      the counted tokens of the whole batch, summed over the data ranks before the first forward
+forward,   each micro-batch's loss is its sum divided by that count; gradients are summed, in order, and
+backward   leave for the other ranks while the last micro-batch's backward runs
+norm       of the whole gradient, over every axis; the tally with losses, loads and flags is summed
+update     unless the loss is no number or the norm spikes: clip, AdamW, bring the weights back
 """
 
 from contextlib import AbstractContextManager, nullcontext

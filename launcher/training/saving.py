@@ -7,13 +7,14 @@ The samples consumed are the position in the data. The learning rate is a functi
 A run goes on from its newest checkpoint that verifies; what may differ then is said by `runfile/resume_rules.py`.
 """
 
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import tomllib
+import torch
 
 from meshwright.launcher.build import Run
 from meshwright.launcher.runfile.messages import ConfigError
@@ -22,6 +23,7 @@ from meshwright.launcher.runfile.resume_rules import compare_for_resume
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import write_resolved
 from meshwright.launcher.training.optimizer import MOMENTS
+from meshwright.launcher.weights.read_weights import ExportWeights, find_source
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.checkpoint.folder import Keep, checkpoint_path
@@ -169,24 +171,51 @@ def _load(run: Run, path: Path) -> dict[str, Any]:
 
 
 def begin_from(run: Run, source: Path) -> Resumed:
-    """Take the weights (and by choice the moments) of another run's checkpoint; step and data begin anew.
+    """Take the weights (and by choice the moments) of a checkpoint or an export; step and data begin anew.
 
     Raises:
-        ConfigError: if the checkpoint is damaged or of another model.
+        ConfigError: if what lies there is damaged or of another model.
     """
-    newest = newest_that_verifies(checkpoints_of(source), run.mesh) if checkpoints_of(source).is_dir() else None
-    path = newest.path if newest is not None and newest.path is not None else source
     with_moments = run.run_file.init.load == "weights+optimizer"
-    wanted = held_tensors(run, optimizer=with_moments)
-    expect = Expect(None, may_stay_unread=("optimizer.",), same_dtype=False)
+    updates = 0
     try:
-        state = load_checkpoint(path, wanted, run.mesh, expect)
-    except CheckpointError as error:
+        found = find_source(source)
+        if found.is_checkpoint:
+            wanted = held_tensors(run, optimizer=with_moments)
+            expect = Expect(None, may_stay_unread=("optimizer.", "buffers."), same_dtype=False)
+            state = load_checkpoint(found.path, wanted, run.mesh, expect)
+            updates = int(state["updates"]) if with_moments else 0
+        elif with_moments:
+            raise ValueError('an export has no optimizer state; init.load = "weights" would fit')
+        else:
+            _fill_from_export(run, ExportWeights(found.path))
+    except (ValueError, CheckpointError) as error:
         raise ConfigError(f"init.from = {source}", str(error).splitlines()) from None
-    run.optimizer.set_updates(int(state["updates"]) if with_moments else 0)
+    run.optimizer.set_updates(updates)
     run.engine.publish_weights()
-    updates = int(state["updates"]) if with_moments else 0
-    return Resumed(Progress(updates=updates), [f"begun from {path} ({run.run_file.init.load})"])
+    return Resumed(Progress(updates=updates), [f"begun from {found.path} ({run.run_file.init.load})"])
+
+
+def _fill_from_export(run: Run, weights: ExportWeights) -> None:
+    """Read this rank's rows of every weight.
+
+    Raises:
+        ValueError: naming every weight that the export has not, or has in another shape.
+    """
+    held, there = run.engine.parts, weights.shapes()
+    wrong = [
+        f"{name} is {list(there[name]) if name in there else 'missing'}, the run file has {list(part.global_shape)}"
+        for name, part in held.items()
+        if there.get(name) != part.global_shape
+    ]
+    wrong += [f"{name} has no place in the model" for name in sorted(there.keys() - held.keys())]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    with torch.no_grad():
+        for name, part in held.items():
+            rows = part.parameter.shape[0]
+            if rows:
+                part.parameter.copy_(weights.read(name, (part.offset[0], part.offset[0] + rows)))
 
 
 def run_file_of(state: dict[str, Any], path: Path) -> RunFile:

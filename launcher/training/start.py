@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from meshwright.data.store import TokenStore
-from meshwright.kernels.choose import choose_products, describe_choices
-from meshwright.launcher.build import Run, build_run, resolve_device, set_threads, sizes_of, with_vocab_of
+from meshwright.launcher.build import Run, build_run, resolve_device, sizes_of, with_vocab_of
 from meshwright.launcher.inference import TOKENIZER_NAME
 from meshwright.launcher.observe.metrics import Meter
 from meshwright.launcher.observe.peak import choose_peak
 from meshwright.launcher.observe.provenance import write_provenance
 from meshwright.launcher.observe.sinks import Sinks, open_sinks
 from meshwright.launcher.observe.summary import RunFacts, print_summary, write_summary
-from meshwright.launcher.ranks import RankInfo, start_process_group, stop_process_group
+from meshwright.launcher.ranks import RankInfo, threads_of
+from meshwright.launcher.rendezvous import start_process_group, stop_process_group
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.tables import RunFile
@@ -52,31 +52,41 @@ def run_rank(request: Request, info: RankInfo) -> None:
     store = open_store(request.run_file, run_file)
     run_file = with_vocab_of(run_file, store)
     device = resolve_device(run_file.run.device, info.local_rank)
-    threads = set_threads(run_file.train.threads, info.local_world_size)
+    threads = threads_of(info, run_file.train.threads)
+    torch.set_num_threads(threads)
     signals = Signals()
-    start_process_group(info, device.type, run_file.run.timeout_seconds)
+    start_process_group(info, device, run_file.run.timeout_seconds)
     try:
         mesh = build_mesh(sizes_of(run_file, info.world_size), timedelta(seconds=run_file.run.timeout_seconds))
-        choices = choose_products(device)
         run = build_run(run_file, store, mesh, device)
-        began = resume(run, request.allow_change)
-        with open_sinks(
-            run.folder,
-            rank=info.rank,
-            total_steps=run_file.train.steps,
-            resumed_at=began.progress.step,
-            every=run_file.log.every,
-            unit="gpu" if device.type == "cuda" else "rank",
-        ) as sinks:
-            for event in [*_about(info, device, threads, choices), *began.events]:
-                sinks.event(event)
-            saver = Saver(run)
-            versions = write_what_runs(run, sinks) if info.rank == 0 else {}
-            newest = train(run, began.progress, saver, sinks, meter_of(run), signals)
-        if info.rank == 0:
-            sum_up(run, versions, newest)
+        train_on(run, signals, request.allow_change, about=[_about(info, device, threads)])
     finally:
         stop_process_group()
+
+
+def train_on(run: Run, signals: Signals, allow_change: Sequence[str] = (), about: Sequence[str] = ()) -> None:
+    """Bring a built run to its checkpoint, train it to its end, and sum it up; every rank calls this.
+
+    Raises:
+        ConfigError: if the checkpoint does not fit the run.
+        NotANumberError: if training came to a loss that is no number.
+    """
+    began = resume(run, allow_change)
+    is_first_rank, table = run.mesh.rank == 0, run.run_file
+    with open_sinks(
+        run.folder,
+        rank=run.mesh.rank,
+        total_steps=table.train.steps,
+        resumed_at=began.progress.step,
+        every=table.log.every,
+        unit="gpu" if run.device.type == "cuda" else "rank",
+    ) as sinks:
+        for event in [*about, *began.events]:
+            sinks.event(event)
+        versions = write_what_runs(run, sinks) if is_first_rank else {}
+        newest = train(run, began.progress, Saver(run), sinks, meter_of(run), signals)
+    if is_first_rank:
+        sum_up(run, versions, newest)
 
 
 def open_store(path: Path, run_file: RunFile) -> TokenStore:
@@ -137,8 +147,7 @@ def sum_up(run: Run, versions: dict[str, str], newest: Path | None) -> None:
     print_summary(summary, Console(stderr=True))
 
 
-def _about(info: RankInfo, device: torch.device, threads: int, choices: Any) -> list[str]:
+def _about(info: RankInfo, device: torch.device, threads: int) -> str:
     """Say on what the run runs, in words."""
     about = f"{info.world_size} rank{'s' if info.world_size > 1 else ''} ({info.how}) on {device.type}"
-    about += f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else ""
-    return [about, *describe_choices(choices)]
+    return about + (f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else "")

@@ -83,6 +83,8 @@ class Experts(nn.Module):
 class Moe(nn.Module):
     """Routed experts, and optionally one that every token goes to."""
 
+    previous_share: Tensor
+
     def __init__(
         self,
         router: TopKRouter,
@@ -142,21 +144,19 @@ class Moe(nn.Module):
 
     def _attach_losses(self, tokens: Tensor, routing: Routing, where: Where, tally: Tally) -> Tensor:
         s, b = where.counted.shape
-        probability = routing.probability.unflatten(0, (s, b))
-        choices = choices_per_sequence(routing.expert.unflatten(0, (s, b)), where.counted, self.num_experts)
+        probability = routing.probability.view(s, b, -1)
+        choices = choices_per_sequence(routing.expert.view(s, b, -1), where.counted, self.num_experts)
         tally.add(f"{self.name}.load", choices.sum(0))
         if self.load_balancing != "none":
             if self.load_balancing == "step":
-                loss = step_balance_loss(
-                    probability, self.previous_share, where.counted, step_tokens=where.step_tokens
-                )
+                loss = step_balance_loss(probability, self.previous_share, where.counted, step_tokens=where.step_tokens)
             else:
                 loss = sequence_balance_loss(
                     probability, choices, where.counted, top_k=self.router.top_k, step_tokens=where.step_tokens
                 )
             tally.add(f"{self.name}.balance", loss)
             tokens = attach_loss(tokens, loss * self.load_balancing_weight)
-        z = z_loss(routing.scores.unflatten(0, (s, b)), where.counted, step_tokens=where.step_tokens)
+        z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=where.step_tokens)
         tally.add(f"{self.name}.z", z)
         return attach_loss(tokens, z * self.z_loss_weight)
 

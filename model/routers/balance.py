@@ -19,7 +19,7 @@ def choices_per_sequence(
     expert: Int64[Tensor, "s b k"], counted: Bool[Tensor, "s b"], num_experts: int
 ) -> Int64[Tensor, "b e"]:
     """Return how often each expert was chosen by the counted tokens of each sequence."""
-    s, b, k = expert.shape
+    b = expert.shape[1]
     sequence = torch.arange(b, device=expert.device)[None, :, None]
     flat = torch.where(counted[..., None], sequence * num_experts + expert, b * num_experts)
     counts = torch.bincount(flat.flatten(), minlength=b * num_experts + 1)[:-1]

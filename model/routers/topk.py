@@ -1,8 +1,8 @@
 """Softmax top-k routing: which experts a token goes to, and with what weight.
 
-    scores [t, e] = x W^T, in at least fp32      probability = softmax(scores)
-    expert [t, k] = the k most probable; among equals the lower index (a plain topk picks any)
-    weight [t, k] = their probabilities, divided by their sum if normalised (Mixtral, Qwen3)
+scores [t, e] = x W^T, in at least fp32      probability = softmax(scores)
+expert [t, k] = the k most probable; among equals the lower index (a plain topk picks any)
+weight [t, k] = their probabilities, divided by their sum if normalised (Mixtral, Qwen3)
 """
 
 from typing import NamedTuple

@@ -12,6 +12,7 @@ divided by the step's token count. A hook moves each gradient into its bucket as
 step's last micro-batch a full bucket sets out at once, buckets always in the same order on all ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +109,7 @@ class BucketEngine:
         self._next = 0
         for bucket in self.buckets:
             for slot in bucket.slots:
-                slot.parameter.register_post_accumulate_grad_hook(self._hook(bucket, slot))
+                slot.parameter.register_post_accumulate_grad_hook(self._hook(bucket, slot))  # type: ignore[no-untyped-call]
 
     def _axes(self, placement: Placement) -> tuple[Axis, ...]:
         return (*placement.grad_sum, *placement.data_axes(self.mesh))
@@ -133,7 +134,8 @@ class BucketEngine:
         if num_rows > 1:
             first, last = bounds[placement.zero_axis(self.mesh).rank]
             held = held[first:last]
-        held = held.to(torch.promote_types(held.dtype, torch.float32))  # the same memory where the type is already wide enough
+        # The same memory where the type is already wide enough; else a master copy.
+        held = held.to(torch.promote_types(held.dtype, torch.float32))
         part = make_part(held, tuple(parameter.shape), placement, self.mesh, is_zero_part=num_rows > 1)
         return _Slot(name, parameter, begin, begin + per_row, bounds, part)
 
@@ -146,7 +148,7 @@ class BucketEngine:
                 for slot in bucket.slots:
                     slot.arrived = 0
 
-    def _hook(self, bucket: _Bucket, slot: _Slot):  # type: ignore[no-untyped-def]
+    def _hook(self, bucket: _Bucket, slot: _Slot) -> Callable[[nn.Parameter], None]:
         def take_gradient(parameter: nn.Parameter) -> None:
             assert parameter.grad is not None
             assert not slot.arrived, f"{slot.name} got a second gradient in the last micro-batch"

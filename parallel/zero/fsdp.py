@@ -20,7 +20,12 @@ from meshwright.parallel.zero.part import Part, make_part
 
 
 def shard_modules(
-    units: list[nn.Module], axes: dict[nn.Parameter, Axis], *, stage: int, device: torch.device, dtype: torch.dtype | None
+    units: list[nn.Module],
+    axes: dict[nn.Parameter, Axis],
+    *,
+    stage: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> None:
     """Wrap each unit, inner ones first, so that the parameters in `axes` (and no others) are sharded.
 

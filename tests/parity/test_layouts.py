@@ -73,7 +73,11 @@ def test_micro_batches_do_not_change_the_result(name: str) -> None:
 
 @pytest.mark.parametrize(
     "plan",
-    [Plan(recompute="full"), Plan(recompute="full", recompute_every=2), Plan(recompute="selective", recompute_save=("matmul",))],
+    [
+        Plan(recompute="full"),
+        Plan(recompute="full", recompute_every=2),
+        Plan(recompute="selective", recompute_save=("matmul",)),
+    ],
 )
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_recompute_does_not_change_the_result(plan: Plan, name: str) -> None:
