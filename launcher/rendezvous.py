@@ -18,7 +18,8 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 
 import psutil
@@ -46,19 +47,34 @@ _WAITED = ("timed out waiting", "wait timeout", "operation timed out", "watchdog
 
 
 class RendezvousError(ConnectionError):
-    """The ranks could not meet; the message says who is missing or what stood in the way."""
+    """The ranks could not meet or lost each other; the message says who is missing or what stood in the way."""
 
 
-def start_process_group(info: RankInfo, device: torch.device, timeout_seconds: int) -> None:
-    """Let this rank meet the others, and make the default process group; a rank that is alone needs none.
+@contextmanager
+def process_group(info: RankInfo, device: torch.device, timeout_seconds: int) -> Iterator[None]:
+    """Meet the other ranks, hold the default process group, and part from them; a rank that is alone needs none.
 
-    A collective that waits longer than `timeout_seconds` for the others ends with an error.
+    A collective that waits longer than `timeout_seconds` for the others ends with an error. At the end the ranks wait
+    for each other, so that rank 0 does not take its store away while another still needs it. After an error they do
+    not: the others may never come, and the end of the process frees everything.
 
     Raises:
-        RendezvousError: if the port is taken, or not all ranks come.
+        RendezvousError: if the port is taken, not all ranks come, or one of them is gone or stuck later on.
     """
-    if info.is_alone:
-        return
+    if not info.is_alone:
+        _meet(info, device, timeout_seconds)
+    try:
+        yield
+    except RuntimeError as error:
+        if lost := explain(error, info):
+            raise RendezvousError(lost) from error
+        raise
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _meet(info: RankInfo, device: torch.device, timeout_seconds: int) -> None:
     address, port = meeting_point(info)
     join_seconds = min(timeout_seconds, JOIN_SECONDS)
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(address)):
@@ -75,17 +91,6 @@ def start_process_group(info: RankInfo, device: torch.device, timeout_seconds: i
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if on_gpu else None,
     )
-
-
-def stop_process_group() -> None:
-    """Part from the other ranks at the end of a run that went well; without a group, do nothing.
-
-    The ranks wait for each other, so that rank 0 does not take its store away while another still needs it. After an
-    error do not call this: the others may never come, and the end of the process frees everything.
-    """
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def explain(error: BaseException, info: RankInfo) -> str | None:

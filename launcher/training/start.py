@@ -21,7 +21,7 @@ from meshwright.launcher.observe.provenance import write_provenance
 from meshwright.launcher.observe.sinks import Sinks, open_sinks
 from meshwright.launcher.observe.summary import RunFacts, print_summary, write_summary
 from meshwright.launcher.ranks import RankInfo, threads_of
-from meshwright.launcher.rendezvous import start_process_group, stop_process_group
+from meshwright.launcher.rendezvous import process_group
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.tables import RunFile
@@ -55,13 +55,10 @@ def run_rank(request: Request, info: RankInfo) -> None:
     threads = threads_of(info, run_file.train.threads)
     torch.set_num_threads(threads)
     signals = Signals()
-    start_process_group(info, device, run_file.run.timeout_seconds)
-    try:
+    with process_group(info, device, run_file.run.timeout_seconds):
         mesh = build_mesh(sizes_of(run_file, info.world_size), timedelta(seconds=run_file.run.timeout_seconds))
         run = build_run(run_file, store, mesh, device)
         train_on(run, signals, request.allow_change, about=[_about(info, device, threads)])
-    finally:
-        stop_process_group()
 
 
 def train_on(run: Run, signals: Signals, allow_change: Sequence[str] = (), about: Sequence[str] = ()) -> None:

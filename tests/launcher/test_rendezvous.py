@@ -16,9 +16,8 @@ from meshwright.launcher.rendezvous import (
     first_host,
     interface_towards,
     meeting_point,
+    process_group,
     slurm_port,
-    start_process_group,
-    stop_process_group,
 )
 
 TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -37,10 +36,11 @@ def sign_in(environment: dict[str, str], seconds: int, answer: Connection) -> No
     os.environ.update(TWO | environment)
     torch.set_num_threads(1)
     try:
-        start_process_group(who_am_i(), torch.device("cpu"), seconds)
-        sum_of_ranks = torch.tensor([float(who_am_i().rank)])
-        torch.distributed.all_reduce(sum_of_ranks)
-        stop_process_group()
+        with process_group(who_am_i(), torch.device("cpu"), seconds):
+            if environment.get("LEAVES"):
+                os._exit(1)
+            sum_of_ranks = torch.tensor([float(who_am_i().rank)])
+            torch.distributed.all_reduce(sum_of_ranks)
         answer.send(str(sum_of_ranks.item()))
     except RendezvousError as error:
         answer.send(str(error))
@@ -56,7 +56,13 @@ def meet(worlds: list[dict[str, str]], seconds: int) -> list[str]:
         processes.append(context.Process(target=sign_in, args=(world, seconds, theirs), daemon=True))
         processes[-1].start()
         theirs.close()
-    said = [pipe.recv() if pipe.poll(60) else "silence" for pipe in pipes]
+    said = []
+    for pipe in pipes:
+        assert pipe.poll(60), "a rank said nothing"
+        try:
+            said.append(pipe.recv())
+        except EOFError:
+            said.append("gone")
     for process in processes:
         process.join(10)
     return said
@@ -71,6 +77,12 @@ def free_port() -> str:
 def test_ranks_meet_and_sum() -> None:
     port = free_port()
     assert meet([{"RANK": "0", "MASTER_PORT": port}, {"RANK": "1", "MASTER_PORT": port}], 30) == ["1.0", "1.0"]
+
+
+def test_a_rank_that_is_left_alone_says_so_in_one_line() -> None:
+    port = free_port()
+    said = meet([{"RANK": "0", "MASTER_PORT": port}, {"RANK": "1", "MASTER_PORT": port, "LEAVES": "1"}], 30)
+    assert said == ["rank 0: another rank ended or was cut off; what that rank says first is the cause", "gone"]
 
 
 def test_a_port_in_use_is_named() -> None:
