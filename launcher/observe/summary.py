@@ -100,6 +100,7 @@ def draw_losses(records: list[Numbers], unigram_entropy: float | None, path: Pat
     if unigram_entropy is not None:
         axes.axhline(unigram_entropy, linestyle="--", color="gray", label="unigram entropy")
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
