@@ -1,9 +1,13 @@
 """Each configuration goes to the class that is exactly it; what none can be is refused by key, with a way out."""
 
+from math import prod
+
 import pytest
 
 from meshwright.model.config import ModelConfig, MoeConfig
+from meshwright.model.costs import parameter_count
 from meshwright.model.families.choose import NotRepresentableError, choose_family, config_from_foreign
+from meshwright.model.presets import PRESETS, preset
 
 MOE = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 16}
 
@@ -50,6 +54,15 @@ def test_un_normalised_weights_are_mixtrals_only_where_they_sum_to_one(top_k: in
 def test_un_normalised_weights_are_a_flag_of_qwen3_moe() -> None:
     ours = config({"normalise_top_k": False}, pattern="*E", qk_norm=True)
     assert choose_family(ours).to_foreign(ours)["norm_topk_prob"] is False
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_class_whose_tensors_hold_its_weights(name: str) -> None:
+    ours = preset(name).with_vocab(1000)
+    family = choose_family(ours)
+    assert sum(prod(row.shape) for row in family.mapping(ours)) == parameter_count(ours)
+    public = {"llama3-8b": "llama", "llama2-70b": "llama", "mixtral-8x7b": "mixtral", "qwen3-30b-a3b": "qwen3_moe"}
+    assert family.model_type == public.get(name, family.model_type)
 
 
 def test_dense_layers_between_experts_are_listed() -> None:
