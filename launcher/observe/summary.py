@@ -89,6 +89,7 @@ def draw_losses(records: list[Numbers], unigram_entropy: float | None, path: Pat
     # Imported late: it takes a second. Figure and canvas by hand: pyplot would choose a backend for the process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -100,7 +101,7 @@ def draw_losses(records: list[Numbers], unigram_entropy: float | None, path: Pat
     if unigram_entropy is not None:
         axes.axhline(unigram_entropy, linestyle="--", color="gray", label="unigram entropy")
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
