@@ -57,8 +57,8 @@ def export(
     try:
         exported = export_run(request)
     except NotRepresentableError as error:
-        nearest = f"the nearest class of transformers is {error.class_name}, and it is not this model:"
-        raise ConfigError(f"meshwright export {source}", [nearest, *error.reasons]) from None
+        model = f"{source} is not exactly {error.class_name}, the nearest class of transformers"
+        raise ConfigError(model, error.reasons) from None
     for path, damage in exported.passed_over.items():
         print(f"passed over {path}, which is damaged: {'; '.join(damage)}", file=sys.stderr)
     about, report = exported.about, exported.report

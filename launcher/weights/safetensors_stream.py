@@ -103,6 +103,7 @@ def _write_file(path: Path, tensors: Sequence[NamedShape], read: Callable[[str],
                     f"{tensor.name} has the shape {list(values.shape)}, the configuration says {list(tensor.shape)}"
                 )
             _append(file, _bytes_of(values, dtype), path)
+            del values  # before the next is read, so that one is in memory and not two
         os.fsync(file.fileno())
 
 
