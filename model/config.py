@@ -10,7 +10,7 @@ a `ModelConfig` never meets a 0:
 Only `vocab_size` may stay 0, until the tokenizer is read: `with_vocab` fills it in.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
@@ -221,6 +221,6 @@ def nearest(fits: list[int], value: int, most: int = 8) -> list[int]:
     return sorted(sorted(fits, key=lambda size: abs(size - value))[:most])
 
 
-def _is_size(value: object) -> bool:
+def _is_size(value: object) -> TypeGuard[int]:
     """Say whether this is a whole number of 1 or more; True is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

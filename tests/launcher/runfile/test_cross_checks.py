@@ -134,8 +134,9 @@ def test_what_one_table_finds_is_told_too(tables: dict[str, Any], begins: str) -
 
 
 def test_what_is_on_mps_is_refused_by_name_all_at_once() -> None:
-    tables = {"run": {"device": "mps"}, "train": {"precision": "fp64", "compile": True}, "zero": {"stage": 3}}
-    found = check(run_file(model=MOE, parallel={"ep": 2}, **tables), 2)
+    train = {"precision": "fp64", "compile": True}
+    odd = run_file(model=MOE, run={"device": "mps"}, train=train, zero={"stage": 3}, parallel={"ep": 2})
+    found = check(odd, 2)
     assert [line.partition(" =")[0] for line in found] == [
         "train.precision",
         "train.compile",
