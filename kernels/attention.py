@@ -1,10 +1,16 @@
-"""Attention over sequence-first tensors: [s, b, heads, d] in, [s, b, heads, d] out."""
+"""Attention over sequence-first tensors: [s, b, heads, d] in, [s, b, heads, d] out.
+
+torch's scaled_dot_product_attention, or our blocks of query rows where a CPU is faster with them (`choose.py`).
+fp64 and GPUs always take the former.
+"""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from meshwright.kernels.attention_blocks import block_attention
+from meshwright.kernels.choose import current
 from meshwright.kernels.precision import autocast_inputs
 
 
@@ -18,6 +24,9 @@ def attention(
 ) -> Float[Tensor, "s b n d"]:
     """Average the values by the softmax of q k / sqrt(d); a token sees its own document only, when one is given."""
     q, k, v = autocast_inputs(q, k, v)
+    way = _way(q)
+    if way != "flash":
+        return block_attention(q, k, v, document, is_causal=is_causal, narrow=way == "blocks")
     mask = None
     if document is not None:
         mask = document.T[:, None, :, None] == document.T[:, None, None, :]
@@ -37,6 +46,13 @@ def cached_attention(
         return _sdpa(q, k, v, None, is_causal=False)
     seen = torch.ones(s, c, dtype=torch.bool, device=q.device).tril(diagonal=c - s)
     return _sdpa(q, k, v, seen, is_causal=False)
+
+
+def _way(q: Tensor) -> str:
+    if q.device.type != "cpu":
+        return "flash"
+    ways = {torch.float32: current().fp32_attention, torch.bfloat16: current().bf16_attention}
+    return ways.get(q.dtype, "flash")
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:

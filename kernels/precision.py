@@ -7,6 +7,8 @@ functions that it does not know, so each asks here what autocast would have done
     outside                                     the dtypes stay
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,22 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Return the dtype that autocast gives to products on this kind of device, or None when it is off."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that a product with x has: autocast's where it is on, but fp64 stays."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast the inputs of a product as autocast would: to its dtype where it is on, but never from fp64."""
-    dtype = autocast_dtype(tensors[0].device.type)
-    if dtype is None:
+    dtype = result_dtype(tensors[0])
+    if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
     return tuple(x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in tensors)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which products keep the dtypes that a kernel has chosen for them."""
+    return torch.autocast(x.device.type, enabled=False)

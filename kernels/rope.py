@@ -1,4 +1,12 @@
-"""Rotary positions: each pair of features of a head is turned by its position's angle."""
+"""Rotary positions: each pair of features of a head is turned by its position's angle.
+
+    y[i]       = x[i] cos - x[i + d/2] sin
+    y[i + d/2] = x[i + d/2] cos + x[i] sin            for i < d/2: half-split, "rotate_half"
+
+The gradient is the rotation by the opposite angle, so nothing but the angles is kept for the backward.
+"""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,7 +18,29 @@ from meshwright.kernels.precision import at_least_fp32
 def apply_rope(
     x: Float[Tensor, "s b n d"], cos: Float[Tensor, "s d_half"], sin: Float[Tensor, "s d_half"]
 ) -> Float[Tensor, "s b n d"]:
-    """Turn each pair (x[i], x[i + d/2]) by its position's angle: the half-split ("rotate_half") layout."""
-    first, second = at_least_fp32(x).chunk(2, dim=-1)
-    cos, sin = cos[:, None, None].to(first.dtype), sin[:, None, None].to(first.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    """Turn each pair (x[i], x[i + d/2]) by its position's angle; computed in at least fp32, result in x's dtype."""
+    y: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = at_least_fp32(x)
+    cos, sin = cos.to(wide.dtype)[:, None, None], sin.to(wide.dtype)[:, None, None]
+    first, second = wide.chunk(2, dim=-1)
+    y = wide * torch.cat([cos, cos], dim=-1)
+    y_first, y_second = y.chunk(2, dim=-1)
+    y_first.addcmul_(second, sin, value=-1)
+    y_second.addcmul_(first, sin)
+    return y.to(x.dtype)
