@@ -3,7 +3,8 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ from meshwright.parallel.placement import Placement, Split
 
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir")
 DONE = 7
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: hundreds of saves, and no disk to wait for."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
 
 
 def die_before_call(number: int) -> None:
@@ -70,11 +81,11 @@ def loaded_value(folder: Path) -> float:
 @pytest.mark.parametrize(
     ("step", "keep"), [(2, None), (2, Keep(last=1)), (1, None)], ids=["next step", "old one removed", "same step"]
 )
-def test_a_kill_before_any_call_to_the_disk_leaves_a_checkpoint(tmp_path: Path, step: int, keep: Keep | None) -> None:
+def test_a_kill_before_any_call_to_the_disk_leaves_a_checkpoint(memory: Path, step: int, keep: Keep | None) -> None:
     context = multiprocessing.get_context("fork")
     found = []
     for number in range(200):
-        folder = tmp_path / str(number)
+        folder = memory / str(number)
         save(folder, 1, 1.0, None)
         process = context.Process(target=save_and_die, args=(number, folder, step, keep))
         process.start()

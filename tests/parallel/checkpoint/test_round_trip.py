@@ -9,10 +9,11 @@ from checkpoint_cases import SHAPES, assert_holds, held_state, names_in, whole
 from rank_pool import run_mesh
 
 from meshwright.parallel.checkpoint.agree import CheckpointError
-from meshwright.parallel.checkpoint.describe import HeldPart
+from meshwright.parallel.checkpoint.describe import HeldPart, describe
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state, saved_tensors
 from meshwright.parallel.checkpoint.save import save_checkpoint
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
+from meshwright.parallel.placement import WHOLE
 
 STATE = {"samples": 1_234_567_890_123, "rate": 0.1, "none": None, "list": [1, "two", {"three": float("inf")}]}
 
@@ -136,3 +137,25 @@ def test_state_that_json_would_change_is_refused(tmp_path: Path, state: dict[str
     with pytest.raises(CheckpointError, match=message):
         save_checkpoint(tmp_path, 1, {}, state, single_process_mesh(), "model")
     assert names_in(tmp_path) == []
+
+
+def save_own_stage(mesh: Mesh, folder: Path) -> None:
+    name = ("weight", "gate")[mesh.pp.rank]
+    part = describe(whole(name), SHAPES[name][0], WHOLE, mesh, zero_part=False)
+    save_checkpoint(folder, 1, {name: part}, {}, mesh, "model")
+
+
+def load_other_stage(mesh: Mesh, path: Path) -> bool:
+    name = ("gate", "weight")[mesh.pp.rank]
+    part = describe(torch.zeros(SHAPES[name][0]), SHAPES[name][0], WHOLE, mesh, zero_part=False)
+    load_checkpoint(path, {name: part}, mesh)
+    return torch.equal(part.tensor, whole(name))
+
+
+def test_stages_of_a_pipeline_hold_different_names(tmp_path: Path) -> None:
+    sizes = Sizes(pp=2, dp_shard=2)
+    run_mesh(sizes, save_own_stage, tmp_path)
+    assert run_mesh(sizes, load_other_stage, tmp_path / "step_00000001") == [True] * 4
+    tensors = {"weight": torch.zeros(7, 3), "gate": torch.zeros(6, 5, 4)}
+    load_checkpoint(tmp_path / "step_00000001", tensors, single_process_mesh())
+    assert all(torch.equal(tensor, whole(name)) for name, tensor in tensors.items())
