@@ -126,9 +126,10 @@ meshwright_find_environment() {
     for candidate in python python3; do
         meshwright_has_torch "$candidate" || continue
         meshwright_python=$(command -v "$candidate")
-        [ "$("$candidate" -c 'import sys; print(sys.prefix)')" != "$meshwright_venv" ] || break
         missing=$(meshwright_missing "$candidate" | tr '\n' ' ') || return 2
-        if [ -n "$missing" ]; then
+        if [ "$("$candidate" -c 'import sys; print(sys.prefix)')" = "$meshwright_venv" ]; then
+            if [ -n "$missing" ] || [ -e "$meshwright_venv/unfinished" ]; then break; fi
+        elif [ -n "$missing" ]; then
             meshwright_say "The active environment ($meshwright_python) has torch, and is used as it is; it lacks: $missing" \
                 "Add them: $meshwright_python -m pip install $missing(or deactivate it, and .venv is used)"
             return 2

@@ -165,7 +165,7 @@ for name, path in (
     ("run", folder),
     ("loss curve", summary.get("picture") or "not drawn"),
     ("metrics", folder / "metrics.jsonl"),
-    ("checkpoint", summary["checkpoint"]),
+    ("checkpoint", max((folder / "checkpoints").glob("step_*"))),
     ("export", folder / "export"),
     ("its report", folder / "export" / "export_report.md"),
 ):
