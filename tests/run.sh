@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Run the tests: `bash tests/run.sh`, or with pytest's own arguments: `bash tests/run.sh tests/kernels -k rope`.
+#
+# Makes the environment first if there is none (slurm/environment.sh). Without arguments: every test but those marked
+# `slow` and `gpu`; those marked `slurm` start a Slurm of their own where its daemons are installed.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+
+# shellcheck source=slurm/environment.sh
+source "$root/slurm/environment.sh" || exit 2
+cd "$root"
+
+if ! "$meshwright_python" -c 'import pytest, beartype' 2>/dev/null; then
+    meshwright_say "The active environment ($meshwright_python) has no pytest or no beartype." \
+        "Add them: $meshwright_python -m pip install -c constraints.txt pytest beartype"
+    exit 2
+fi
+PYTHONPATH=$root/tests:$PYTHONPATH "$meshwright_python" - <<'PYTHON'
+from virtual_slurm import why_not
+
+reason = why_not()
+print("tests/slurm:", f"its tests of a real Slurm will be skipped: {reason}" if reason else "with a Slurm of its own")
+PYTHON
+
+# The tests start many ranks on few cores; each process uses one thread unless a test says otherwise.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [ $# -eq 0 ]; then
+    set -- -m "not slow and not gpu" --durations=15
+fi
+exec "$meshwright_python" -m pytest "$@"
