@@ -4,7 +4,7 @@ Each rank takes a block of the samples. All ranks run the same number of micro-b
 other ranks; where a rank has fewer samples left, its micro-batch is padded with samples that do not count.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,7 +58,6 @@ def _padded(held_out: HeldOut, samples: range, size: int, run: Run) -> Inputs:
     read = fetch(held_out.split, held_out.order, range(samples.start, samples.stop) if samples else range(1))
     rows = torch.arange(size).clamp(max=len(read.sample) - 1).numpy()
     inputs = to_device(Batch(read.tokens[rows], read.document[rows], read.sample[rows]), run.device)
-    if len(samples) < size:
-        inputs.targets[:, len(samples) :] = NOT_COUNTED
-        inputs.counted[:, len(samples) :] = False
-    return inputs
+    # Not in place: the targets of a batch of one sample are a view of its tokens.
+    counts = torch.arange(size, device=run.device) < len(samples)
+    return replace(inputs, targets=torch.where(counts, inputs.targets, NOT_COUNTED), counted=inputs.counted & counts)

@@ -82,9 +82,10 @@ def batches_of(run: Run, first_sample: int) -> Batches:
 
 def held_out_of(run: Run) -> HeldOut | None:
     """Return the samples to evaluate on, or None if the run file wants no evaluation."""
-    table, split = run.run_file.evaluation, run.store.splits["validation"]
+    table = run.run_file.evaluation
     if table.every == 0:
         return None
+    split = run.store.splits["validation"]
     return HeldOut(split, SampleOrder(split.num_tokens, run.run_file.data.seq_len, seed=0), table.samples)
 
 

@@ -1,0 +1,132 @@
+"""A run that was stopped goes on as if it had not been: bitwise on the same layout, equal on another."""
+
+from pathlib import Path
+
+import pytest
+from rank_pool import run_mesh
+from tiny_run import EP2, build, checkpoint_bytes, metrics, numbers, start, start_on
+
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.parallel.mesh import Sizes
+
+
+def stop_and_go_on(folder: Path, *overrides: str) -> None:
+    """Six steps, the last three by a second start."""
+    start(folder, "train.steps=3", *overrides)
+    start(folder, "train.steps=6", *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("learning_rate.schedule=constant",),
+        ("learning_rate.schedule=constant", "train.precision=bf16"),
+        ("learning_rate.schedule=constant", "checkpoint.asynchronous=true", "train.skip_norm_spike=1.0"),
+    ],
+)
+def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "whole").mkdir()
+    stop_and_go_on(tmp_path / "broken", *overrides)
+    start(tmp_path / "whole", "train.steps=6", *overrides)
+    for name in ("loss", "grad_norm", "learning_rate", "samples", "expert_entropy"):
+        assert numbers(tmp_path / "broken", name) == numbers(tmp_path / "whole", name), name
+    assert numbers(tmp_path / "broken", "validation_loss", "evaluation") == numbers(
+        tmp_path / "whole", "validation_loss", "evaluation"
+    )
+    broken, whole = checkpoint_bytes(tmp_path / "broken", 6), checkpoint_bytes(tmp_path / "whole", 6)
+    assert broken == whole
+    assert sum(map(len, whole.values())) > 10_000
+
+
+@pytest.mark.parametrize(
+    ("sizes", "overrides"),
+    [
+        (EP2, ["parallel.ep=2"]),
+        (Sizes(dp_shard=2), ["zero.stage=3"]),
+        (Sizes(dp_shard=4, ep=2), ["parallel.ep=2", "zero.stage=1", "train.micro_batch_size=1"]),
+    ],
+)
+def test_a_run_goes_on_on_another_layout(tmp_path: Path, sizes: Sizes, overrides: list[str]) -> None:
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "whole").mkdir()
+    common = ("learning_rate.schedule=constant", "train.precision=fp64")
+    start(tmp_path / "moved", "train.steps=3", *common)
+    run_mesh(sizes, start_on, tmp_path / "moved", [*common, *overrides])
+    start(tmp_path / "moved", "train.steps=8", *common)
+    start(tmp_path / "whole", "train.steps=8", *common)
+    # fp64 sums in another order (promise 2)
+    for name in ("loss", "grad_norm"):
+        assert numbers(tmp_path / "moved", name) == pytest.approx(numbers(tmp_path / "whole", name), rel=1e-9)
+    assert numbers(tmp_path / "moved", "samples") == numbers(tmp_path / "whole", "samples")
+    texts = [record["text"] for record in metrics(tmp_path / "moved") if record["kind"] == "event"]
+    assert any(text.startswith("resumed at step 3 from") for text in texts)
+
+
+def test_what_may_not_change_is_refused_and_what_was_allowed_is_recorded(tmp_path: Path) -> None:
+    start(tmp_path, "train.steps=3")
+    before = checkpoint_bytes(tmp_path, 3)
+    with pytest.raises(ConfigError, match=r"learning_rate.peak = 0.5: .*--allow-change learning_rate.peak"):
+        start(tmp_path, "learning_rate.peak=0.5")
+    with pytest.raises(ConfigError, match=r"run.seed = 1: "):
+        start(tmp_path, "run.seed=1")
+    with pytest.raises(ConfigError, match="another model"):
+        start(tmp_path, "model.hidden_size=32")
+    assert checkpoint_bytes(tmp_path, 3) == before
+    start(tmp_path, "learning_rate.peak=0.005", allow_change=("learning_rate.peak",))
+    texts = [record["text"] for record in metrics(tmp_path) if record["kind"] == "event"]
+    assert "changed: learning_rate.peak: 0.01 -> 0.005" in texts
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_its_steps_are_made_again(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    start(tmp_path / "whole")
+    start(tmp_path)
+    newest = tmp_path / "run" / "checkpoints" / "step_00000006" / "rank_00000.bin"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    start(tmp_path)
+    assert numbers(tmp_path, "loss") == numbers(tmp_path / "whole", "loss")
+    texts = [record["text"] for record in metrics(tmp_path) if record["kind"] == "event"]
+    assert any("passed over" in text and "step_00000006" in text for text in texts)
+    assert checkpoint_bytes(tmp_path, 6) == checkpoint_bytes(tmp_path / "whole", 6)
+
+
+def test_a_store_with_other_tokens_is_refused(tmp_path: Path) -> None:
+    start(tmp_path, "train.steps=3")
+    run = build(tmp_path, [])
+    run.store.meta = run.store.meta.model_copy(update={"vocab_size": run.store.meta.vocab_size - 1})
+    from meshwright.launcher.training.saving import resume
+
+    with pytest.raises(ConfigError, match="holds other tokens than those of the checkpoint"):
+        resume(run)
+
+
+def test_a_run_branches_from_the_weights_of_another(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "branch").mkdir()
+    start(tmp_path / "first")
+    loss = numbers(tmp_path / "first", "validation_loss", "evaluation")[-1]
+    source = f'init.from="{tmp_path / "first" / "run"}"'
+    # A learning rate of almost nothing: the branch's first evaluation is of the weights that it began from.
+    start(tmp_path / "branch", source, "learning_rate.peak=1e-12", "train.steps=1", "evaluation.every=1")
+    assert numbers(tmp_path / "branch", "validation_loss", "evaluation") == pytest.approx([loss], rel=1e-6)
+    assert numbers(tmp_path / "branch", "step") == [1.0]
+    run_mesh(
+        EP2,
+        start_on,
+        tmp_path / "branch",
+        ["parallel.ep=2", "run.folder=" + str(tmp_path / "b2"), source, "train.steps=1"],
+    )
+    assert (tmp_path / "b2" / "checkpoints" / "step_00000001").is_dir()
+
+
+def test_a_branch_of_another_shape_is_refused_with_every_difference(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    start(tmp_path / "first", "train.steps=1", "evaluation.every=0")
+    (tmp_path / "branch").mkdir()
+    with pytest.raises(ConfigError, match=r"init.from = ") as refused:
+        start(tmp_path / "branch", f'init.from="{tmp_path / "first" / "run"}"', "model.moe.expert_hidden_size=20")
+    assert "experts.gate" in str(refused.value)
+    assert "experts.down" in str(refused.value)
