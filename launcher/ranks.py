@@ -4,7 +4,7 @@
     torchrun, --ranks   RANK                           RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE
     mpirun (Open MPI)   OMPI_COMM_WORLD_RANK           OMPI_COMM_WORLD_ RANK, SIZE, LOCAL_RANK, LOCAL_SIZE
     mpirun (MPICH)      PMI_RANK                       PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, MPI_LOCALNRANKS
-    srun (Slurm)        SLURM_STEP_ID, SLURM_PROCID    SLURM_ PROCID, STEP_NUM_TASKS, LOCALID, STEP_TASKS_PER_NODE
+    srun (Slurm)        SLURM_STEP_ID                  SLURM_ PROCID, STEP_NUM_TASKS, LOCALID, STEP_TASKS_PER_NODE
     nobody              none of these                  0, 1, 0, 1
 
 The first row that fits wins: torchrun and mpirun are often themselves started by srun, whose variables then describe
@@ -58,7 +58,7 @@ def who_am_i(environment: Environment | None = None) -> RankInfo:
         return _checked(_of_open_mpi(env), "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
     if "PMI_RANK" in env:
         return _checked(_of_mpich(env), "PMI_RANK", "PMI_SIZE")
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+    if "SLURM_STEP_ID" in env:
         return _checked(_of_slurm(env), "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
     if "WORLD_SIZE" in env and _number(env, "WORLD_SIZE") > 1:
         raise ValueError(

@@ -22,6 +22,7 @@ info = become_a_rank(int(sys.argv[1]))
 line = f"PLACE {info.rank} {info.world_size} {info.how} {os.environ.get('MALLOC_TRIM_THRESHOLD_')}\\n"
 os.write(1, line.encode())  # one call, so that the ranks' lines do not mix
 """
+LOADED = "import sys; sys.modules['torch'] = sys"  # too late to start again
 # A rank without torch: `body` sees its rank, the folder for its notes, and the signals that it was sent.
 RANK = """
 import os, signal, sys, time
@@ -121,6 +122,11 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
     assert "rank 1" not in said
 
 
+def test_of_ranks_that_fail_one_after_the_other_the_first_is_named(tmp_path: Path) -> None:
+    status, said = Parent(tmp_path, "time.sleep(0.4 * (1 - rank))\nsys.exit(3 + rank)").end()
+    assert (status, said) == (1, "meshwright: rank 1 of 2 ended with exit code 4.\n")
+
+
 def test_status_2_of_every_rank_stays_2_and_nothing_is_added(tmp_path: Path) -> None:
     body = "if rank == 0: print('vocab_size = 7: too small', flush=True)\nsys.exit(2)"
     assert Parent(tmp_path, body).end() == (2, "vocab_size = 7: too small\n")
@@ -194,9 +200,12 @@ def test_a_command_becomes_its_own_ranks(tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == [f"PLACE {rank} 2 torchrun {trim}" for rank in (0, 1)]
 
 
-@pytest.mark.parametrize(("name", "kept"), [("meshwright", str(2**34)), ("my_program.py", "None")])
-def test_only_our_command_starts_itself_again_to_keep_memory(tmp_path: Path, name: str, kept: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "before", "kept"),
+    [("meshwright", "", str(2**34)), ("my_program.py", "", "None"), ("meshwright", LOADED, "None")],
+)
+def test_only_our_command_starts_itself_again_to_keep_memory(tmp_path: Path, name: str, before: str, kept: str) -> None:
     command = tmp_path / name
-    command.write_text(BECOME)
+    command.write_text(before + BECOME)
     done = subprocess.run([sys.executable, command, "0"], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == f"PLACE 0 1 plain {kept}\n"
