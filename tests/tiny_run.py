@@ -18,7 +18,9 @@ import torch
 
 from meshwright.data.prepare import PrepareOptions, prepare
 from meshwright.data.store import TokenStore
+from meshwright.kernels.choose import Choices
 from meshwright.launcher.build import Run, build_run, sizes_of, with_vocab_of
+from meshwright.launcher.kernel_choices import Chosen
 from meshwright.launcher.observe import summary
 from meshwright.launcher.observe.peak import Peak
 from meshwright.launcher.runfile.read import read_run_file
@@ -54,7 +56,6 @@ global_batch_size = 8
 micro_batch_size = 2
 [learning_rate]
 peak = 1e-2
-warmup_fraction = 0.4
 [evaluation]
 every = 3
 samples = 7
@@ -112,6 +113,8 @@ def _quick(picture: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         peak = Peak(1e11, "not measured")
         stack.enter_context(patch.object(training_start, "choose_peak", lambda device, dtype: peak))
+        chosen = Chosen(Choices(), [])
+        stack.enter_context(patch.object(training_start, "choices_of_run", lambda *given: chosen))
         if not picture:
             stack.enter_context(patch.object(summary, "draw_losses", lambda *given: None))
         yield

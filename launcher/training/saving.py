@@ -1,7 +1,7 @@
 """When a run is saved, what a checkpoint of it holds, and how it goes on from one.
 
     tensors   weights by name, optimizer.exp_avg.<name>, optimizer.exp_avg_sq.<name>, buffers.<name>
-    state     step, samples, updates, skipped, norms (of the spike guard), run file, store's fingerprint, changes
+    state     step, samples, updates, skipped, norms (of the spike guard), kernels, run file, store, changes
 
 The samples consumed are the position in the data. The learning rate is a function of the step and needs no state.
 A run goes on from its newest checkpoint that verifies; what may differ then is said by `runfile/resume_rules.py`.
@@ -9,7 +9,7 @@ A run goes on from its newest checkpoint that verifies; what may differ then is 
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Progress:
     norms: list[float] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     """What was changed at which resume, for a person to read."""
+    kernels: dict[str, str] = field(default_factory=dict)
+    """The ways that the CPU kernels go (kernels/choose.py): other ways would round otherwise."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def state_of(run: Run, progress: Progress) -> dict[str, Any]:
         "skipped": progress.skipped,
         "norms": list(progress.norms),
         "changes": list(progress.changes),
+        "kernels": dict(progress.kernels),
         "run_file": write_resolved(run.run_file),
         "store": run.store.fingerprint,
         "end_of_text": run.store.meta.tokenizer.end_of_text,
@@ -153,7 +156,7 @@ def resume(run: Run, allow_change: Sequence[str] = ()) -> Resumed:
         problems.append(f"data.store = {run.run_file.data.store}: holds other tokens than those of the checkpoint")
     if problems:
         raise ConfigError(str(newest.path), problems)
-    progress = Progress(**{key: state[key] for key in ("step", "samples", "updates", "skipped", "norms", "changes")})
+    progress = Progress(**{each.name: state[each.name] for each in fields(Progress)})
     progress.changes += [f"step {progress.step}: {change}" for change in changes]
     events.append(f"resumed at step {progress.step} from {newest.path}")
     events += [f"changed: {change}" for change in changes]

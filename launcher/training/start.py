@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from meshwright.data.store import TokenStore
-from meshwright.launcher.build import Run, build_run, resolve_device, sizes_of, with_vocab_of
+from meshwright.kernels.choose import use
+from meshwright.launcher.build import Run, build_run, held_dtype, resolve_device, sizes_of, with_vocab_of
 from meshwright.launcher.inference import TOKENIZER_NAME
+from meshwright.launcher.kernel_choices import choices_of_run
 from meshwright.launcher.observe.metrics import Meter
 from meshwright.launcher.observe.peak import choose_peak
 from meshwright.launcher.observe.provenance import write_provenance
@@ -69,6 +71,9 @@ def train_on(run: Run, signals: Signals, allow_change: Sequence[str] = (), about
         NotANumberError: if training came to a loss that is no number.
     """
     began = resume(run, allow_change)
+    chosen = choices_of_run(began.progress.kernels, run.mesh, run.device, held_dtype(run.run_file))
+    use(chosen.choices)
+    began.progress.kernels = chosen.choices.to_dict()
     is_first_rank, table = run.mesh.rank == 0, run.run_file
     with open_sinks(
         run.folder,
@@ -78,7 +83,7 @@ def train_on(run: Run, signals: Signals, allow_change: Sequence[str] = (), about
         every=table.log.every,
         unit="gpu" if run.device.type == "cuda" else "rank",
     ) as sinks:
-        for event in [*about, *began.events]:
+        for event in [*about, *chosen.reasons, *began.events]:
             sinks.event(event)
         versions = write_what_runs(run, sinks) if is_first_rank else {}
         newest = train(run, began.progress, Saver(run), sinks, meter_of(run), signals)

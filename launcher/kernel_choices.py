@@ -1,0 +1,90 @@
+"""Which way the CPU kernels of a run go: as its checkpoint says, else as this machine was measured, once.
+
+    resumed run     the choices in its checkpoint, so that it is bitwise the unbroken run, wherever it goes on
+    new run         those measured on this machine earlier; else rank 0 measures and remembers them
+    fp64, GPU, mps  PyTorch's own way: nothing is measured
+
+Remembered, because two runs of one layout on one machine are to be bitwise the same, and a near tie could be decided
+either way by a second measurement. They lie in $XDG_CACHE_HOME/meshwright (default ~/.cache/meshwright), one file for
+each processor and torch version; deleting it makes the next new run measure again.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from meshwright.kernels.choose import Choices, choices_from_dict
+from meshwright.parallel.mesh import Mesh
+
+
+class Chosen(NamedTuple):
+    """The choices of a run, and lines that say where they come from."""
+
+    choices: Choices
+    reasons: list[str]
+
+
+def choices_of_run(stored: dict[str, str], mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Chosen:
+    """Return the same choices on every rank; `stored` is what the run's checkpoint holds, empty for a new run.
+
+    Raises:
+        ValueError: if the checkpoint's choices are not known to this version.
+    """
+    if stored:
+        return Chosen(choices_from_dict(stored), [])
+    if device.type != "cpu" or dtype == torch.float64:
+        return Chosen(Choices(), [])
+    found = _of_this_machine() if mesh.rank == 0 else None
+    if mesh.world.is_split:
+        box = [None if found is None else (found.choices.to_dict(), found.reasons)]
+        dist.broadcast_object_list(box, src=0, group=mesh.world.group)
+        assert box[0] is not None
+        return Chosen(choices_from_dict(box[0][0]), box[0][1])
+    assert found is not None
+    return found
+
+
+def _of_this_machine() -> Chosen:
+    path = _cache_folder() / f"kernels-{_machine()}.json"
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        return Chosen(choices_from_dict(held["choices"]), [f"CPU kernels as measured earlier ({path})"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or of another version: measured anew
+    from meshwright.kernels.measure import measure
+
+    measured = measure()
+    _remember(path, {"choices": measured.choices.to_dict(), "reasons": measured.reasons})
+    return Chosen(measured.choices, [f"CPU kernels: {reason}" for reason in measured.reasons])
+
+
+def _remember(path: Path, content: dict[str, object]) -> None:
+    """Write the file whole or not at all; a home that cannot be written to costs a measurement each time."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError:
+        return
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "meshwright"
+
+
+def _machine() -> str:
+    """Return 16 hex digits for what decides which way is fastest: the processor's model and torch."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    about = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    about += [torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    return hashlib.blake2b("\n".join(about).encode(), digest_size=8).hexdigest()

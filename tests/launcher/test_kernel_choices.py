@@ -1,0 +1,89 @@
+"""The CPU kernels of a run go one way: its checkpoint's, or the one that this machine was measured to be best at."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rank_pool import run_mesh
+
+from meshwright.kernels import measure as measuring
+from meshwright.kernels.choose import Choices
+from meshwright.kernels.measure import Measured
+from meshwright.launcher.kernel_choices import choices_of_run
+from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
+
+CPU = torch.device("cpu")
+BLOCKS = Choices(fp32_attention="blocks")
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count measurements, each of which finds blocks; the cache is a folder of the test."""
+    counted: list[int] = []
+
+    def measure() -> Measured:
+        counted.append(1)
+        return Measured(BLOCKS, ["fp32 attention: flash 2 ms, blocks 1 ms -> blocks"])
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return counted
+
+
+def choose(stored: dict[str, str] | None = None, device: torch.device = CPU, dtype: torch.dtype = torch.float32):
+    return choices_of_run(stored or {}, single_process_mesh(), device, dtype)
+
+
+def test_a_machine_is_measured_once(measured: list[int]) -> None:
+    first, second = choose(), choose()
+    assert first.choices == second.choices == BLOCKS
+    assert first.reasons == ["CPU kernels: fp32 attention: flash 2 ms, blocks 1 ms -> blocks"]
+    assert "as measured earlier" in second.reasons[0]
+    assert len(measured) == 1
+
+
+def test_a_file_of_another_version_is_measured_anew(measured: list[int], tmp_path: Path) -> None:
+    choose()
+    (path,) = (tmp_path / "meshwright").iterdir()
+    for content in ("{", json.dumps({"choices": {"fp32_attention": "magic"}}), json.dumps([])):
+        path.write_text(content)
+        assert choose().choices == BLOCKS
+    assert len(measured) == 4
+
+
+def test_a_home_that_cannot_be_written_to_only_costs_time(
+    measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert choose().choices == choose().choices == BLOCKS
+    assert len(measured) == 2
+
+
+def test_a_checkpoints_choices_win_and_fp64_goes_pytorchs_way(measured: list[int]) -> None:
+    stored = Choices(bf16_products="fp32").to_dict()
+    assert choose(stored).choices == Choices(bf16_products="fp32")
+    assert choose(dtype=torch.float64).choices == Choices()
+    assert choose(device=torch.device("meta")).choices == Choices()
+    assert measured == []
+
+
+def _on_two_ranks(mesh: Mesh, folder: str) -> tuple[dict[str, str], int]:
+    counted = []
+
+    def measure() -> Measured:
+        counted.append(1)
+        return Measured(BLOCKS, [])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "measure", measure)
+        patch.setenv("XDG_CACHE_HOME", folder)
+        chosen = choices_of_run({}, mesh, CPU, torch.float32)
+    return chosen.choices.to_dict(), len(counted)
+
+
+def test_rank_0_measures_for_all(tmp_path: Path) -> None:
+    first, second = run_mesh(Sizes(dp_shard=2), _on_two_ranks, str(tmp_path))
+    assert first == (BLOCKS.to_dict(), 1)
+    assert second == (BLOCKS.to_dict(), 0)
