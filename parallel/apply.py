@@ -61,5 +61,3 @@ def fill_initial_weights(model: nn.Module, engine: ZeroEngine, seed: int) -> Non
         held = part.parameter.detach()
         fill(held, rules[name], seed=seed, name=name, global_shape=part.global_shape, offset=part.offset)
     engine.publish_weights()
-
-

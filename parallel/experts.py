@@ -68,9 +68,7 @@ def dispatch(
     return rows, Dispatch(order, inverse, send, receive, arrival_order, arriving.sum(0))
 
 
-def combine(
-    rows: Float[Tensor, "r h"], weight: Float[Tensor, "t k"], plan: Dispatch, ep: Axis
-) -> Float[Tensor, "t h"]:
+def combine(rows: Float[Tensor, "r h"], weight: Float[Tensor, "t k"], plan: Dispatch, ep: Axis) -> Float[Tensor, "t h"]:
     """Bring the experts' rows back to their tokens; return each token's weighted sum."""
     if plan.arrival_order is not None:
         inverse = torch.empty_like(plan.arrival_order)
