@@ -149,7 +149,7 @@ class LogConfig(BaseModel):
     model_config = TABLE
 
     every: PositiveInt = 1
-    """Steps between lines in the terminal and in metrics.jsonl; 1 to 100 are usual."""
+    """Steps between lines in the terminal; 1 to 100 are usual. metrics.jsonl has every step."""
 
 
 class InitConfig(BaseModel):
