@@ -35,17 +35,18 @@ def generate(
     length, batch = prompt.shape
     if length == 0:
         raise ValueError("the prompt has no tokens: give a text, or begin from the end-of-text token")
-    with torch.inference_mode():
-        state = model.initial_state(batch, length + max_new_tokens)
-        ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
-        tokens = prompt
-        for count in range(max_new_tokens):
+    state = model.initial_state(batch, length + max_new_tokens)
+    ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+    tokens = prompt
+    for count in range(max_new_tokens):
+        # Closed before each yield: whoever takes the tokens goes on in this thread, perhaps to train.
+        with torch.no_grad():
             logits = model.step(tokens, state)[-1]
-            chosen = next_tokens(logits, sampling, uniforms_at(seed, count, batch))
-            if end_token is not None:
-                chosen = torch.where(ended, end_token, chosen)
-                ended |= chosen == end_token
-            yield chosen
-            if bool(ended.all()):
-                return
-            tokens = chosen[None]
+        chosen = next_tokens(logits, sampling, uniforms_at(seed, count, batch))
+        if end_token is not None:
+            chosen = torch.where(ended, end_token, chosen)
+            ended |= chosen == end_token
+        yield chosen
+        if bool(ended.all()):
+            return
+        tokens = chosen[None]

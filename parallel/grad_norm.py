@@ -6,6 +6,7 @@ ranks get the same bits, because each takes the result of the same sums.
 """
 
 from collections.abc import Iterable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,21 +18,22 @@ from meshwright.parallel.zero.part import Part
 
 def gradient_norm(parts: Iterable[Part]) -> float:
     """Return the 2-norm of the gradient of the whole model, on every rank the same."""
-    groups: dict[tuple[tuple[int, ...], ...], tuple[tuple[Axis, ...], list[Tensor]]] = {}
+    groups: dict[tuple[int, tuple[tuple[int, ...], ...]], tuple[tuple[Axis, ...], list[Tensor]]] = {}
     for part in parts:
-        key = tuple(axis.ranks for axis in part.split_axes)
+        copies = prod(split.copies for split in part.placement.splits)
+        key = copies, tuple(axis.ranks for axis in part.split_axes)
         gradient = part.parameter.grad
         assert gradient is not None
         groups.setdefault(key, (part.split_axes, []))[1].append(gradient)
     total = 0.0
     # Sorted, so that every rank sums in one order; ranks of one group differ between ranks, their number does not.
-    for _, (axes, gradients) in sorted(groups.items(), key=lambda item: [axis.name for axis in item[1][0]]):
+    for (copies, _), (axes, gradients) in sorted(groups.items(), key=lambda item: [axis.name for axis in item[1][0]]):
         squares = torch.stack(torch._foreach_norm([g for g in gradients if g.numel()] or gradients))
         wide = torch.float32 if squares.device.type == "mps" else torch.float64
         square = squares.to(wide).square().sum()
         for axis in axes:
             all_reduce(square, axis)
-        total += square.item()
+        total += square.item() / copies
     return float(total**0.5)
 
 

@@ -17,12 +17,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from meshwright.kernels.attention_blocks import attention_by_blocks
+from meshwright.kernels.grouped import grouped_product
+from meshwright.kernels.products import onednn_product
 from meshwright.parallel.tally import Tally
 
 _aten = torch.ops.aten
 _ROUTING = {_aten.topk.default, _aten.sort.stable, _aten.sort.default}
 
-# Named in a run file; by device, because attention is another op on each.
+# Named in a run file; by device and by what `kernels/choose.py` chose, because each has another op.
 SAVED_OPS: dict[str, frozenset[Any]] = {
     "attention": frozenset(
         {
@@ -30,9 +33,18 @@ SAVED_OPS: dict[str, frozenset[Any]] = {
             _aten._scaled_dot_product_flash_attention.default,
             _aten._scaled_dot_product_efficient_attention.default,
             _aten._scaled_dot_product_cudnn_attention.default,
+            attention_by_blocks._opoverload,
         }
     ),
-    "matmul": frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten._grouped_mm.default}),
+    "matmul": frozenset(
+        {
+            _aten.mm.default,
+            _aten.addmm.default,
+            _aten.bmm.default,
+            onednn_product._opoverload,
+            grouped_product._opoverload,
+        }
+    ),
 }
 
 

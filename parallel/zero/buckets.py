@@ -37,11 +37,14 @@ class _Slot:
     bounds: list[tuple[int, int]]
     """For each row, the dim-0 rows of the parameter that it holds."""
     part: Part
-    arrived: int = 0
+    is_filled: bool = False
+    """Whether the bucket holds a gradient of this step here, to which the next is added."""
+    arrived: bool = False
+    """Whether the gradient of the step's last micro-batch is there."""
 
     def pieces(self, tensor: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Pair each piece of the parameter-shaped `tensor` with its place in the bucket-shaped `rows`."""
-        by_row = tensor.reshape(len(tensor), -1) if tensor.dim() else tensor.reshape(1, 1)
+        by_row = tensor.reshape(len(tensor), -1)
         pairs = []
         for row, (first, last) in enumerate(self.bounds):
             piece = by_row[first:last].reshape(-1)
@@ -81,8 +84,6 @@ class _Bucket:
         for axis in self.axes[:-1]:
             all_reduce(self.mine, axis)
         self.launched = False
-        for slot in self.slots:
-            slot.arrived = 0
 
 
 class BucketEngine:
@@ -105,7 +106,6 @@ class BucketEngine:
             self._fill_buckets(members, table)
         self.parts = {slot.name: slot.part for bucket in self.buckets for slot in bucket.slots}
         self._is_last = False
-        self._is_first = True
         self._next = 0
         for bucket in self.buckets:
             for slot in bucket.slots:
@@ -127,7 +127,7 @@ class BucketEngine:
         self.buckets.append(_Bucket(slots, num_rows, axes, dtype))
 
     def _slot(self, name: str, parameter: nn.Parameter, placement: Placement, num_rows: int, begin: int) -> _Slot:
-        length = parameter.shape[0] if parameter.dim() else 1
+        length = parameter.shape[0]
         bounds = [chunk_bounds(length, num_rows, row) for row in range(num_rows)]
         per_row = bounds[0][1] * (parameter.numel() // length)
         held = parameter.detach()
@@ -140,26 +140,26 @@ class BucketEngine:
         return _Slot(name, parameter, begin, begin + per_row, bounds, part)
 
     def start_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
-        """Say which micro-batch of the step comes: the first overwrites the buckets, the last lets them go."""
-        self._is_first, self._is_last = is_first, is_last
-        if is_last:
-            self._next = 0
-            for bucket in self.buckets:
-                for slot in bucket.slots:
-                    slot.arrived = 0
+        """Say which micro-batch of the step comes: with the first a new sum begins, the last lets the buckets go."""
+        self._is_last = is_last
+        self._next = 0
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                slot.is_filled, slot.arrived = slot.is_filled and not is_first, False
 
     def _hook(self, bucket: _Bucket, slot: _Slot) -> Callable[[nn.Parameter], None]:
         def take_gradient(parameter: nn.Parameter) -> None:
             assert parameter.grad is not None
             assert not slot.arrived, f"{slot.name} got a second gradient in the last micro-batch"
             for piece, place in slot.pieces(parameter.grad, bucket.rows):
-                if self._is_first:
-                    place.copy_(piece)
-                else:
+                if slot.is_filled:
                     place.add_(piece)
+                else:
+                    place.copy_(piece)
             parameter.grad = None
+            slot.is_filled = True
             if self._is_last:
-                slot.arrived = 1
+                slot.arrived = True
                 self._launch_what_is_full()
 
         return take_gradient
@@ -193,6 +193,5 @@ class BucketEngine:
         rows = torch.empty_like(bucket.rows, dtype=dtype)
         all_gather(rows.view(-1), row, bucket.axes[-1]).wait()
         for slot in bucket.slots:
-            whole = slot.parameter.detach().view(-1) if slot.parameter.dim() == 0 else slot.parameter.detach()
-            for piece, place in slot.pieces(whole, rows):
+            for piece, place in slot.pieces(slot.parameter.detach(), rows):
                 piece.copy_(place)

@@ -62,15 +62,19 @@ def shard(
 
     `units` are the modules that stages 2 and 3 gather one at a time, inner ones before the modules around them;
     the model itself comes last. `compute_dtype` is the weights' type where it is narrower than their masters'.
+
+    Raises:
+        ValueError: if a parameter has no dims to cut, or needs a sum that FSDP2 would not make.
     """
     parameters = dict(model.named_parameters())
     local_shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     by_fsdp = {name for name in parameters if stage >= 2 and table[name].zero_axis(mesh).is_split}
+    _refuse_what_would_go_wrong(local_shapes, by_fsdp, table, mesh)
     for name, parameter in parameters.items():
         if name not in by_fsdp and compute_dtype is not None:
             parameter.data = parameter.data.to(compute_dtype)
     axes = {parameters[name]: table[name].zero_axis(mesh) for name in by_fsdp}
-    shard_modules(units, axes, stage=stage, device=device, dtype=compute_dtype)
+    wrapped = shard_modules(units, axes, stage=stage, device=device, dtype=compute_dtype)
     model.to_empty(device=device)
 
     placed = dict(model.named_parameters())
@@ -80,5 +84,21 @@ def shard(
         engines.append(BucketEngine(plain, table, mesh, shard_state=stage >= 1))
     if by_fsdp:
         sharded = {name: placed[name] for name in placed if name in by_fsdp}
-        engines.append(FsdpEngine(sharded, local_shapes, table, mesh))
+        engines.append(FsdpEngine(sharded, wrapped, local_shapes, table, mesh))
     return ZeroEngine(engines, list(placed))
+
+
+def _refuse_what_would_go_wrong(
+    shapes: dict[str, tuple[int, ...]], by_fsdp: set[str], table: dict[str, Placement], mesh: Mesh
+) -> None:
+    for name, shape in shapes.items():
+        if not shape:
+            raise ValueError(f"{name} has no dims, and state is cut along dim 0; give it the shape [1]")
+    for name in sorted(by_fsdp):
+        others = (*table[name].grad_sum, *table[name].data_axes(mesh)[:-1])
+        unsummed = [axis.name for axis in others if axis.is_split]
+        if unsummed:
+            raise ValueError(
+                f"{name}: its gradient must be summed over {', '.join(unsummed)} too, which ZeRO-2 and ZeRO-3 do not"
+                " do; ZeRO-1 would fit"
+            )

@@ -26,8 +26,8 @@ def shard_modules(
     stage: int,
     device: torch.device,
     dtype: torch.dtype | None,
-) -> None:
-    """Wrap each unit, inner ones first, so that the parameters in `axes` (and no others) are sharded.
+) -> list[FSDPModule]:
+    """Wrap each unit, inner ones first, so that the parameters in `axes` (and no others) are sharded; return those.
 
     A unit holds what no unit inside it holds; all of that has one axis. `dtype` is the type of the gathered
     weights where it differs from that of the held ones (bf16 of fp32).
@@ -35,6 +35,7 @@ def shard_modules(
     meshes: dict[tuple[int, ...], DeviceMesh] = {}
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     taken: set[nn.Parameter] = set()
+    wrapped: list[FSDPModule] = []
     for unit in units:
         inside = set(unit.parameters())
         own = {parameter for parameter in inside - taken if parameter in axes}
@@ -56,6 +57,8 @@ def shard_modules(
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+        wrapped.append(unit)
+    return wrapped
 
 
 class FsdpEngine:
@@ -64,12 +67,13 @@ class FsdpEngine:
     def __init__(
         self,
         parameters: dict[str, nn.Parameter],
+        wrapped: list[FSDPModule],
         local_shapes: dict[str, tuple[int, ...]],
         table: dict[str, Placement],
         mesh: Mesh,
     ) -> None:
-        """Take the sharded parameters and the shapes that they had before they were sharded."""
-        self.parameters = parameters
+        """Take the sharded parameters, the modules that gather them, and the shapes that they had before."""
+        self.parameters, self.wrapped = parameters, wrapped
         self.parts: dict[str, Part] = {}
         for name, parameter in parameters.items():
             assert isinstance(parameter.data, DTensor)
@@ -90,4 +94,9 @@ class FsdpEngine:
             self.parts[name].parameter.grad = gradient.to_local()
 
     def publish_weights(self) -> None:
-        """Do nothing: parts are the parameters' own memory, gathered anew when they are used."""
+        """Let go of gathered weights, which ZeRO-2 keeps after a forward pass without a backward.
+
+        Parts are the parameters' own memory, so what the optimizer wrote is gathered when it is next used.
+        """
+        for unit in self.wrapped:
+            unit.reshard()
