@@ -200,13 +200,13 @@ def _told_by_mpi(info: RankInfo) -> tuple[str, int]:
 
 
 def _open_store(info: RankInfo, address: str, port: int, join_seconds: int) -> Store:
-    held_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if held_by_agent and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+    held_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if held_by_torchrun and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise ValueError(
             "torchrun with --max-restarts hands its own store to the ranks, where those of a restart find the dead "
             "ones' addresses; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
         )
-    is_master = info.rank == 0 and not held_by_agent
+    is_master = info.rank == 0 and not held_by_torchrun
     listening = os.environ.get(LISTENING, "")
     try:
         return TCPStore(

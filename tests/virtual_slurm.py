@@ -135,9 +135,9 @@ class VirtualSlurm:
                 pids.append(int(file.read_text()))
                 os.kill(pids[-1], signal.SIGTERM)
         until = time.monotonic() + 10
-        while any(map(_is_running, pids)) and time.monotonic() < until:
+        while any(map(is_running, pids)) and time.monotonic() < until:
             time.sleep(0.05)
-        for pid in filter(_is_running, pids):
+        for pid in filter(is_running, pids):
             os.kill(pid, signal.SIGKILL)
 
     def _write_config(self) -> None:
@@ -197,7 +197,7 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Say whether a process is there and no zombie, as daemons become where nothing collects them."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"

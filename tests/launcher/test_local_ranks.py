@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from virtual_slurm import is_running
 
 RUN = """
 import sys
@@ -71,13 +72,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take away what a launcher around the tests may have set."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR", "OMP_NUM_THREADS", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_ranks_get_their_place_their_threads_and_kept_memory(tmp_path: Path) -> None:

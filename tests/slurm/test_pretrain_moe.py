@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,22 @@ def test_two_nodes_give_the_losses_of_one_machine(
     # The same sums in another order; torch's tolerance for fp32.
     assert tiny_run.losses(name) == pytest.approx(tiny_run.losses("by-hand"), rel=1.3e-6, abs=1e-5)
     assert len(tiny_run.losses(name)) == 5  # four steps and one evaluation
+
+
+@pytest.mark.slurm
+def test_a_signalled_job_saves_and_says_how_to_go_on(cluster: VirtualSlurm, tiny_run: TinyRun) -> None:
+    long = [*tiny_run.arguments("signalled"), "train.steps=100000", "evaluation.every=0", "checkpoint.every=0"]
+    folder = tiny_run.folder / "signalled"
+    number = cluster.submit("--nodes=2", "--ntasks-per-node=1", str(SCRIPT), *long, cwd=ROOT)
+    until = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or '"loss"' not in (folder / "metrics.jsonl").read_text():
+        assert time.monotonic() < until, cluster.wait(number, 0).output
+        time.sleep(0.1)
+    subprocess.run(["scancel", "--signal=USR1", number], env=cluster.environment, check=True)
+    job = cluster.wait(number, seconds=60)
+    assert (job.state, job.exit_code) == ("COMPLETED", "0:0"), job.output
+    assert "the same command goes on from there" in job.output
+    assert len(list((folder / "checkpoints").glob("step_*"))) == 1
 
 
 @pytest.mark.slurm
