@@ -13,8 +13,8 @@
     parent killed     the kernel sends SIGTERM to every rank (Linux)
     exit status       0; 2 if the first rank that failed ended with 2 (the user's input); otherwise 1
 
-Why not torch's elastic launcher as a library: with torch 2.13 its `shutdown_timeout` holds for signals only, and after a
-rank's death one that is stuck in a collective was left for 30 s; after a signal it drops the ranks' exit statuses, so
+Why not torch's elastic launcher as a library: with torch 2.13 its `shutdown_timeout` holds for signals only, and after
+a rank's death one that was stuck in a collective stayed for 30 s; after a signal it drops the ranks' exit statuses, so
 a save that failed would look like one that went well; and it loads torch before any rank is started.
 """
 
