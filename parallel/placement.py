@@ -55,9 +55,10 @@ class Placement:
 
     def offset(self, local_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return where this rank's part begins in the global tensor, for each dim."""
-        start = [0] * len(local_shape)
-        for split in self.splits:
-            start[split.dim] += split.index * local_shape[split.dim]
+        start, size = [0] * len(local_shape), list(local_shape)
+        for split in reversed(self.splits):  # of two cuts of one dim the first is the outer one
+            start[split.dim] += split.index * size[split.dim]
+            size[split.dim] *= split.parts
         return tuple(start)
 
     def data_axes(self, mesh: Mesh) -> tuple[Axis, ...]:

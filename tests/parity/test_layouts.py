@@ -1,32 +1,34 @@
 """Every layout computes what one process computes: losses, gradients, norms, router loads, weights."""
 
-import os
-import sys
-
-sys.path.insert(0, os.path.dirname(__file__))
+from functools import cache
 
 import pytest
 import torch
+from engine_cases import Trace, dense_config, moe_config, train
 from rank_pool import run_mesh
-from training import Trace, dense_config, moe_config, train
 
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
+from meshwright.parallel.zero import buckets
 
 CONFIGS = {
     "dense": dense_config(),
     "dense-tied-biased": dense_config(tie_embeddings=True, bias=("q", "k", "v", "output", "ffn")),
     "moe": moe_config(),
-    "moe-step-balance": moe_config(load_balancing="step", bias=("ffn",), normalise_top_k=False),
+    "moe-step-balance": moe_config(num_experts=4, load_balancing="step", bias=("ffn",), normalise_top_k=False),
 }
-_DEFINITION: dict[tuple[str, int], Trace] = {}
+TWO, TWO_EP, FOUR, FOUR_EP2, FOUR_EP4 = (
+    Sizes(dp_shard=2),
+    Sizes(dp_shard=2, ep=2),
+    Sizes(dp_shard=4),
+    Sizes(dp_shard=4, ep=2),
+    Sizes(dp_shard=4, ep=4),
+)
 
 
-def definition(name: str, micro_batch: int) -> Trace:
-    if (name, micro_batch) not in _DEFINITION:
-        plan = Plan()
-        _DEFINITION[name, micro_batch] = train(single_process_mesh(), CONFIGS[name], plan, micro_batch=micro_batch)
-    return _DEFINITION[name, micro_batch]
+@cache
+def definition(name: str) -> Trace:
+    return train(single_process_mesh(), CONFIGS[name], Plan(), micro_batch=2)
 
 
 def case(mesh: Mesh, name: str, plan: Plan, micro_batch: int) -> Trace:
@@ -48,27 +50,69 @@ def assert_same(trace: Trace, expected: Trace) -> None:
             assert error <= 1e-9 * value.abs().max(), f"{kind} of {name} differ by {error}"
 
 
-LAYOUTS = [
-    (Sizes(dp_shard=2), "dense"),
-    (Sizes(dp_shard=4), "dense-tied-biased"),
-    (Sizes(dp_shard=2), "moe"),
-    (Sizes(dp_shard=2, ep=2), "moe"),
-    (Sizes(dp_shard=4, ep=2), "moe"),
-    (Sizes(dp_shard=4, ep=4), "moe-step-balance"),
+USUAL = [
+    (TWO, "dense", 0),
+    (TWO_EP, "moe", 1),
+    (FOUR, "dense-tied-biased", 1),
+    (FOUR, "dense-tied-biased", 3),
+    (FOUR_EP2, "moe", 0),
+    (FOUR_EP2, "moe", 1),
+    (FOUR_EP2, "moe", 2),
+    (FOUR_EP4, "moe-step-balance", 3),
+]
+ALL = [
+    (sizes, name, stage)
+    for sizes, name in [
+        (TWO, "dense"),
+        (FOUR, "dense-tied-biased"),
+        (TWO, "moe"),
+        (TWO_EP, "moe"),
+        (FOUR_EP2, "moe"),
+        (FOUR_EP4, "moe-step-balance"),
+        (Sizes(dp_shard=8, ep=4), "moe-step-balance"),
+    ]
+    for stage in range(4)
 ]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("sizes", "name"), LAYOUTS)
+@pytest.mark.parametrize(("sizes", "name", "stage"), USUAL)
 def test_a_layout_computes_what_one_process_computes(sizes: Sizes, name: str, stage: int) -> None:
-    expected = definition(name, 1)
     for trace in run_mesh(sizes, case, name, Plan(stage=stage), 1):
-        assert_same(trace, expected)
+        assert_same(trace, definition(name))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "name", "stage"), [layout for layout in ALL if layout not in USUAL])
+def test_every_other_layout_computes_the_same(sizes: Sizes, name: str, stage: int) -> None:
+    for trace in run_mesh(sizes, case, name, Plan(stage=stage), 1):
+        assert_same(trace, definition(name))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_copies_of_the_sharded_state_change_nothing(stage: int) -> None:
+    sizes = Sizes(dp_replicate=2, dp_shard=2, ep=2)
+    for trace in run_mesh(sizes, case, "moe", Plan(stage=stage), 1):
+        assert_same(trace, definition("moe"))
+
+
+def in_small_buckets(mesh: Mesh, name: str, plan: Plan, size: int) -> Trace:
+    before, buckets._BUCKET_BYTES = buckets._BUCKET_BYTES, size
+    try:
+        return case(mesh, name, plan, 2)
+    finally:
+        buckets._BUCKET_BYTES = before
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_many_small_buckets_change_nothing(stage: int) -> None:
+    for trace in run_mesh(TWO_EP, in_small_buckets, "moe", Plan(stage=stage), 2000):
+        assert_same(trace, definition("moe"))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 8])
 @pytest.mark.parametrize("name", ["dense", "moe", "moe-step-balance"])
-def test_micro_batches_do_not_change_the_result(name: str) -> None:
-    assert_same(train(single_process_mesh(), CONFIGS[name], Plan(), micro_batch=4), definition(name, 1))
+def test_micro_batches_do_not_change_the_result(name: str, micro_batch: int) -> None:
+    assert_same(train(single_process_mesh(), CONFIGS[name], Plan(), micro_batch=micro_batch), definition(name))
 
 
 @pytest.mark.parametrize(
@@ -77,15 +121,26 @@ def test_micro_batches_do_not_change_the_result(name: str) -> None:
         Plan(recompute="full"),
         Plan(recompute="full", recompute_every=2),
         Plan(recompute="selective", recompute_save=("matmul",)),
+        Plan(recompute="selective", recompute_save=("attention", "matmul")),
     ],
 )
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_recompute_does_not_change_the_result(plan: Plan, name: str) -> None:
-    assert_same(train(single_process_mesh(), CONFIGS[name], plan), definition(name, 1))
+    assert_same(train(single_process_mesh(), CONFIGS[name], plan, micro_batch=4), definition(name))
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_recompute_and_zero_and_expert_parallel_stand_together(stage: int) -> None:
     plan = Plan(stage=stage, recompute="full")
-    for trace in run_mesh(Sizes(dp_shard=4, ep=2), case, "moe", plan, 2):
-        assert_same(trace, definition("moe", 1))
+    for trace in run_mesh(FOUR_EP2, case, "moe", plan, 2):
+        assert_same(trace, definition("moe"))
+
+
+def twice(mesh: Mesh, stage: int) -> bool:
+    first, second = (case(mesh, "moe", Plan(stage=stage), 1) for _ in range(2))
+    same = first.losses == second.losses and first.norms == second.norms and first.tallies == second.tallies
+    return same and all(torch.equal(first.weights[name], value) for name, value in second.weights.items())
+
+
+def test_the_same_layout_twice_is_bitwise_the_same() -> None:
+    assert run_mesh(TWO_EP, twice, 1) == [True, True]

@@ -1,0 +1,148 @@
+"""Initial weights: every rule, every cut, every type; and bitwise the same in every layout and ZeRO stage."""
+
+import math
+
+import engine_cases
+import pytest
+import torch
+from rank_pool import run_mesh
+from torch import Tensor, nn
+
+from meshwright.model.config import ModelConfig
+from meshwright.model.feedforward.moe import Experts
+from meshwright.model.parts import build_model
+from meshwright.parallel import initialise
+from meshwright.parallel.apply import Plan
+from meshwright.parallel.initialise import ONES, ZEROS, InitPolicy, InitRule, fill, init_rules
+from meshwright.parallel.mesh import Axis, Mesh, Sizes
+
+NORMAL = InitRule("normal", 0.3)
+SHAPE = (6, 5, 4)
+
+
+def whole(rule: InitRule = NORMAL, dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    held = torch.empty(shape, dtype=dtype)
+    fill(held, rule, seed=3, name="w", global_shape=shape, offset=(0,) * len(shape))
+    return held
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        (slice(2, 4), slice(0, 5), slice(0, 4)),  # rows
+        (slice(0, 6), slice(1, 3), slice(0, 4)),  # dim 1
+        (slice(0, 6), slice(0, 5), slice(3, 4)),  # dim 2
+        (slice(1, 6), slice(2, 5), slice(0, 4)),  # two dims
+        (slice(3, 5), slice(1, 4), slice(1, 3)),  # all three
+        (slice(6, 6), slice(0, 5), slice(0, 4)),  # nothing
+    ],
+)
+def test_a_part_holds_the_elements_of_the_whole(cut: tuple[slice, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initialise, "_PIECE", 7)  # so that pieces end in the middle of rows
+    expected = whole()[cut]
+    held = torch.full(expected.shape, math.nan, dtype=torch.float64)
+    fill(held, NORMAL, seed=3, name="w", global_shape=SHAPE, offset=tuple(part.start for part in cut))
+    assert torch.equal(held, expected)
+
+
+def test_pieces_do_not_change_the_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = whole()
+    monkeypatch.setattr(initialise, "_PIECE", 11)
+    assert torch.equal(whole(), expected)
+
+
+def test_narrow_weights_are_rounded_from_wide_ones() -> None:
+    exact = whole()
+    assert torch.equal(whole(dtype=torch.float32), exact.to(torch.float32))
+    # A bf16 weight and its fp32 master come from one number, so bf16 is rounded from fp32 and not from fp64.
+    assert torch.equal(whole(dtype=torch.bfloat16), exact.to(torch.float32).to(torch.bfloat16))
+
+
+def test_rules_have_the_distribution_that_they_say() -> None:
+    n, shape = 60_000, (300, 200)
+    normal, uniform = whole(NORMAL, shape=shape), whole(InitRule("uniform", 0.3), shape=shape)
+    assert abs(normal.mean().item()) < 4 * 0.3 / math.sqrt(n)
+    assert normal.std().item() == pytest.approx(0.3, rel=4 / math.sqrt(2 * n))
+    assert abs(uniform.mean().item()) < 4 * 0.3 / math.sqrt(3 * n)
+    assert uniform.std().item() == pytest.approx(0.3 / math.sqrt(3), rel=0.01)
+    assert -0.3 < uniform.min().item() < -0.299
+    assert 0.299 < uniform.max().item() < 0.3
+    assert whole(ZEROS).unique().tolist() == [0.0]
+    assert whole(ONES).unique().tolist() == [1.0]
+
+
+def test_a_policy_gives_each_matrix_its_rule() -> None:
+    h, f, v = 8, 32, 100
+    assert InitPolicy().matrix(h, f) == InitRule("normal", 0.02)
+    assert InitPolicy("scaled").matrix(h, f) == InitRule("normal", 8**-0.5)
+    assert InitPolicy("xavier_uniform").matrix(h, f) == InitRule("uniform", math.sqrt(6 / 40))
+    assert InitPolicy("scaled").embedding(v, h) == InitRule("normal", 8**-0.5)
+    assert InitPolicy("xavier_uniform").embedding(v, h) == InitRule("uniform", math.sqrt(6 / 108))
+    for kind in ("normal", "scaled", "xavier_uniform"):
+        deep = InitPolicy(kind, residual_depth=16)
+        assert deep.matrix(f, h, to_residual=True).scale == deep.matrix(f, h).scale / 4
+        assert deep.matrix(f, h) == InitPolicy(kind).matrix(f, h)
+
+
+def test_depth_scaling_shrinks_what_is_written_to_the_residual_stream_only() -> None:
+    rules = init_rules(build_model(engine_cases.moe_config(num_layers=2, init_std=0.5), device="meta"))
+    shrunk = {name for name, rule in rules.items() if rule.scale == 0.5 / math.sqrt(4)}
+    endings = ("mixer.part.output.weight", "experts.down", "shared.down.weight")
+    assert shrunk == {name for name in rules if name.endswith(endings)}
+    assert len(shrunk) == 6
+    flat = init_rules(build_model(engine_cases.moe_config(init_depth_scaled=False), device="meta"))
+    assert {rule.scale for name, rule in flat.items() if not name.endswith("norm.weight")} == {0.02}
+
+
+def test_the_fan_in_of_a_split_expert_is_that_of_the_whole_matrix() -> None:
+    for ep in (Axis("ep", 1, 0), Axis("ep", 4, 2)):
+        rules = Experts(16, 64, 4, ep=ep, init=InitPolicy("scaled")).init_rules()
+        assert {name: rule.scale for name, rule in rules.items()} == {"gate": 1 / 4, "up": 1 / 4, "down": 1 / 8}
+
+
+def test_a_parameter_without_a_rule_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no initialisation rule for 0\.weight, 0\.bias"):
+        init_rules(nn.Sequential(nn.Linear(2, 2)))
+
+
+def initial_weights(
+    mesh: Mesh, config: ModelConfig, stage: int, compute_dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    run = engine_cases.start(mesh, config, Plan(stage=stage, compute_dtype=compute_dtype), dtype=torch.float32)
+    return {name: engine_cases.gather(part, part.parameter) for name, part in run.engine.parts.items()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stage", "compute_dtype"),
+    [
+        (Sizes(dp_shard=2, ep=2), 0, None),
+        (Sizes(dp_shard=2, ep=2), 1, torch.bfloat16),
+        (Sizes(dp_shard=4, ep=2), 0, torch.bfloat16),
+        (Sizes(dp_shard=4, ep=2), 1, None),
+        (Sizes(dp_shard=4, ep=2), 2, torch.bfloat16),
+        (Sizes(dp_shard=4, ep=2), 3, None),
+    ],
+)
+def test_every_layout_and_stage_begins_with_bitwise_the_same_weights(
+    sizes: Sizes, stage: int, compute_dtype: torch.dtype | None
+) -> None:
+    config = engine_cases.moe_config(num_layers=1, init="scaled", bias=("ffn", "q"))
+    expected = dict(build_model(config, seed=5).named_parameters())
+    for found in run_mesh(sizes, initial_weights, config, stage, compute_dtype):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            # bf16 weights have fp32 masters: the masters are what is filled, and not from rounded numbers.
+            assert torch.equal(found[name], value.double()), name
+
+
+def test_a_library_built_part_of_a_model_is_the_same_part() -> None:
+    config = engine_cases.moe_config()
+    expected = dict(build_model(config, seed=5).named_parameters())
+    for rank, parts in enumerate(run_mesh(Sizes(dp_shard=2, ep=2), built_directly, config)):
+        for name, part in parts.items():
+            want = expected[name].chunk(2)[rank] if ".experts." in name else expected[name]
+            assert torch.equal(part, want), name
+
+
+def built_directly(mesh: Mesh, config: ModelConfig) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in build_model(config, seed=5, mesh=mesh).named_parameters()}
