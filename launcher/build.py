@@ -6,6 +6,8 @@
 Below this file functions take numbers, axes and modules.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +129,20 @@ def resolve_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("run.device", ['"mps": this machine has no Apple GPU that torch can use; "cpu" would fit'])
     return torch.device(wanted)
+
+
+def check_compiler(run_file: RunFile, device: torch.device) -> None:
+    """Refuse to compile for a CPU on a machine without a C++ compiler, which torch.compile calls.
+
+    Raises:
+        ConfigError: if it is asked for and there is none.
+    """
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    if run_file.train.compile and device.type == "cpu" and not any(name and shutil.which(name) for name in names):
+        raise ConfigError(
+            "train.compile",
+            ["true: needs a C++ compiler on a CPU (Debian, Ubuntu: apt-get install g++); false would fit"],
+        )
 
 
 def with_vocab_of(run_file: RunFile, store: TokenStore) -> RunFile:

@@ -1,7 +1,7 @@
-"""What is done to a model from outside, in one order: recompute, compile, ZeRO, initial weights.
+"""What is done to a model from outside, in one order: compile, recompute, ZeRO, initial weights.
 
-Recompute comes first, so that what is compiled and what FSDP2 gathers around is the recomputing layer. The
-weights are filled last, when each rank holds its final part and nothing else.
+A layer is compiled or recomputed, not both (the run file's checks refuse it); FSDP2 gathers around it. The weights are
+filled last, when each rank holds its final part and nothing else.
 """
 
 from dataclasses import dataclass
@@ -44,13 +44,15 @@ def apply(
 
     `layers` are what is recomputed and compiled, `units` what ZeRO-2 and ZeRO-3 gather at a time, inner ones first.
     """
+    if plan.compile:
+        # Parts of one kind share their code; each of its forms (training, evaluation, autocast) is one compilation.
+        torch._dynamo.config.recompile_limit = 64
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward)
     if plan.recompute == "full":
         recompute_layers(layers[:: plan.recompute_every], tally)
     elif plan.recompute == "selective":
         recompute_layers(layers, tally, plan.recompute_save)
-    if plan.compile:
-        for layer in layers:
-            layer.compile()
     return shard(model, units, table, mesh, stage=plan.stage, device=device, compute_dtype=plan.compute_dtype)
 
 

@@ -1,15 +1,15 @@
 """Gradient checkpointing: what is kept of a layer's forward pass, and what the backward pass computes again.
 
-    full         a layer keeps only its input (and its routing), every n-th layer or all
+    full         a layer keeps only its input, every n-th layer or all
     selective    a layer keeps the results of the named ops and computes the cheap rest again
 
-Routing decisions are always kept: recomputed scores could round differently and send a token to another expert
-than the one whose gradient is due. What a recomputed pass adds to the tally is ignored.
-The layers keep their names: their `forward` is replaced, no module is put around them.
+What a recomputed pass adds to the tally is ignored, and what a layer derived from `Where` in the first pass, such as
+its routing, is there again in the second. The layers keep their names: their `forward` is replaced, no module is put
+around them.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,6 @@ from meshwright.kernels.products import onednn_product
 from meshwright.parallel.tally import Tally
 
 _aten = torch.ops.aten
-_ROUTING = {_aten.topk.default, _aten.sort.stable, _aten.sort.default}
 
 # Named in a run file; by device and by what `kernels/choose.py` chose, because each has another op.
 SAVED_OPS: dict[str, frozenset[Any]] = {
@@ -50,30 +49,25 @@ SAVED_OPS: dict[str, frozenset[Any]] = {
 
 def recompute_layers(layers: Iterable[nn.Module], tally: Tally, saved: Iterable[str] = ()) -> None:
     """Make each layer recompute its forward pass in the backward pass, except for the ops named in `saved`."""
-    keep = _ROUTING.union(*(SAVED_OPS[name] for name in saved))
-    for layer in layers:
-        layer.forward = _recomputed(layer.forward, frozenset(keep), tally)
-
-
-def _recomputed(forward: Callable[..., Any], keep: frozenset[Any], tally: Tally) -> Callable[..., Any]:
-    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
+    keep = frozenset[Any]().union(*(SAVED_OPS[name] for name in saved))
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        if not keep:
+            return nullcontext(), tally.paused()
         first, again = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
         return first, _both(again, tally.paused())
 
-    # Nothing draws random numbers from a generator, so there is no generator state to restore.
-    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    for layer in layers:
+        # Nothing draws random numbers from a generator, so there is no generator state to restore.
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
 
 
-class _both(AbstractContextManager[None]):  # noqa: N801 - used as a function
-    def __init__(self, *managers: AbstractContextManager[Any]) -> None:
-        self._managers, self._stack = managers, ExitStack()
-
-    def __enter__(self) -> None:
-        for manager in self._managers:
-            self._stack.enter_context(manager)
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield

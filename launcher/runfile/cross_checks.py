@@ -35,6 +35,7 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
         *_ramp_problems(run_file),
         *_learning_rate_problems(run_file),
         *_saving_problems(run_file),
+        *_compile_problems(run_file),
         *_mps_problems(run_file),
     ]
 
@@ -52,6 +53,15 @@ def _expert_problems(run_file: RunFile) -> list[str]:
         rule = f"must divide model.moe.num_experts = {moe.num_experts}"
         return [problem("parallel.ep", ep, rule, f"one of {fits} would fit")]
     return []
+
+
+def _compile_problems(run_file: RunFile) -> list[str]:
+    """Refuse a compiled layer that is recomputed: the second pass may be compiled to other saved tensors."""
+    mode = run_file.recompute.mode
+    if not run_file.train.compile or mode == "none":
+        return []
+    rule = f'is not possible with recompute.mode = "{mode}" in this version'
+    return [problem("train.compile", True, rule, 'false, or mode "none", would fit')]
 
 
 def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:

@@ -59,8 +59,12 @@ BOUND_RULES = {
 class ConfigError(ValueError):
     """What a user gave cannot be honoured; `problems` holds every reason, `str()` what the user reads."""
 
-    def __init__(self, source: str, problems: Sequence[str]) -> None:
-        """Take the file's name, as the user gave it, and every problem found in it."""
+    def __init__(self, source: str, problems: Sequence[str], *, is_same_on_all_ranks: bool = False) -> None:
+        """Take the file's name, as the user gave it, and every problem found in it.
+
+        `is_same_on_all_ranks`: all ranks agreed on it, so that it is said once (launcher/last_words.py).
+        """
+        self.is_same_on_all_ranks = is_same_on_all_ranks
         self.source = source
         self.problems = tuple(problems)
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
@@ -128,7 +132,7 @@ def of_validation(error: Mapping[str, Any]) -> str:
         return _missing(key)
     if kind in BOUND_RULES:
         name, rule = BOUND_RULES[kind]
-        if isinstance(value, int) and context[name] == 0 and name == "gt":
+        if isinstance(value, int) and context[name] == 0 and name == "gt" and _is_whole(key):
             rule = "must be at least 1"
         return problem(key, value, rule.format(context[name]))
     if kind == "literal_error":

@@ -14,7 +14,15 @@ import torch
 
 from meshwright.data.store import TokenStore
 from meshwright.kernels.choose import use
-from meshwright.launcher.build import Run, build_run, held_dtype, resolve_device, sizes_of, with_vocab_of
+from meshwright.launcher.build import (
+    Run,
+    build_run,
+    check_compiler,
+    held_dtype,
+    resolve_device,
+    sizes_of,
+    with_vocab_of,
+)
 from meshwright.launcher.inference import TOKENIZER_NAME
 from meshwright.launcher.kernel_choices import choices_of_run
 from meshwright.launcher.observe.metrics import Meter
@@ -54,6 +62,7 @@ def run_rank(request: Request, info: RankInfo) -> None:
     store = open_store(request.run_file, run_file)
     run_file = with_vocab_of(run_file, store)
     device = resolve_device(run_file.run.device, info.local_rank)
+    check_compiler(run_file, device)
     threads = threads_of(info, run_file.train.threads)
     torch.set_num_threads(threads)
     signals = Signals()

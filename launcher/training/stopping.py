@@ -25,6 +25,7 @@ _STOP = (signal.SIGTERM, signal.SIGUSR1)
 _SAVE = (signal.SIGUSR2,)
 _SPIKE_WINDOW = 64
 _SPIKE_NEEDS = 16
+_SHOWN = 32  # documents in a message
 
 
 class Signals:
@@ -62,11 +63,15 @@ def wants_save(sums: dict[str, Tensor]) -> bool:
 
 
 class NotANumberError(RuntimeError):
-    """The loss or the gradient is no finite number."""
+    """The loss or the gradient is no finite number; raised on every rank with the same words."""
+
+    is_same_on_all_ranks = True
 
     def __init__(self, step: int, loss: float, norm: float, documents: Iterable[str], checkpoint: str | None) -> None:
         """Name the step, the documents of the batch where it happened, and the checkpoint to go back to."""
-        where = "\n  ".join(documents)
+        named = list(dict.fromkeys(documents))
+        more = [f"and {len(named) - _SHOWN} more"] if len(named) > _SHOWN else []
+        where = "\n  ".join([*named[:_SHOWN], *more])
         super().__init__(
             f"step {step}: loss = {loss}, gradient norm = {norm}; training cannot go on from here\n"
             f"the documents of the ranks' batches whose loss is not finite"

@@ -5,6 +5,7 @@ expert [t, k] = the k most probable; among equals the lower index (a plain topk 
 weight [t, k] = their probabilities, divided by their sum if normalised (Mixtral, Qwen3)
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,14 @@ class Routing(NamedTuple):
     weight: Float[Tensor, "t k"]
     scores: Float[Tensor, "t e"]
     probability: Float[Tensor, "t e"]
+
+
+Decide = Callable[[Callable[[], Tensor]], Tensor]
+
+
+def plainly(choose: Callable[[], Tensor]) -> Tensor:
+    """Make the choice."""
+    return choose()
 
 
 class TopKRouter(nn.Module):
@@ -52,14 +61,25 @@ class TopKRouter(nn.Module):
         """Say how each parameter begins."""
         return {"weight": self.rule}
 
-    def forward(self, x: Float[Tensor, "t h"]) -> Routing:
-        """Choose each token's experts."""
+    def scores(self, x: Float[Tensor, "t h"]) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
+        """Return each expert's score for each token, and its probability, in at least fp32."""
         with torch.autocast(x.device.type, enabled=False):
             scores = at_least_fp32(x) @ at_least_fp32(self.weight).T
-            probability = scores.softmax(-1)
-            # A stable sort, not topk: among equal scores topk returned any of them (42, 43, 44, 41).
-            largest, index = probability.sort(dim=-1, descending=True, stable=True)
-            weight, expert = largest[:, : self.top_k], index[:, : self.top_k]
-            if self.normalise:
-                weight = weight / weight.sum(-1, keepdim=True)
+            return scores, scores.softmax(-1)
+
+    def choose(self, probability: Float[Tensor, "t e"]) -> Int64[Tensor, "t k"]:
+        """Return each token's experts, the most probable first."""
+        # A stable sort, not topk: among equal scores topk returned any of them (42, 43, 44, 41).
+        return probability.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+
+    def forward(self, x: Float[Tensor, "t h"], decide: Decide = plainly) -> Routing:
+        """Choose each token's experts and weigh them.
+
+        `decide` is called with what makes the choice; a recomputed forward pass is given the first one's choice back.
+        """
+        scores, probability = self.scores(x)
+        expert = decide(lambda: self.choose(probability))
+        weight = probability.gather(1, expert)
+        if self.normalise:
+            weight = weight / weight.sum(-1, keepdim=True)
         return Routing(expert, weight, scores, probability)
