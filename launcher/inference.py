@@ -48,6 +48,7 @@ def load_for_inference(path: Path, device: torch.device | str = "cpu") -> Loaded
     try:
         source = find_source(path)
         weights: CheckpointWeights | ExportWeights
+        end_of_text: str | None
         if source.is_checkpoint:
             weights = CheckpointWeights(source.path)
             config, tokenizer, end_of_text = _of_checkpoint(source)

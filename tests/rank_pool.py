@@ -33,10 +33,7 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(size: int, case: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call `case` on `size` ranks, with an Axis over all of them as its first argument when it names one `tp`, `axis` ...
-
-    Every parameter of `case` beyond `args` must be annotated `Axis`: it receives the world as that axis.
-    """
+    """Call `case(axis, *args)` on `size` ranks, with an Axis over all of them; the parameter's name is the axis's."""
     return _pool(size).run(partial(_with_axis, case), args)
 
 

@@ -27,7 +27,7 @@ from meshwright.launcher.weights.read_weights import ExportWeights, find_source
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.checkpoint.folder import Keep, checkpoint_path
-from meshwright.parallel.checkpoint.load import Expect, load_checkpoint
+from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state
 from meshwright.parallel.checkpoint.save import AsyncSaver, save_checkpoint
 from meshwright.parallel.checkpoint.verify import newest_that_verifies
 
@@ -55,19 +55,21 @@ class Resumed:
 
     progress: Progress
     events: list[str]
+    checkpoint: Path | None = None
+    """The run's own checkpoint that it goes on from."""
 
 
 class Saver:
     """Writes the checkpoints of a run."""
 
-    def __init__(self, run: Run) -> None:
-        """Take the run; make the background's process group if saving is asynchronous."""
+    def __init__(self, run: Run, newest: Path | None = None) -> None:
+        """Take the run and its newest checkpoint; make the background's process group if saving is asynchronous."""
         table = run.run_file.checkpoint
         self.run, self.every = run, table.every
         self.keep = Keep(table.keep_last, table.keep_every)
         timeout = timedelta(seconds=run.run_file.run.timeout_seconds)
         self._background = AsyncSaver(run.mesh, timeout) if table.asynchronous else None
-        self.newest: Path | None = None
+        self.newest = newest
         self.saved_step = -1
 
     @property
@@ -146,31 +148,34 @@ def resume(run: Run, allow_change: Sequence[str] = ()) -> Resumed:
     events = [f"passed over {path}: {'; '.join(why)}" for path, why in newest.passed_over.items()]
     if newest.path is None:
         if newest.passed_over:
-            raise ConfigError(str(checkpoints_of(run.folder)), [*events, "no checkpoint is whole; move them away"])
+            way_out = "no checkpoint is whole: restore one from a copy, or move them away to begin anew"
+            raise _refused(str(checkpoints_of(run.folder)), [*events, way_out])
         source = run.run_file.init.source
         return begin_from(run, Path(source)) if source else Resumed(Progress(), events)
-    state = _load(run, newest.path)
-    before = run_file_of(state, newest.path)
-    changes, problems = compare_for_resume(before, run.run_file, allow_change)
+    # Compared before anything is loaded: a key that differs says more than all the shapes that differ by it.
+    state = read_state(newest.path, run.mesh)
+    changes, problems = compare_for_resume(run_file_of(state, newest.path), run.run_file, allow_change)
     if state["store"] != run.store.fingerprint:
         problems.append(f"data.store = {run.run_file.data.store}: holds other tokens than those of the checkpoint")
     if problems:
-        raise ConfigError(str(newest.path), problems)
+        raise _refused(str(newest.path), problems)
+    try:
+        expect = Expect(model_fingerprint(run.run_file), is_verified=True)
+        load_checkpoint(newest.path, held_tensors(run), run.mesh, expect)
+    except CheckpointError as error:
+        raise _refused(str(newest.path), str(error).splitlines()) from None
     progress = Progress(**{each.name: state[each.name] for each in fields(Progress)})
     progress.changes += [f"step {progress.step}: {change}" for change in changes]
     events.append(f"resumed at step {progress.step} from {newest.path}")
     events += [f"changed: {change}" for change in changes]
     run.optimizer.set_updates(progress.updates)
     run.engine.publish_weights()
-    return Resumed(progress, events)
+    return Resumed(progress, events, newest.path)
 
 
-def _load(run: Run, path: Path) -> dict[str, Any]:
-    expect = Expect(model_fingerprint(run.run_file), is_verified=True)
-    try:
-        return load_checkpoint(path, held_tensors(run), run.mesh, expect)
-    except CheckpointError as error:
-        raise ConfigError(str(path), str(error).splitlines()) from None
+def _refused(source: str, problems: list[str]) -> ConfigError:
+    """Return the error of a resume; all ranks came to the same verdict."""
+    return ConfigError(source, problems, is_same_on_all_ranks=True)
 
 
 def begin_from(run: Run, source: Path) -> Resumed:

@@ -37,6 +37,7 @@ from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import write_resolved
 from meshwright.launcher.training.loop import train
+from meshwright.launcher.training.run_lock import run_lock
 from meshwright.launcher.training.saving import Saver, resume
 from meshwright.launcher.training.stopping import Signals
 from meshwright.model.costs import training_flops_per_token
@@ -79,6 +80,11 @@ def train_on(run: Run, signals: Signals, allow_change: Sequence[str] = (), about
         ConfigError: if the checkpoint does not fit the run.
         NotANumberError: if training came to a loss that is no number.
     """
+    with run_lock(run.folder, run.mesh) as told:
+        _train_locked(run, signals, allow_change, [*about, *told])
+
+
+def _train_locked(run: Run, signals: Signals, allow_change: Sequence[str], about: Sequence[str]) -> None:
     began = resume(run, allow_change)
     chosen = choices_of_run(began.progress.kernels, run.mesh, run.device, held_dtype(run.run_file))
     use(chosen.choices)
@@ -94,8 +100,11 @@ def train_on(run: Run, signals: Signals, allow_change: Sequence[str] = (), about
     ) as sinks:
         for event in [*about, *chosen.reasons, *began.events]:
             sinks.event(event)
+        if began.progress.step >= table.train.steps:
+            sinks.event(f"all {table.train.steps} steps are made; a larger train.steps goes on from here")
         versions = write_what_runs(run, sinks) if is_first_rank else {}
-        newest = train(run, began.progress, Saver(run), sinks, meter_of(run), signals)
+        saver = Saver(run, began.checkpoint)
+        newest = train(run, began.progress, saver, sinks, meter_of(run), signals)
     if is_first_rank:
         sum_up(run, versions, newest)
 
