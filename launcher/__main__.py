@@ -9,6 +9,7 @@ answers at once on a login node.
     what went wrong                      the user reads                 exit status
     wrong option, file, key or value     the message, on stderr         2
     disk, network, missing file          the message, on stderr         1
+    the training itself (not a number)   the message, on stderr         1
     our bug                              the traceback                  1
 
 MESHWRIGHT_TRACEBACK=1 shows the traceback in every case.
@@ -22,7 +23,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.last_words import say
 
 COMMANDS = {
     "prepare": "Turn text into a store of token shards.",
@@ -80,11 +81,18 @@ def main() -> None:
     """Run the command line; what the user got wrong is told in a message, without a traceback."""
     try:
         app(prog_name="meshwright")
-    except (ValueError, OSError) as error:
-        if os.environ.get("MESHWRIGHT_TRACEBACK") == "1" or not is_told_by_us(error):
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("MESHWRIGHT_TRACEBACK") == "1" or not is_for_a_person(error):
             raise
-        print(error if isinstance(error, ConfigError) else f"meshwright: {error}", file=sys.stderr)
+        say(error)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def is_for_a_person(error: BaseException) -> bool:
+    """Say whether the message of an error is what a user needs, and its traceback is not."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return True  # the system's answer, which names the file or the address
+    return hasattr(error, "is_same_on_all_ranks") or (not isinstance(error, RuntimeError) and is_told_by_us(error))
 
 
 def is_told_by_us(error: BaseException) -> bool:

@@ -6,12 +6,13 @@
       ...
 
     a rank dies       the others have a second to end by themselves, then SIGTERM, four seconds later SIGKILL;
-                      one line names the first that died and how
+                      one line names the first that died and how, unless it said so itself
+    an error          is left in a file by each rank, and said once when all have ended (launcher/last_words.py)
     SIGTERM, Ctrl-C   SIGTERM to every rank, once; then as long as it takes until they have saved
     Ctrl-C again      SIGKILL to every rank
     SIGUSR1, SIGUSR2  passed on
     parent killed     the kernel sends SIGTERM to every rank (Linux)
-    exit status       0; 2 if the first rank that failed ended with 2 (the user's input); otherwise 1
+    exit status       0; 2 if the rank that failed first ended with 2 (the user's input); otherwise 1
 
 Why not torch's elastic launcher as a library: with torch 2.13 its `shutdown_timeout` holds for signals only, and after
 a rank's death one that was stuck in a collective stayed for 30 s; after a signal it drops the ranks' exit statuses, so
@@ -24,12 +25,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
+from typing import IO, NamedTuple
 
 from meshwright.launcher.kept_memory import command_again, restart_with_kept_memory, with_kept_memory
+from meshwright.launcher.last_words import WORDS, is_consequence, lines_of, read_words
 from meshwright.launcher.ranks import LISTENING, RankInfo, check_ranks_option, threads_of, who_am_i
 
 _POLL_SECONDS = 0.05
@@ -43,6 +47,14 @@ _PASSED_ON = {
     signal.SIGUSR2: signal.SIGUSR2,
 }
 _PR_SET_PDEATHSIG = 1
+
+
+class _Rank(NamedTuple):
+    """A rank as its parent knows it."""
+
+    process: subprocess.Popen[bytes]
+    words: IO[bytes]
+    """The file that it leaves its last words in."""
 
 
 def become_a_rank(ranks: int, threads: int = 0) -> RankInfo:
@@ -71,8 +83,8 @@ def run_local_ranks(command: Sequence[str], ranks: int, threads: int = 0) -> int
         ValueError: if MASTER_PORT is set and in use.
     """
     with _listening_socket() as listening:
-        processes = _start(command, ranks, threads, listening)
-    return _Watch(processes).until_all_ended()
+        started = _start(command, ranks, threads, listening)
+    return _Watch(started).until_all_ended()
 
 
 def _listening_socket() -> socket.socket:
@@ -93,7 +105,7 @@ def _listening_socket() -> socket.socket:
     return listening
 
 
-def _start(command: Sequence[str], ranks: int, threads: int, listening: socket.socket) -> list[subprocess.Popen[bytes]]:
+def _start(command: Sequence[str], ranks: int, threads: int, listening: socket.socket) -> list[_Rank]:
     alike = RankInfo(0, ranks, 0, ranks, 0, "torchrun")
     # What an outer torchrun left for its one process would send the ranks to its store.
     ours = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
@@ -106,25 +118,25 @@ def _start(command: Sequence[str], ranks: int, threads: int, listening: socket.s
         "OMP_NUM_THREADS": str(threads_of(alike, threads)),
     }
     common.pop(LISTENING, None)
-    processes: list[subprocess.Popen[bytes]] = []
+    started: list[_Rank] = []
     try:
         for rank in range(ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            inherited: tuple[int, ...] = ()
+            words = tempfile.TemporaryFile()  # noqa: SIM115  (no name: gone with the last process that holds it)
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), WORDS: str(words.fileno())}
+            inherited: tuple[int, ...] = (words.fileno(),)
             if rank == 0:
-                inherited = (listening.fileno(),)
+                inherited += (listening.fileno(),)
                 own[LISTENING] = str(listening.fileno())
             # A group of their own: Ctrl-C reaches the parent alone, so that a rank gets each signal once.
-            processes.append(
-                subprocess.Popen(
-                    command, env=common | own, pass_fds=inherited, process_group=0, preexec_fn=_end_with_parent()
-                )
+            process = subprocess.Popen(
+                command, env=common | own, pass_fds=inherited, process_group=0, preexec_fn=_end_with_parent()
             )
+            started.append(_Rank(process, words))
     except BaseException:
-        for process in processes:
-            process.kill()
+        for each in started:
+            each.process.kill()
         raise
-    return processes
+    return started
 
 
 def _end_with_parent() -> Callable[[], object] | None:
@@ -138,10 +150,10 @@ def _end_with_parent() -> Callable[[], object] | None:
 class _Watch:
     """The parent's view of its ranks: who ended, in which order, and which signals came in the meantime."""
 
-    def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
-        self.processes = processes
+    def __init__(self, started: list[_Rank]) -> None:
+        self.started = started
         self.failed: list[tuple[int, int]] = []  # (rank, exit code), in the order of their end
-        self.running = dict(enumerate(processes))
+        self.running = {rank: each.process for rank, each in enumerate(started)}
         self.interrupts = 0
         self.ended_by_us = False
 
@@ -198,11 +210,17 @@ class _Watch:
     def _status(self) -> int:
         if not self.failed:
             return 0
-        rank, code = self.failed[0]
-        if any(code != 2 for _, code in self.failed) or self.ended_by_us:
+        words = {rank: read_words(self.started[rank].words) for rank, _ in self.failed}
+        for line in lines_of(words, len(self.started)):
+            print(line, file=sys.stderr)
+        causes = [one for one in self.failed if not is_consequence(words[one[0]])] or self.failed
+        silent = [one for one in causes if words[one[0]] is None]
+        # Ranks that all ended with 2 and left no words have said it on stderr themselves.
+        if self.ended_by_us or (silent and any(code != 2 for _, code in self.failed)):
+            rank, code = (silent or causes)[0]
             others = " The others were ended." if self.ended_by_us else ""
-            print(f"meshwright: rank {rank} of {len(self.processes)} {_how_it_ended(code)}.{others}", file=sys.stderr)
-        return 2 if code == 2 else 1
+            print(f"meshwright: rank {rank} of {len(self.started)} {_how_it_ended(code)}.{others}", file=sys.stderr)
+        return 2 if causes[0][1] == 2 else 1
 
 
 def _is_heard(number: int) -> bool:

@@ -50,6 +50,12 @@ class RendezvousError(ConnectionError):
     """The ranks could not meet or lost each other; the message says who is missing or what stood in the way."""
 
 
+class LostRankError(RendezvousError):
+    """Another rank ended, or does not answer."""
+
+    is_consequence = True
+
+
 @contextmanager
 def process_group(info: RankInfo, device: torch.device, timeout_seconds: int) -> Iterator[None]:
     """Meet the other ranks, hold the default process group, and part from them; a rank that is alone needs none.
@@ -67,7 +73,7 @@ def process_group(info: RankInfo, device: torch.device, timeout_seconds: int) ->
         yield
     except RuntimeError as error:
         if lost := explain(error, info):
-            raise RendezvousError(lost) from error
+            raise LostRankError(lost) from error
         raise
     if dist.is_initialized():
         dist.barrier()

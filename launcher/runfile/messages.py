@@ -183,6 +183,12 @@ def _choices(annotation: Any) -> Iterable[str]:
             yield from _choices(inner)
 
 
+def _is_whole(key: str) -> bool:
+    """Say whether a key holds a whole number, so that above 0 means at least 1."""
+    field = field_of(_without_index(key))
+    return field is None or field.annotation is not float
+
+
 def _unquoted(value: object) -> str:
     """Return the way out when the value would be right without its quotes."""
     if not isinstance(value, str):

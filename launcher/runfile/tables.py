@@ -36,7 +36,7 @@ class RunConfig(BaseModel):
     """Decides initial weights and data order, the same on every layout."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes cuda where there is one, and else cpu; mps (Apple) is for one process and only taken by name."""
-    timeout_seconds: PositiveInt = 600
+    timeout_seconds: Annotated[int, Field(gt=0, le=2_592_000)] = 600
     """A rank that waits this long for the others ends with an error; 300 to 1800 are usual."""
 
     @property
@@ -77,7 +77,7 @@ class TrainConfig(BaseModel):
     """Skip, and count, a step whose norm exceeds this multiple of the median of the last 64; 0 = off, 5 to 20 usual."""
     compile: bool = False
     """Compile the layers with torch.compile; pays on a GPU in runs that are longer than a few minutes."""
-    threads: NonNegativeInt = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads of each rank; 0 = this machine's cores divided by its ranks."""
 
 

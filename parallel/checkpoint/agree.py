@@ -22,6 +22,9 @@ Answer = TypeVar("Answer")
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; raised on every rank with the same words."""
 
+    is_same_on_all_ranks = True
+    """For the command line, which then says it once (launcher/last_words.py)."""
+
 
 @dataclass(frozen=True)
 class _Failure:
