@@ -32,8 +32,8 @@ from meshwright.kernels.precision import at_least_fp32, without_autocast
 
 BLOCK = 64
 """Positions of a block of query rows."""
-SCORES = 1 << 20
-"""Scores held at a time: 4 MiB of fp32."""
+SCORES = 1 << 21
+"""Scores held at a time: 8 MiB of fp32."""
 
 
 def block_attention(
@@ -75,17 +75,18 @@ def attention_by_blocks_gradients(
     problem = _Problem(q, k, v, document, is_causal, narrow)
     grad = problem.as_rows(grad.to(problem.v.dtype))
     of_q, room, more_room = problem.empty_rows(), problem.room(), problem.room(problem.v.dtype)
+    sums = problem.v.new_empty(problem.group * problem.s * problem.d)
     of_k, of_v = torch.zeros_like(problem.wide_k), torch.zeros_like(problem.wide_k)
     with without_autocast(q):
         for tile in problem.tiles():
             p, g = problem.probabilities(tile, room), grad[tile.heads, tile.rows]
             keys, values = problem.k[tile.heads, : tile.seen], problem.v[tile.heads, : tile.seen]
-            _add_product(of_v[tile.heads, : tile.seen], p.transpose(1, 2), g)
+            of_v[tile.heads, : tile.seen] += _product(p.transpose(1, 2), g, sums)
             d = torch.bmm(g, values.transpose(1, 2), out=_part(more_room, p.shape))
             # In place: each row is summed before it is written.
             d = torch.ops.aten._softmax_backward_data.out(d, p, 2, p.dtype, grad_input=d)
             of_q[tile.heads, tile.rows] = torch.bmm(d, keys).mul_(problem.scale)
-            _add_product(of_k[tile.heads, : tile.seen], d.transpose(1, 2), problem.q[tile.heads, tile.rows])
+            of_k[tile.heads, : tile.seen] += _product(d.transpose(1, 2), problem.q[tile.heads, tile.rows], sums)
     of_k.mul_(problem.scale)
     return problem.restore(of_q, q), problem.restore(of_k, k), problem.restore(of_v, v)
 
@@ -207,8 +208,6 @@ def _part(room: Tensor, shape: tuple[int, ...]) -> Tensor:
     return room[: prod(shape)].view(shape)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.baddbmm_(a, b)
-    else:
-        total += torch.bmm(a, b)
+def _product(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
+    """Return a b in `room`. torch's batched product wants a contiguous result; added to a slice it goes one by one."""
+    return torch.bmm(a, b, out=_part(room, (a.shape[0], a.shape[1], b.shape[2])))
