@@ -54,7 +54,7 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         y = products.output(at_least_fp32(x).flatten(0, -2), at_least_fp32(weight))
         if bias is not None:
-            y += bias
+            y = y + bias  # not in place: selective recompute may have kept the product
         return y.to(dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
