@@ -1,7 +1,10 @@
 """Text in, text out: the tokenizer around the model's generation.
 
 A token may end in the middle of a character, and the next one completes it; a piece of text is given out when it
-is whole.
+is whole. What a token reads as may depend on those before it (tokenizers with Metaspace leave out a space at the
+start), so a piece is what the text grew by, and is not decoded alone:
+
+    tokens      ... [a piece given out] [held back ]        piece = decode(both) without decode(the first)
 """
 
 from collections.abc import Iterator
@@ -17,6 +20,8 @@ from meshwright.model.sampling import Sampling
 
 # What a decoder puts where bytes make no character (yet).
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
+# Tokens of the prompt that decide how the first new one reads.
+_CONTEXT = 8
 
 
 def continue_prompt(
@@ -34,8 +39,10 @@ def continue_prompt(
     Raises:
         ConfigError: if there is no tokenizer, or it does not belong to the model.
     """
+    if tokenizer is not None and not tokenizer.is_file():
+        raise ConfigError(f"--tokenizer {tokenizer}", ["there is no such file"])
     path = tokenizer or loaded.tokenizer
-    if path is None or not path.is_file():
+    if path is None:
         raise ConfigError(str(loaded.source), ["no tokenizer.json lies with it; give one with --tokenizer FILE"])
     codec = read_tokenizer(path, loaded.config.vocab_size)
     end_token = codec.token_to_id(loaded.end_of_text) if loaded.end_of_text else None
@@ -49,11 +56,11 @@ def continue_prompt(
     made = generate(loaded.model, tokens, max_new_tokens, sampling=sampling, seed=seed, end_token=end_token)
     if samples == 1:
         yield prompt
-        yield from _stream(codec, (int(chosen[0]) for chosen in made))
+        yield from stream(codec, ids, (int(chosen[0]) for chosen in made), end_token)
         return
     columns = torch.stack(list(made), dim=1).tolist()
     for number, column in enumerate(columns, start=1):
-        yield f"--- {number}\n{prompt}{codec.decode(column)}\n"
+        yield f"--- {number}\n{prompt}{''.join(stream(codec, ids, iter(column), end_token))}\n"
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
@@ -66,21 +73,31 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         codec = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise ConfigError(str(path), [f"is no tokenizer.json: {error}"]) from None
-    if codec.get_vocab_size() > vocab_size:
-        raise ConfigError(
-            str(path), [f"has {codec.get_vocab_size()} tokens, the model {vocab_size}: it belongs to another model"]
-        )
+    size = max(codec.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
+    if size > vocab_size:
+        raise ConfigError(str(path), [f"has {size} tokens, the model {vocab_size}: it belongs to another model"])
+    codec.no_truncation()
+    codec.no_padding()
     return codec
 
 
-def _stream(codec: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Yield the text of tokens as soon as its characters are whole."""
-    held: list[int] = []
+def stream(codec: Tokenizer, before: list[int], tokens: Iterator[int], end_token: int | None = None) -> Iterator[str]:
+    """Yield the text of `tokens`, which follow those of `before`, as soon as its characters are whole.
+
+    The end token ends the text and is no part of it.
+    """
+    given, held = before[-_CONTEXT:], list[int]()
     for token in tokens:
+        if token == end_token:
+            break
         held.append(token)
-        text = codec.decode(held)
-        if not text.endswith(_BROKEN):
-            yield text
-            held = []
+        piece = _grown(codec, given, held)
+        if piece and not piece.endswith(_BROKEN):
+            yield piece
+            given, held = held, []
     if held:
-        yield codec.decode(held)
+        yield _grown(codec, given, held)
+
+
+def _grown(codec: Tokenizer, given: list[int], held: list[int]) -> str:
+    return codec.decode(given + held)[len(codec.decode(given)) :]

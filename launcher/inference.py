@@ -18,6 +18,7 @@ from meshwright.launcher.weights.read_weights import (
     CheckpointWeights,
     ExportWeights,
     Source,
+    fill_model,
     find_source,
 )
 from meshwright.model.config import ModelConfig
@@ -37,6 +38,9 @@ class Loaded(NamedTuple):
     end_of_text: str | None
     """The token that ends a document; None where the folder does not say."""
     source: Path
+    """The checkpoint or export that the weights are of."""
+    passed_over: dict[Path, list[str]]
+    """Newer checkpoints of the run that are damaged, and how."""
 
 
 def load_for_inference(path: Path, device: torch.device | str = "cpu") -> Loaded:
@@ -50,18 +54,17 @@ def load_for_inference(path: Path, device: torch.device | str = "cpu") -> Loaded
         weights: CheckpointWeights | ExportWeights
         end_of_text: str | None
         if source.is_checkpoint:
-            weights = CheckpointWeights(source.path)
+            weights = CheckpointWeights(source.path, is_verified=source.path != path)
             config, tokenizer, end_of_text = _of_checkpoint(source)
         else:
             weights = ExportWeights(source.path)
             config, tokenizer, end_of_text = weights.config, source.path / TOKENIZER_NAME, _of_export(source.path)
+        model = empty_model(config, torch.device(device))
+        fill_model(model, weights)
     except ValueError as error:
         raise ConfigError(str(path), str(error).splitlines()) from None
-    model = empty_model(config, torch.device(device))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights.read(name))
-    return Loaded(model, config, tokenizer if tokenizer.is_file() else None, end_of_text, source.path)
+    there = tokenizer if tokenizer.is_file() else None
+    return Loaded(model, config, there, end_of_text, source.path, source.passed_over)
 
 
 def _of_checkpoint(source: Source) -> tuple[ModelConfig, Path, str]:
@@ -76,5 +79,8 @@ def _of_export(folder: Path) -> str | None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
-    token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    settings = json.loads(path.read_bytes())
+    token = settings.get("eos_token") if isinstance(settings, dict) else None
+    if isinstance(token, dict):  # older folders describe the token instead of naming it
+        token = token.get("content")
     return token if isinstance(token, str) else None

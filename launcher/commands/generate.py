@@ -1,5 +1,6 @@
 """`meshwright generate`: continue a prompt with a trained model, token by token as they are made."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,9 @@ import typer
 def generate(
     source: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint (step_...), or an export.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from stdin.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make at most; 50 to 500 are usual.")] = 100,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Tokens to make at most; 50 to 500 are usual.")
+    ] = 100,
     temperature: Annotated[float, typer.Option(help="0 is greedy; 0.6 to 1 are usual.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 is off, 20 to 100 are usual.")] = 50,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share; 1 is off.")] = 1.0,
@@ -38,8 +41,17 @@ def generate(
         raise ConfigError("meshwright generate", str(error).split("; ")) from None
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise ConfigError("meshwright generate", [f'--device "{device}": one of auto, cpu, cuda, mps would fit'])
-    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        # An argument that is no UTF-8 reaches Python as surrogates, which cannot be encoded again.
+        text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt.encode().decode()
+    except UnicodeError as error:
+        where = "stdin" if prompt == "-" else "--prompt"
+        raise ConfigError("meshwright generate", [f"{where} is not UTF-8: {error}"]) from None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding must not end the text
     loaded = load_for_inference(source, resolve_device(device, 0))
+    for folder, problems in loaded.passed_over.items():
+        print(f"passed over {folder}: {'; '.join(problems)}", file=sys.stderr)
     pieces = continue_prompt(loaded, text, max_new_tokens, sampling, seed=seed, samples=samples, tokenizer=tokenizer)
     for piece in pieces:
         sys.stdout.write(piece)
