@@ -1,9 +1,12 @@
 """attention is its twin: flash or by blocks, with groups of heads, documents, and sizes around a block's."""
 
+from typing import Any
+
 import pytest
 import torch
 from twins import assert_like_twin, leaf
 
+from meshwright.kernels import attention as attention_kernel
 from meshwright.kernels import attention_blocks, reference
 from meshwright.kernels.attention import attention, cached_attention
 from meshwright.kernels.attention_blocks import BLOCK, block_attention
@@ -29,6 +32,33 @@ def test_attention_is_its_twin(choices: Choices, dtype: torch.dtype, kv_heads: i
     q, k, v = (leaf(s, b, heads, d, dtype=dtype) for heads in (4, kv_heads, kv_heads))
     document = documents(s, b) if "document" in masks else None
     assert_like_twin(attention, reference.attention, [q, k, v], is_causal="all" not in masks, document=document)
+
+
+@pytest.mark.parametrize(
+    ("choices", "dtype", "narrow"),
+    [
+        (BLOCKS, torch.float32, False),
+        (BLOCKS, torch.bfloat16, True),
+        (Choices(bf16_attention="blocks_fp32"), torch.bfloat16, False),
+        (Choices(), torch.float32, None),
+        (Choices(fp32_attention="blocks"), torch.bfloat16, None),
+        (BLOCKS, F64, None),
+    ],
+)
+def test_the_chosen_way_is_taken(
+    choices: Choices, dtype: torch.dtype, narrow: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[bool] = []
+
+    def watched(*given: Any, narrow: bool, **named: Any) -> torch.Tensor:
+        taken.append(narrow)
+        return block_attention(*given, narrow=narrow, **named)
+
+    monkeypatch.setattr(attention_kernel, "block_attention", watched)
+    use(choices)
+    x = torch.randn(3, 1, 2, 4, dtype=dtype)
+    attention(x, x, x)
+    assert taken == ([] if narrow is None else [narrow])
 
 
 @pytest.mark.parametrize("s", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
