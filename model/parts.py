@@ -88,13 +88,18 @@ def build_model(
         for parameter in model.parameters():  # not `model.to`: buffers keep their type
             parameter.data = parameter.data.to(dtype)
     if torch.device(device).type != "meta":
-        rules, table = init_rules(model), placement_table(model)
-        for name, parameter in model.named_parameters():
-            shape, placement = tuple(parameter.shape), table[name]
-            whole, offset = placement.global_shape(shape), placement.offset(shape)
-            fill(parameter.detach(), rules[name], seed=seed, name=name, global_shape=whole, offset=offset)
-        reset_buffers(model)
+        initialise(model, seed)
     return model
+
+
+def initialise(module: nn.Module, seed: int = 0) -> None:
+    """Give a model, or a part of one that was made by itself, its initial weights and buffers."""
+    rules, table = init_rules(module), placement_table(module)
+    for name, parameter in module.named_parameters():
+        shape, placement = tuple(parameter.shape), table[name]
+        whole, offset = placement.global_shape(shape), placement.offset(shape)
+        fill(parameter.detach(), rules[name], seed=seed, name=name, global_shape=whole, offset=offset)
+    reset_buffers(module)
 
 
 def reset_buffers(model: nn.Module) -> None:

@@ -1,0 +1,38 @@
+"""The Python that docs/library.md shows runs as it stands, and computes what the page says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+PAGE = Path(__file__).parents[2] / "docs" / "library.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+def test_the_blocks_of_the_page_run_in_order() -> None:
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in BLOCKS:
+        exec(compile(block, PAGE.name, "exec"), names)
+    shape = {name: tuple(names[name].shape) for name in ("logits", "chosen", "first", "second", "y", "load")}
+    assert shape == {
+        "logits": (63, 2, 512),
+        "chosen": (8, 2),
+        "first": (3, 2, 512),
+        "second": (1, 2, 512),
+        "y": (63, 2, 64),
+        "load": (8,),
+    }
+    assert names["losses"][2] < names["losses"][0]
+    assert names["load"].sum() == 63 * 2 * 2
+    # The spread model begins with the weights of the plain one, from the same seed, so its loss is the same.
+    assert names["spread_loss"].item() == pytest.approx(names["losses"][0], rel=1e-6)
+    assert all(isinstance(names[name], nn.Module) for name in ("model", "hybrid", "attention", "moe", "own", "spread"))
+    assert next(names["hybrid"].parameters()).dtype == torch.bfloat16
+    assert torch.isfinite(names["own_loss"])
+
+
+def test_the_page_has_all_its_blocks() -> None:
+    assert len(BLOCKS) == 9

@@ -1,0 +1,160 @@
+"""The whole model: losses, gradients by finite differences, token by token, documents, and its two ends."""
+
+import engine_cases
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meshwright.model.config import ModelConfig, MoeConfig
+from meshwright.model.parts import build_model
+from meshwright.model.stack import LanguageModel
+from meshwright.parallel.tally import Tally, declared_entries
+from meshwright.parallel.where import Where, where_of_plain_tokens
+
+S, B, V = 9, 3, engine_cases.VOCAB
+CONFIGS = {
+    "dense": engine_cases.dense_config(tie_embeddings=True, bias=("q", "ffn")),
+    "moe": engine_cases.moe_config(bias=("k", "ffn")),
+    "mixed": engine_cases.moe_config(pattern="*-*E", num_layers=4),
+}
+
+
+def built(config: ModelConfig, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    model = build_model(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():  # large, so that every path matters, and no norm or bias is 1 or 0
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+    return model
+
+
+def tokens_of(seed: int = 0, s: int = S) -> Tensor:
+    return torch.randint(0, V, (s, B), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_loss_is_the_cross_entropy_of_the_logits_over_the_tokens_of_the_step(name: str) -> None:
+    model, tokens, targets = built(CONFIGS[name]), tokens_of(), tokens_of(1)
+    targets[4:, 1] = -100
+    logits = model(tokens)
+    assert logits.shape == (S, B, V)
+    summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
+    plain = where_of_plain_tokens(tokens)
+    of_step = Where(**{**vars(plain), "step_tokens": 100.0, "derived": {}})
+    torch.testing.assert_close(model(tokens, targets), summed / (S * B))
+    torch.testing.assert_close(model(tokens, targets, of_step), summed / 100)
+
+
+@pytest.mark.parametrize("name", ["dense", "moe", "mixed"])
+@pytest.mark.parametrize("steps", [[1] * S, [4, 1, 4]])
+def test_token_by_token_gives_the_logits_of_the_whole(steps: list[int], name: str) -> None:
+    model, tokens = built(CONFIGS[name]), tokens_of()
+    with torch.no_grad():
+        whole = model(tokens)
+        state = model.initial_state(B, S)
+        pieces = [model.step(piece, state) for piece in tokens.split(steps)]
+    torch.testing.assert_close(torch.cat(pieces), whole)
+
+
+def test_no_token_sees_the_future_or_another_sample() -> None:
+    model, tokens = built(CONFIGS["moe"]), tokens_of()
+    changed = tokens.clone()
+    changed[5:, 0] = (changed[5:, 0] + 1) % V
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    # Not bitwise: an expert that gets another number of rows may add up its products in another order.
+    torch.testing.assert_close(before[:5, 0], after[:5, 0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(before[:, 1:], after[:, 1:], rtol=1e-12, atol=1e-12)
+    assert (before[5:, 0] - after[5:, 0]).abs().amax(-1).min() > 1e-3
+
+
+def test_a_masked_document_is_computed_as_if_it_stood_alone() -> None:
+    # RoPE knows distances only, so that a document in the middle of a sample is the document at its beginning.
+    model, tokens = built(CONFIGS["dense"]), tokens_of()
+    document = (torch.arange(S) >= 4).long()[:, None].expand(S, B)
+    plain = where_of_plain_tokens(tokens)
+    masked = Where(**{**vars(plain), "document": document, "mask_documents": True, "derived": {}})
+    unmasked = Where(**{**vars(plain), "document": document, "derived": {}})
+    with torch.no_grad():
+        together, alone, whole = model(tokens, None, masked), model(tokens[4:]), model(tokens)
+        torch.testing.assert_close(together[4:], alone)
+        torch.testing.assert_close(together[:4], whole[:4])
+        torch.testing.assert_close(model(tokens, None, unmasked), whole)
+    assert not torch.allclose(together[4:], whole[4:])
+
+
+TINY = {"num_layers": 2, "hidden_size": 4, "num_heads": 2, "num_kv_heads": 1, "head_dim": 2, "ffn_hidden_size": 3}
+EXPERTS = MoeConfig(num_experts=3, top_k=2, expert_hidden_size=2, num_shared_experts=1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(**TINY, vocab_size=5, tie_embeddings=True, bias=("q", "k", "v", "output", "ffn")),
+        ModelConfig(**TINY, vocab_size=5, pattern="*E", qk_norm=True, moe=EXPERTS, bias=("ffn",)),
+    ],
+)
+def test_the_gradient_of_every_parameter_is_that_of_finite_differences(config: ModelConfig) -> None:
+    model = built(config)
+    tokens, targets = torch.tensor([[0, 1], [2, 3], [4, 0]]), torch.tensor([[1, 2], [-100, 4], [0, 3]])
+    names, values = zip(*model.named_parameters(), strict=True)
+
+    def loss(*parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (tokens, targets))
+
+    # Fast mode compares the products of the two Jacobians with random vectors: one pass instead of one per element.
+    assert torch.autograd.gradcheck(loss, tuple(v.detach().clone().requires_grad_() for v in values), fast_mode=True)
+
+
+def test_a_sample_of_padding_gives_an_exact_zero_that_goes_backward() -> None:
+    model = build_model(engine_cases.moe_config(z_loss_weight=0.0, load_balancing="none"))
+    tally = Tally(declared_entries(model))
+    tokens = tokens_of()
+    plain = where_of_plain_tokens(tokens)
+    where = Where(**{**vars(plain), "counted": torch.zeros(S, B, dtype=torch.bool), "step_tokens": 50.0, "derived": {}})
+    loss = model(tokens, torch.full((S, B), -100), where, tally)
+    loss.backward()
+    assert loss.item() == 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad == 0).all(), name
+
+
+def test_a_tied_model_has_one_matrix_for_both_ends() -> None:
+    tied, untied = build_model(CONFIGS["dense"]), build_model(CONFIGS["moe"])
+    assert tied.output is None
+    assert tied.output_weight is tied.embedding.weight
+    assert "output.weight" not in dict(tied.named_parameters())
+    assert untied.output_weight is dict(untied.named_parameters())["output.weight"]
+
+
+def test_layers_carry_their_global_number() -> None:
+    model = build_model(CONFIGS["mixed"])
+    last = LanguageModel(
+        {3: model.layers["3"]}, model.final_norm, vocab_size=V, hidden_size=CONFIGS["mixed"].hidden_size
+    )
+    assert "layers.3.feedforward.part.router.weight" in dict(last.named_parameters())
+    assert set(declared_entries(model)) == {f"layers.{n}.{what}" for n in (1, 3) for what in ("load", "balance", "z")}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_narrow_types_stay_near_the_wide_ones(name: str, precision: str) -> None:
+    # 2^-9 of rounding in each of about 20 products and sums on the way to a logit: 3 percent of the largest.
+    exact = built(CONFIGS[name], torch.float32)
+    narrow = built(CONFIGS[name], torch.float32)
+    if precision == "bf16":
+        narrow.bfloat16()
+    tokens, targets = tokens_of(), tokens_of(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        loss = narrow(tokens, targets)
+    expected = exact(tokens, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.03)
+    loss.backward()
+    expected.backward()
+    for found, wanted in zip(narrow.parameters(), exact.parameters(), strict=True):
+        assert found.grad.dtype == found.dtype
+        error = (found.grad - wanted.grad).norm() / wanted.grad.norm()
+        assert error < (0.3 if name == "moe" else 0.1)  # a few tokens of 27 change their expert
