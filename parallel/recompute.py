@@ -3,12 +3,12 @@
     full         a layer keeps only its input, every n-th layer or all
     selective    a layer keeps the results of the named ops and computes the cheap rest again
 
-What a recomputed pass adds to the tally is ignored, and what a layer derived from `Where` in the first pass, such as
-its routing, is there again in the second. The layers keep their names: their `forward` is replaced, no module is put
+What a recomputed pass adds to the tally is ignored, and what a layer decided in the first pass (`Where.decide`), such
+as its routing, is there again in the second. The layers keep their names: their `forward` is replaced, no module is put
 around them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from meshwright.kernels.attention_blocks import attention_by_blocks
 from meshwright.kernels.grouped import grouped_product
 from meshwright.kernels.products import onednn_product
 from meshwright.parallel.tally import Tally
+from meshwright.parallel.where import Where
 
 _aten = torch.ops.aten
 
@@ -62,9 +63,15 @@ def recompute_layers(layers: Iterable[nn.Module], tally: Tally, saved: Iterable[
 
     for layer in layers:
         # Nothing draws random numbers from a generator, so there is no generator state to restore.
-        layer.forward = partial(
+        recomputed = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
+        layer.forward = partial(_remembering, recomputed)
+
+
+def _remembering(forward: Callable[..., Any], *args: Any) -> Any:
+    """Give each call a memory of its own, which the recomputed pass finds in the same arguments."""
+    return forward(*(arg.remembering() if isinstance(arg, Where) else arg for arg in args))
 
 
 @contextmanager

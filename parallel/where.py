@@ -5,7 +5,7 @@ in every layout. Letters: s positions of this rank, b samples of the micro-batch
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +36,8 @@ class Where:
     """Whether a token attends only to its own document."""
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """What layers computed from the rest, such as rotary angles, so that the next layer need not."""
+    decisions: dict[str, Any] | None = field(default=None, repr=False, compare=False)
+    """What a layer decided in a forward pass that will be recomputed; None where none will be."""
 
     def derive(self, key: str, compute: Callable[[], T]) -> T:
         """Return what `compute` makes of this place, computing it once for all layers."""
@@ -43,6 +45,19 @@ class Where:
             self.derived[key] = compute()
         found: T = self.derived[key]
         return found
+
+    def decide(self, key: str, choose: Callable[[], T]) -> T:
+        """Return what `choose` decides; in a recomputed pass what was decided in the first."""
+        if self.decisions is None:
+            return choose()
+        if key not in self.decisions:
+            self.decisions[key] = choose()
+        decided: T = self.decisions[key]
+        return decided
+
+    def remembering(self) -> "Where":
+        """Return this place for one call of a layer that will be called with it again."""
+        return replace(self, decisions={})
 
 
 def where_of_plain_tokens(tokens: Int[Tensor, "s b"]) -> Where:

@@ -123,9 +123,8 @@ class Moe(nn.Module):
     def forward(self, x: Float[Tensor, "s b h"], where: Where, tally: Tally | None) -> Float[Tensor, "s b h"]:
         """Send each token through its experts; attach the router's losses and count its load when training."""
         tokens = x.flatten(0, 1)
-        # Remembered with the micro-batch: recomputed scores could round otherwise and send a token elsewhere than to
-        # the expert whose gradient is due.
-        routing: Routing = self.router(tokens, lambda choose: where.derive(f"experts/{id(self)}", choose))
+        # Recomputed scores could round otherwise and send a token elsewhere than to the expert whose gradient is due.
+        routing: Routing = self.router(tokens, lambda choose: where.decide(f"experts/{id(self)}", choose))
         if self.training and tally is not None:
             tokens = self._attach_losses(tokens, routing, where, tally)
         return self._experts_and_shared(tokens, routing).view_as(x)

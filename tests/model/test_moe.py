@@ -155,3 +155,9 @@ def test_tokens_one_after_the_other_give_what_the_sequence_gives() -> None:
 def test_experts_that_ep_does_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="num_experts = 4 does not divide by ep = 3"):
         Experts(H, F_, E, ep=Axis("ep", 3))
+
+
+def test_one_place_can_serve_many_passes_each_with_its_own_routing() -> None:
+    part, place = moe(), where()
+    for seed in (1, 2, 3):
+        assert torch.equal(part(x_of(seed), place, None), part(x_of(seed), where(), None))

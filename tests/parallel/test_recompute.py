@@ -16,6 +16,7 @@ from meshwright.model.stack import LanguageModel
 from meshwright.parallel.mesh import single_process_mesh
 from meshwright.parallel.recompute import recompute_layers
 from meshwright.parallel.tally import Tally, declared_entries
+from meshwright.parallel.where import where_of_plain_tokens
 
 OURS = Choices(
     fp32_output="onednn",
@@ -185,3 +186,16 @@ def test_only_the_layers_that_are_given_are_recomputed() -> None:
     recompute_layers([first], Tally({}))
     second(first(torch.ones(1, requires_grad=True))).backward()
     assert (first.passes, second.passes) == (2, 1)
+
+
+def test_a_layer_that_is_used_twice_routes_each_pass_by_itself() -> None:
+    outputs = []
+    for save in (None, ()):
+        model, tally = model_and_tally(save)
+        layer, x = model.layers["0"], torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(0))
+        where = where_of_plain_tokens(torch.zeros(5, 2, dtype=torch.int64))
+        y = layer(layer(x.requires_grad_(), where, tally), where, tally)
+        y.square().sum().backward()
+        outputs.append((y, layer.feedforward.part.experts.up.grad, layer.feedforward.part.router.weight.grad))
+    for expected, found in zip(*outputs, strict=True):
+        assert torch.equal(found, expected)

@@ -1,4 +1,4 @@
-"""Every ZeRO stage: the same gradients in bf16 too, the memory that the table of engine.py promises, no stale weights."""
+"""Every ZeRO stage: the same gradients in bf16 too, the memory that the table of engine.py promises, fresh weights."""
 
 import gc
 
