@@ -14,11 +14,13 @@ before a collective hangs on it.
 """
 
 import os
+import queue
 import re
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -215,13 +217,16 @@ def _open_store(info: RankInfo, address: str, port: int, join_seconds: int) -> S
     is_master = info.rank == 0 and not held_by_torchrun
     listening = os.environ.get(LISTENING, "")
     try:
-        return TCPStore(
-            address,
-            port,
-            is_master=is_master,
-            timeout=timedelta(seconds=join_seconds),
-            wait_for_workers=False,
-            master_listen_fd=int(listening) if listening and is_master else None,
+        return _within(
+            join_seconds + _LINGER_SECONDS,
+            lambda: TCPStore(
+                address,
+                port,
+                is_master=is_master,
+                timeout=timedelta(seconds=join_seconds),
+                wait_for_workers=False,
+                master_listen_fd=int(listening) if listening and is_master else None,
+            ),
         )
     except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -234,6 +239,30 @@ def _open_store(info: RankInfo, address: str, port: int, join_seconds: int) -> S
             f"{join_seconds} s; see whether rank 0 started, and whether its node can be reached from "
             f"{socket.gethostname()} ({_first_line(error)})"
         ) from None
+
+
+def _within(seconds: int, connect: Callable[[], TCPStore]) -> TCPStore:
+    """Return what `connect` does; its own timeout does not hold while it waits for a stranger's first word.
+
+    Raises:
+        RuntimeError: if it takes longer, or whatever `connect` raises.
+    """
+    answers: queue.SimpleQueue[TCPStore | Exception] = queue.SimpleQueue()
+
+    def attempt() -> None:
+        try:
+            answers.put(connect())
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=attempt, name="rendezvous", daemon=True).start()
+    try:
+        answer = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise RuntimeError("something listens there and does not answer: another program has the port") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _sign_in(store: Store, info: RankInfo, where: str, join_seconds: int) -> None:

@@ -12,8 +12,8 @@ dropped first, by an atomic rewrite, and no step stands in the file twice.
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -92,16 +92,25 @@ class JsonLines:
         Raises:
             OSError: naming the file, for instance when the disk is full.
         """
-        try:
+        with self._named_errors():
             self._file.write(encode(record) + "\n")
-        except OSError as error:
-            raise OSError(
-                error.errno, f"cannot append to the run's metrics: {error.strerror}", str(self._path)
-            ) from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; a line that could not be written is tried once more.
+
+        Raises:
+            OSError: naming the file.
+        """
+        with self._named_errors():
+            self._file.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            told = f"cannot append to the run's metrics: {error.strerror}"
+            raise OSError(error.errno, told, str(self._path)) from error
 
 
 def drop_lines_after(path: Path, step: int) -> int:
