@@ -38,6 +38,11 @@ def wait_for(what, seconds=30):
 """
 
 
+def _hear_interrupts() -> None:
+    """Undo what a shell does to a command in the background, whose children inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Parent:
     """A process that runs `body` as two ranks."""
 
@@ -50,6 +55,7 @@ class Parent:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=_hear_interrupts,
         )
 
     def wait_until_up(self) -> list[int]:
