@@ -37,7 +37,7 @@ def test_attention_is_its_twin(choices: Choices, dtype: torch.dtype, kv_heads: i
 @pytest.mark.parametrize(
     ("choices", "dtype", "narrow"),
     [
-        (BLOCKS, torch.float32, False),
+        (BLOCKS, torch.float32, True),
         (BLOCKS, torch.bfloat16, True),
         (Choices(bf16_attention="blocks_fp32"), torch.bfloat16, False),
         (Choices(), torch.float32, None),
