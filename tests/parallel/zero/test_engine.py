@@ -8,6 +8,7 @@ import torch
 from rank_pool import run_mesh
 from torch import Tensor
 
+from meshwright.model.parts import build_model
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.grad_norm import gradient_norm
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
@@ -110,6 +111,21 @@ def test_a_rank_holds_the_bytes_that_its_stage_promises(stage: int, narrow: bool
             # Gradients lie in parts of the weights' size. Nothing that was gathered is left: it would be as much
             # again. The tally and the optimizer's counters are some hundred bytes.
             assert everything < weights + moments + weights + 1000
+
+
+def bytes_gathered_by_a_forward_pass(mesh: Mesh, stage: int) -> int:
+    run = engine_cases.start(mesh, DENSE, Plan(stage=stage), dtype=torch.float32)
+    before = live_bytes()
+    with torch.no_grad():
+        run.model(engine_cases.batch_of(0)[0])
+    return live_bytes() - before
+
+
+def test_zero_2_keeps_gathered_weights_for_the_backward_pass_and_zero_3_does_not() -> None:
+    whole = sum(p.nbytes for p in build_model(DENSE).parameters())
+    kept, let_go = (run_mesh(Sizes(dp_shard=2), bytes_gathered_by_a_forward_pass, stage) for stage in (2, 3))
+    assert all(found >= whole for found in kept)
+    assert all(found < 0.1 * whole for found in let_go)
 
 
 def after_an_evaluation(mesh: Mesh, stage: int) -> tuple[Tensor, Tensor]:
