@@ -119,3 +119,11 @@ def test_the_same_call_gives_the_same_bits() -> None:
     assert torch.equal(calls[0], calls[1])
     first, second = (torch.autograd.grad(loss, (x, weight)) for loss in calls)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_products_in_fp32_leave_the_loss_of_autocast_unrounded() -> None:
+    x, weight = leaf(T, H), leaf(V, H)
+    plain = linear_cross_entropy(x, weight, TARGETS, divisor=4.0)
+    use(Choices(bf16_products="fp32"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear_cross_entropy(x, weight, TARGETS, divisor=4.0), plain)
