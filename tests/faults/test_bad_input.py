@@ -16,7 +16,7 @@ Where each is held to it; a detail is tested where the code is, under tests/.
     a full disk while saving          test_ranks.py, one disk of two        parallel/checkpoint/test_full_disk.py
     kill -9 in the middle of a save   test_ranks.py, resumed bitwise        parallel/checkpoint/test_kill.py
     NaN loss                          test_a_loss_that_is_no_number_...     launcher/training/test_loop.py
-    a port in use                     test_a_port_in_use_...                launcher/test_rendezvous.py, test_local_ranks.py
+    a port in use                     test_a_port_in_use_...                launcher/test_rendezvous.py
     a rank that dies                  test_ranks.py                         launcher/test_local_ranks.py
 """
 
