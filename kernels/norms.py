@@ -5,7 +5,7 @@
     c_t = sum_h g w x                      grad x = r (g w) - x r^3 c / h
     grad w = sum_t g x r                   with p = g x:  c = p w,  grad w = p^T r, two matrix-vector products
 
-PyTorch's own operator takes a dozen passes over the tokens on a CPU; these take three and five, and keep x and r only.
+PyTorch's own operator takes a dozen passes over the tokens on a CPU; these take three and six, and keep x and r only.
 """
 
 from typing import Any
