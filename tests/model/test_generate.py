@@ -114,6 +114,16 @@ def test_samples_of_one_prompt_differ_from_each_other_and_from_step_to_step() ->
     assert all(len(set(column)) > 2 for column in found.T.tolist())
 
 
+def test_every_step_and_sequence_draws_a_number_of_its_own() -> None:
+    model = model_of()
+    with torch.no_grad():
+        model.output_weight.zero_()  # every token is as likely, whatever came before
+    found = tokens_of(model, prompt(b=8), 40, sampling=FREE)
+    for row in [*found, *found.T]:
+        assert len(set(row.tolist())) > len(row) / 2
+    assert abs(found.double().mean().item() - 24.5) < 4 * 14.4 / 320**0.5  # four standard errors of an even draw
+
+
 def test_taking_tokens_does_not_switch_off_gradients_for_who_takes_them() -> None:
     model = model_of()
     made = generate(model, prompt(), 3, sampling=GREEDY)

@@ -1,4 +1,4 @@
-"""Silent errors of torch (docs/architecture.md), shown to be there in this version, and right here.
+"""Silent errors of torch, shown to be there in this version, and right here.
 
 S1: random numbers drawn on a sharded parameter are the same on every rank.
 S3: a gradient divide factor is applied twice on a shard group of one rank.
