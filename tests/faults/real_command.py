@@ -27,13 +27,15 @@ from typing import Any
 SECONDS = 120
 # Serves requests on stdin: {"start": {...}} is answered with a process id, {"wait": pid} with its exit status.
 SERVER = """
-import json, os, sys
+import ctypes, json, os, signal, sys
 import matplotlib.backends.backend_agg, matplotlib.figure, rich.console, rich.table, torch, torch._dynamo
 import meshwright.launcher.commands.generate, meshwright.launcher.commands.train, meshwright.launcher.generation
 import meshwright.launcher.training.start, meshwright.launcher.__main__, meshwright.data.prepare
 
 def child(request):
     os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # a test that fails leaves nothing behind
     for stream, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         os.dup2(os.open(request[name], os.O_RDWR | os.O_CREAT), stream)
     sys.stdin = open(0, closefd=False)
@@ -171,6 +173,7 @@ class Launched:
             command = [sys.executable, str(script), *[str(arg) for arg in args]]
             env = _environment() | environment
             self.process = subprocess.Popen(command, stdout=out, stderr=err, env=env, process_group=0)
+        atexit.register(self.process.terminate)  # a test that fails leaves nothing behind
 
     @property
     def err(self) -> str:
