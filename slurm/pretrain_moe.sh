@@ -3,14 +3,14 @@
 #
 #   bash slurm/pretrain_moe.sh [KEY=VALUE ...]      on this machine, also without a GPU; makes what is missing
 #   bash slurm/pretrain_moe.sh --prepare            only the environment and the corpus: once, on a login node
-#   sbatch --account=A --partition=P --nodes=4 --gpus-per-node=8 slurm/pretrain_moe.sh [KEY=VALUE ...]
+#   sbatch --account=A --partition=P --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 slurm/pretrain_moe.sh [KEY=VALUE ...]
 #
 # KEY=VALUE changes keys of the run file, such as train.steps=100 parallel.ep=8. Started again, it goes on from the
 # newest checkpoint. In a Slurm job nodes and ranks come from the submit line: one rank for each GPU, or without GPUs
 # --ntasks-per-node of them; nothing is installed or prepared there.
 #
 #   MESHWRIGHT_RUN_FILE          another run file (default: runs/moe_tiny.toml); its store must have been prepared
-#   MESHWRIGHT_RANKS             ranks on each node (default by hand: 2)
+#   MESHWRIGHT_RANKS             ranks on each node (default by hand: one for each GPU, or 2)
 #   MESHWRIGHT_INSTALL_IN_JOB=1  install and prepare inside a job after all
 #   MASTER_ADDR, MASTER_PORT     where the ranks meet (default: found by launcher/rendezvous.py)
 #
@@ -40,8 +40,12 @@ find_root() {
     stop "The clone of meshwright was not found; submit from its folder: cd meshwright && sbatch slurm/pretrain_moe.sh"
 }
 
-has_one_gpu() {
-    command -v nvidia-smi >/dev/null && [ "$("$meshwright_python" -c 'import torch; print(torch.cuda.device_count())')" = 1 ]
+count_gpus() {
+    if command -v nvidia-smi >/dev/null; then
+        "$meshwright_python" -c 'import torch; print(torch.cuda.device_count())'
+    else
+        echo 0
+    fi
 }
 
 started=$(date +%s)
@@ -84,15 +88,15 @@ nodes=${SLURM_JOB_NUM_NODES:-1}
 if [ -n "$in_job" ]; then
     per_node=${MESHWRIGHT_RANKS:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
 else
-    per_node=${MESHWRIGHT_RANKS:-2}
-    if [ -z "${MESHWRIGHT_RANKS:-}" ] && [ "$run_file" = "$default_run_file" ] && has_one_gpu; then
-        echo "This machine has one GPU: one rank, parallel.ep=1."
-        per_node=1
-        overrides=(parallel.ep=1 ${overrides[@]+"${overrides[@]}"})
-    fi
+    gpus=$(count_gpus)
+    per_node=${MESHWRIGHT_RANKS:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}
 fi
 case $nodes,$per_node in *[!0-9,]* | *,0 | *,) stop "MESHWRIGHT_RANKS = $per_node: must be a count of ranks, such as 2" ;; esac
 ranks=$((nodes * per_node))
+if [ "$ranks" = 1 ] && [ "$run_file" = "$default_run_file" ]; then
+    echo "One rank: parallel.ep=1."
+    overrides=(parallel.ep=1 ${overrides[@]+"${overrides[@]}"})
+fi
 # The store is looked at later: it may yet have to be made.
 paths=$("$meshwright_python" - "$run_file" "$ranks" ${overrides[@]+"${overrides[@]}"} <<'PYTHON'
 import sys

@@ -53,7 +53,9 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
     dp = parallel.dp_in(world_size)
     layout = f"dp {dp}" + (f", ep {parallel.ep} x edp {parallel.edp_in(world_size)}" if model.moe else "")
     batches = BatchRamp.of(train)
-    accumulated = train.global_batch_size // (dp * train.micro_batch_size)
+    per_rank = train.global_batch_size // dp
+    at_once = min(per_rank, train.micro_batch_size)
+    accumulated = -(-per_rank // at_once)
     tokens = batches.samples_after(train.steps) * run_file.data.seq_len
     state = state_bytes(run_file, world_size)
     flops = training_flops_per_token(model, run_file.data.seq_len)
@@ -67,7 +69,7 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
             "step",
             f"{train.global_batch_size} samples x {run_file.data.seq_len} ="
             f" {train.global_batch_size * run_file.data.seq_len:,} tokens; on each rank {accumulated} micro-"
-            f"batch{'es' if accumulated > 1 else ''} of {train.micro_batch_size}"
+            f"batch{'es' if accumulated > 1 else ''} of {'' if per_rank % at_once == 0 else 'at most '}{at_once}"
             + (f", after a ramp over {list(batches.sizes[:-1])}" if train.batch_ramp else ""),
         ),
         (

@@ -65,12 +65,10 @@ def _compile_problems(run_file: RunFile) -> list[str]:
 
 
 def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:
-    """Return each batch size that the data-parallel ranks cannot share out in whole micro-batches."""
+    """Return each batch size that the data-parallel ranks cannot share out evenly."""
     dp = run_file.parallel.dp_in(world_size)
     if dp == 0:
         return []  # more ranks are used than there are: [parallel] says so
-    micro = run_file.train.micro_batch_size
-    unit = dp * micro
     sizes = [("train.global_batch_size", run_file.train.global_batch_size)]
     sizes += [
         (f"train.batch_ramp[{at}].global_batch_size", entry.global_batch_size)
@@ -78,13 +76,11 @@ def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:
     ]
     found = []
     for key, size in sizes:
-        if size % unit != 0:
-            fits = [near for near in (size // unit * unit, size // unit * unit + unit) if near > 0]
-            way_out = f"one of {fits} would fit"
-            if size % dp == 0:
-                way_out += f", or train.micro_batch_size = one of {nearest(divisors(size // dp), micro)}"
-            rule = f"must be a multiple of dp * train.micro_batch_size = {dp} * {micro} = {unit}"
-            found.append(problem(key, size, rule, way_out))
+        if size % dp != 0:
+            fits = [near for near in (size // dp * dp, size // dp * dp + dp) if near > 0]
+            found.append(
+                problem(key, size, f"must be a multiple of the {dp} data-parallel ranks", f"one of {fits} would fit")
+            )
     return found
 
 

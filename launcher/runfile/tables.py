@@ -66,7 +66,7 @@ class TrainConfig(BaseModel):
     global_batch_size: PositiveInt
     """Samples of one update, over all ranks; 0.5 M to 16 M tokens (times data.seq_len) are usual for large models."""
     micro_batch_size: PositiveInt = 1
-    """Samples that one rank computes at once; a larger batch is accumulated. As large as memory allows."""
+    """Samples that one rank computes at once, at most; a larger batch is accumulated. As large as memory allows."""
     batch_ramp: Annotated[tuple[BatchRampEntry, ...], Field(strict=False)] = ()
     """Smaller batches at the start: [{samples = 10000, global_batch_size = 64}, ...]; then global_batch_size."""
     precision: Literal["fp32", "bf16_autocast", "bf16", "fp64"] = "fp32"

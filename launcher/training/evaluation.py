@@ -35,6 +35,7 @@ def evaluate(run: Run, held_out: HeldOut, step: int) -> tuple[float, int]:
     """Return the mean cross entropy of the held-out samples, in nats, and the tokens that it was measured on."""
     dp, size, total = run.mesh.dp, run.run_file.train.micro_batch_size, held_out.available
     per_rank = -(-total // dp.size)
+    size = min(size, per_rank)
     rounds = -(-per_rank // size)
     first = dp.rank * per_rank
     mine = range(min(first, total), min(first + per_rank, total))

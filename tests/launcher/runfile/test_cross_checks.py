@@ -39,16 +39,15 @@ def test_experts_on_ranks_that_divide_them_have_no_problems() -> None:
     ("tables", "world_size", "line"),
     [
         (
-            {"train": {"global_batch_size": 20, "micro_batch_size": 2}},
+            {"train": {"global_batch_size": 18, "micro_batch_size": 2}},
             4,
-            "train.global_batch_size = 20: must be a multiple of dp * train.micro_batch_size = 4 * 2 = 8;"
-            " one of [16, 24] would fit, or train.micro_batch_size = one of [1, 5]",
+            "train.global_batch_size = 18: must be a multiple of the 4 data-parallel ranks; one of [16, 20] would fit",
         ),
         (
             {"train": {"batch_ramp": [{"samples": 9, "global_batch_size": 3}]}},
             4,
-            "train.batch_ramp[0].global_batch_size = 3: must be a multiple of dp * train.micro_batch_size"
-            " = 4 * 1 = 4; one of [4] would fit",
+            "train.batch_ramp[0].global_batch_size = 3: must be a multiple of the 4 data-parallel ranks;"
+            " one of [4] would fit",
         ),
         (
             {"train": {"batch_ramp": [{"samples": n, "global_batch_size": 12} for n in (8, 4)]}},

@@ -99,10 +99,11 @@ stage = 5
         "model.num_kv_heads = 6: must divide model.num_heads = 32; one of [1, 2, 4, 8, 16, 32] would fit",
         "parallel.ep = 5: splits experts, and the model has none",
         "parallel.ep = 5: ep * etp = 5 must divide the 6 ranks",
+        "train.global_batch_size = 7: must be a multiple of the 6 data-parallel ranks",
     ]
     for beginning in beginnings:
         assert any(line.startswith(beginning) for line in found), beginning
-    # warm-up against steps and batch against micro-batches follow from keys that are wrong themselves
+    # warm-up against steps follows from a key that is wrong itself
     assert len(found) == len(beginnings)
 
 

@@ -48,6 +48,19 @@ def test_a_run_shows_the_same_numbers_on_every_layout(tmp_path: Path, sizes: Siz
     assert numbers(tmp_path / "many", "expert_entropy") == numbers(tmp_path / "one", "expert_entropy")
 
 
+@pytest.mark.parametrize("size", [3, 100])
+def test_micro_batches_that_do_not_divide_the_batch_change_nothing(tmp_path: Path, size: int) -> None:
+    (tmp_path / "even").mkdir()
+    (tmp_path / "uneven").mkdir()
+    start(tmp_path / "even", "train.precision=fp64", "train.micro_batch_size=2")
+    start(tmp_path / "uneven", "train.precision=fp64", f"train.micro_batch_size={size}")
+    for kind, name in (("step", "loss"), ("step", "grad_norm"), ("evaluation", "validation_loss")):
+        # fp64 sums in another order (promise 2)
+        assert numbers(tmp_path / "uneven", name, kind) == pytest.approx(
+            numbers(tmp_path / "even", name, kind), rel=1e-9
+        )
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path: Path, number: signal.Signals) -> None:
     _signal_at(2, number, tmp_path)
