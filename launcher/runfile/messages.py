@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from meshwright.launcher.runfile.keys import all_keys, field_of, fields, tables
+from meshwright.launcher.runfile.keys import all_keys, entry_of, field_of, fields, tables
 
 # What other systems call it; a user who comes from one of them is told our name.
 OTHER_NAMES = {
@@ -185,8 +185,12 @@ def _choices(annotation: Any) -> Iterable[str]:
 
 def _is_whole(key: str) -> bool:
     """Say whether a key holds a whole number, so that above 0 means at least 1."""
-    field = field_of(_without_index(key))
-    return field is None or field.annotation is not float
+    table, in_list, last = key.rpartition("].")
+    field = field_of(_without_index(table or key))
+    entry = entry_of(field) if field and in_list else None
+    if entry:
+        field = fields(entry).get(last)
+    return field is None or "float" not in str(field.annotation)
 
 
 def _unquoted(value: object) -> str:

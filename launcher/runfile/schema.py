@@ -80,13 +80,14 @@ def _row(key: str, field: FieldInfo) -> str:
 
 def _type_of(field: FieldInfo) -> str:
     """Return a field's type and bounds in words."""
+    annotation, bounds = field.annotation, field.metadata
+    if field.default is None:  # may be left out: the type is the one beside None, and its bounds stand with it
+        annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
+        annotation, *bounds = typing.get_args(annotation)
     limits = [
-        f"{word} {getattr(bound, name)}"
-        for bound in field.metadata
-        for name, word in BOUNDS.items()
-        if hasattr(bound, name)
+        f"{word} {getattr(bound, name)}" for bound in bounds for name, word in BOUNDS.items() if hasattr(bound, name)
     ]
-    text = _type_name(field.annotation)
+    text = _type_name(annotation)
     return text + (", " + ", ".join(limits) if limits else "")
 
 
@@ -107,6 +108,8 @@ def _type_name(annotation: Any) -> str:
 
 
 def _default_of(field: FieldInfo) -> str:
+    if field.default is None:
+        return "may be left out"
     return "must be given" if field.default is PydanticUndefined else f"`{shown(field.default)}`"
 
 

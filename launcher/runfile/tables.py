@@ -81,6 +81,21 @@ class TrainConfig(BaseModel):
     """CPU threads of each rank; 0 = this machine's cores divided by its ranks."""
 
 
+class OptimizerGroup(BaseModel):
+    """Parameters that are updated in a way of their own; what is left out here is as in [optimizer]."""
+
+    model_config = TABLE
+
+    match: str
+    """Global names that it is for, "*.router.weight": `*` is any text, `?` one sign; the first group that fits wins."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] | None = None
+    """As optimizer.betas, for these parameters."""
+    eps: PositiveFloat | None = None
+    """As optimizer.eps, for these parameters."""
+    weight_decay: NonNegativeFloat | None = None
+    """As optimizer.weight_decay, for these parameters; acts on norms and biases too where the pattern fits them."""
+
+
 class OptimizerConfig(BaseModel):
     """AdamW; weight decay leaves out norms and biases."""
 
@@ -96,6 +111,8 @@ class OptimizerConfig(BaseModel):
     """Part of a weight that is taken off at each step, times the learning rate; 0.01 to 0.1 are usual."""
     embedding_weight_decay: bool = True
     """Let weight decay act on the embedding and the output matrix too."""
+    groups: Annotated[tuple[OptimizerGroup, ...], Field(strict=False)] = ()
+    """Other settings for some parameters: [{match = "*.router.weight", weight_decay = 0.0}, ...]."""
 
 
 class LearningRateConfig(BaseModel):
