@@ -81,6 +81,7 @@ def test_weights_have_the_type_and_the_seed_that_are_asked_for() -> None:
     config = ModelConfig(**SIZES, num_layers=1, pattern="*E", moe=MOE.model_copy(update={"load_balancing": "step"}))
     narrow, wide, other = build_model(config, dtype=torch.bfloat16), build_model(config), build_model(config, seed=1)
     for name, value in wide.named_parameters():
+        assert value.dtype == torch.float32
         assert torch.equal(dict(narrow.named_parameters())[name], value.bfloat16()), name
         changed = not torch.equal(dict(other.named_parameters())[name], value)
         assert changed == (not name.endswith("norm.weight")), name

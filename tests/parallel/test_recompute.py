@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meshwright.kernels.choose import Choices, use
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
+from meshwright.parallel.apply import Plan, apply
 from meshwright.parallel.mesh import single_process_mesh
+from meshwright.parallel.placement import placement_table
 from meshwright.parallel.recompute import recompute_layers
 from meshwright.parallel.tally import Tally, declared_entries
 from meshwright.parallel.where import where_of_plain_tokens
@@ -186,6 +188,17 @@ def test_only_the_layers_that_are_given_are_recomputed() -> None:
     recompute_layers([first], Tally({}))
     second(first(torch.ones(1, requires_grad=True))).backward()
     assert (first.passes, second.passes) == (2, 1)
+
+
+@pytest.mark.parametrize(("every", "passes"), [(1, [2, 2, 2, 2, 2]), (2, [2, 1, 2, 1, 2]), (3, [2, 1, 1, 2, 1])])
+def test_every_nth_layer_is_recomputed(every: int, passes: list[int]) -> None:
+    layers = [Plain() for _ in passes]
+    model, mesh = nn.Sequential(*layers), single_process_mesh()
+    plan = Plan(recompute="full", recompute_every=every)
+    engine = apply(model, layers, [model], placement_table(model), mesh, Tally({}), plan, torch.device("cpu"))
+    engine.start_micro_batch(is_first=True, is_last=True)
+    model(torch.zeros(1, requires_grad=True)).backward()
+    assert [layer.passes for layer in layers] == passes
 
 
 def test_a_layer_that_is_used_twice_routes_each_pass_by_itself() -> None:
