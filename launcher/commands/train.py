@@ -32,7 +32,7 @@ def train(
 
     meshwright train runs/moe_tiny.toml --ranks 2
 
-    meshwright train runs/moe_tiny.toml learning_rate.peak=1e-3 --allow-change learning_rate.peak
+    meshwright train runs/moe_tiny.toml --ranks 2 learning_rate.peak=1e-3 --allow-change learning_rate.peak
 
     torchrun --nproc-per-node 8 -m meshwright.launcher train runs/llama3_8b.toml
     """

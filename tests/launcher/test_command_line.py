@@ -1,5 +1,6 @@
 """The command line: help and check at once, without torch; a user's mistake is a message, our own a traceback."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 from meshwright.launcher.__main__ import COMMANDS, is_told_by_us, load_command, main
 from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.read import read_run_file
+from meshwright.launcher.runfile.resume_rules import compare_for_resume
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "numpy", "transformers", "rich.console", "zarr", "pyarrow")
@@ -63,6 +66,32 @@ def test_each_command_explains_itself(name: str) -> None:
     assert len(command.help) > 100
     for option in command.params:
         assert option.name == "help" or option.help, option.name
+
+
+def examples_in_help() -> list[str]:
+    """Return each command line that a command's help shows."""
+    lines = [line.strip() for name in COMMANDS for line in (load_command(name).help or "").splitlines()]
+    return [line for line in lines if line.startswith(("torchrun ", *(f"meshwright {name} " for name in COMMANDS)))]
+
+
+def test_the_help_of_each_command_with_arguments_shows_an_example() -> None:
+    shown = " ".join(examples_in_help())
+    assert [name for name in COMMANDS if f" {name} " not in shown] == ["doctor"]
+
+
+@pytest.mark.parametrize("example", examples_in_help())
+def test_an_example_in_a_help_text_is_taken_as_it_stands(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(example)
+    at = next(at for at, word in enumerate(words) if word in COMMANDS)
+    given = load_command(words[at]).make_context(words[at], words[at + 1 :]).params
+    if words[at] in ("check", "train"):
+        ranks = given["world_size"] if words[at] == "check" else given["ranks"] or 1
+        if words[0] == "torchrun":
+            ranks = int(words[words.index("--nproc-per-node") + 1])
+        run_file = read_run_file(given["run_file"], given["overrides"] or [], world_size=ranks)
+        _, refused = compare_for_resume(run_file, run_file, given.get("allow_change") or [])
+        assert refused == []
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
