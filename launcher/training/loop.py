@@ -18,7 +18,8 @@ from meshwright.launcher.training.batch_ramp import BatchRamp
 from meshwright.launcher.training.evaluation import HeldOut, evaluate
 from meshwright.launcher.training.learning_rate import learning_rate_at
 from meshwright.launcher.training.one_step import StepResult, one_step
-from meshwright.launcher.training.saving import Progress, Saver
+from meshwright.launcher.training.progress import Progress
+from meshwright.launcher.training.saving import Saver
 from meshwright.launcher.training.stopping import NotANumberError, Signals, SpikeGuard, wants_save, wants_stop
 from meshwright.parallel.tally import gather_texts
 

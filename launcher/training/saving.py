@@ -1,7 +1,7 @@
 """When a run is saved, what a checkpoint of it holds, and how it goes on from one.
 
-    tensors   weights by name, optimizer.exp_avg.<name>, optimizer.exp_avg_sq.<name>, buffers.<name>
-    state     step, samples, updates, skipped, norms (of the spike guard), kernels, run file, store, changes
+    tensors   as `progress.py` says
+    state     step, samples, updates, skipped, norms (of the spike guard), kernels, run file, store, tokenizer, changes
 
 The samples consumed are the position in the data. The learning rate is a function of the step and needs no state.
 A run goes on from its newest checkpoint that verifies; what may differ then is said by `runfile/resume_rules.py`.
@@ -9,12 +9,10 @@ A run goes on from its newest checkpoint that verifies; what may differ then is 
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from meshwright.launcher.build import Run
 from meshwright.launcher.runfile.messages import ConfigError
@@ -22,31 +20,13 @@ from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.resume_rules import compare_for_resume
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import write_resolved
-from meshwright.launcher.training.optimizer import MOMENTS
-from meshwright.launcher.weights.read_weights import ExportWeights, find_source
+from meshwright.launcher.training.branching import begin_from
+from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.parallel.checkpoint.agree import CheckpointError
-from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.checkpoint.folder import Keep, checkpoint_path
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state
 from meshwright.parallel.checkpoint.save import AsyncSaver, save_checkpoint
 from meshwright.parallel.checkpoint.verify import newest_that_verifies
-
-
-@dataclass
-class Progress:
-    """How far a run is: everything that is not a tensor."""
-
-    step: int = 0
-    """Steps made, skipped ones included."""
-    samples: int = 0
-    updates: int = 0
-    """Updates that the moments hold."""
-    skipped: int = 0
-    norms: list[float] = field(default_factory=list)
-    changes: list[str] = field(default_factory=list)
-    """What was changed at which resume, for a person to read."""
-    kernels: dict[str, str] = field(default_factory=dict)
-    """The ways that the CPU kernels go (kernels/choose.py): other ways would round otherwise."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +50,6 @@ class Saver:
         timeout = timedelta(seconds=run.run_file.run.timeout_seconds)
         self._background = AsyncSaver(run.mesh, timeout) if table.asynchronous else None
         self.newest = newest
-        self.saved_step = -1
 
     @property
     def folder(self) -> Path:
@@ -90,7 +69,7 @@ class Saver:
             self._background.save(self.folder, progress.step, tensors, state, fingerprint, self.keep)
         else:
             save_checkpoint(self.folder, progress.step, tensors, state, self.run.mesh, fingerprint, self.keep)
-        self.newest, self.saved_step = path, progress.step
+        self.newest = path
         return path
 
     def close(self) -> None:
@@ -102,19 +81,6 @@ class Saver:
 def checkpoints_of(run_folder: Path) -> Path:
     """Return where a run's checkpoints lie."""
     return run_folder / "checkpoints"
-
-
-def held_tensors(run: Run, *, optimizer: bool = True) -> dict[str, HeldPart]:
-    """Return what this rank holds of every tensor that a checkpoint has."""
-    tensors: dict[str, HeldPart] = {}
-    for name, part in run.engine.parts.items():
-        tensors[name] = HeldPart(part.parameter.detach(), part.global_shape, part.offset)
-        for moment in MOMENTS if optimizer else ():
-            held = run.optimizer.moment(name, moment)
-            tensors[f"optimizer.{moment}.{name}"] = HeldPart(held, part.global_shape, part.offset)
-    for name, buffer in run.buffers().items():
-        tensors[f"buffers.{name}"] = HeldPart(buffer, tuple(buffer.shape), (0,) * buffer.dim())
-    return tensors
 
 
 def state_of(run: Run, progress: Progress) -> dict[str, Any]:
@@ -129,6 +95,7 @@ def state_of(run: Run, progress: Progress) -> dict[str, Any]:
         "kernels": dict(progress.kernels),
         "run_file": write_resolved(run.run_file),
         "store": run.store.fingerprint,
+        "tokenizer": run.store.meta.tokenizer.sha256,
         "end_of_text": run.store.meta.tokenizer.end_of_text,
     }
 
@@ -151,7 +118,7 @@ def resume(run: Run, allow_change: Sequence[str] = ()) -> Resumed:
             way_out = "no checkpoint is whole: restore one from a copy, or move them away to begin anew"
             raise _refused(str(checkpoints_of(run.folder)), [*events, way_out])
         source = run.run_file.init.source
-        return begin_from(run, Path(source)) if source else Resumed(Progress(), events)
+        return Resumed(begin_from(run, Path(source), events) if source else Progress(), events)
     # Compared before anything is loaded: a key that differs says more than all the shapes that differ by it.
     state = read_state(newest.path, run.mesh)
     changes, problems = compare_for_resume(run_file_of(state, newest.path), run.run_file, allow_change)
@@ -176,54 +143,6 @@ def resume(run: Run, allow_change: Sequence[str] = ()) -> Resumed:
 def _refused(source: str, problems: list[str]) -> ConfigError:
     """Return the error of a resume; all ranks came to the same verdict."""
     return ConfigError(source, problems, is_same_on_all_ranks=True)
-
-
-def begin_from(run: Run, source: Path) -> Resumed:
-    """Take the weights (and by choice the moments) of a checkpoint or an export; step and data begin anew.
-
-    Raises:
-        ConfigError: if what lies there is damaged or of another model.
-    """
-    with_moments = run.run_file.init.load == "weights+optimizer"
-    updates = 0
-    try:
-        found = find_source(source)
-        if found.is_checkpoint:
-            wanted = held_tensors(run, optimizer=with_moments)
-            expect = Expect(None, may_stay_unread=("optimizer.", "buffers."), same_dtype=False)
-            state = load_checkpoint(found.path, wanted, run.mesh, expect)
-            updates = int(state["updates"]) if with_moments else 0
-        elif with_moments:
-            raise ValueError('an export has no optimizer state; init.load = "weights" would fit')
-        else:
-            _fill_from_export(run, ExportWeights(found.path))
-    except (ValueError, CheckpointError) as error:
-        raise ConfigError(f"init.from = {source}", str(error).splitlines()) from None
-    run.optimizer.set_updates(updates)
-    run.engine.publish_weights()
-    return Resumed(Progress(updates=updates), [f"begun from {found.path} ({run.run_file.init.load})"])
-
-
-def _fill_from_export(run: Run, weights: ExportWeights) -> None:
-    """Read this rank's rows of every weight.
-
-    Raises:
-        ValueError: naming every weight that the export has not, or has in another shape.
-    """
-    held, there = run.engine.parts, weights.shapes()
-    wrong = [
-        f"{name} is {list(there[name]) if name in there else 'missing'}, the run file has {list(part.global_shape)}"
-        for name, part in held.items()
-        if there.get(name) != part.global_shape
-    ]
-    wrong += [f"{name} has no place in the model" for name in sorted(there.keys() - held.keys())]
-    if wrong:
-        raise ValueError("\n".join(wrong))
-    with torch.no_grad():
-        for name, part in held.items():
-            rows = part.parameter.shape[0]
-            if rows:
-                part.parameter.copy_(weights.read(name, (part.offset[0], part.offset[0] + rows)))
 
 
 def run_file_of(state: dict[str, Any], path: Path) -> RunFile:

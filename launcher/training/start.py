@@ -1,7 +1,7 @@
 """One rank's whole life: check the run file, meet the others, build, resume, train, sum up.
 
 Everything that can be wrong with what a user gave is looked for before the ranks meet, and again where it needs
-the store or the checkpoint; then it is raised on every rank alike, so that none waits for another.
+the checkpoint; then it is raised on every rank alike, so that none waits for another.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,6 @@ from meshwright.launcher.observe.sinks import Sinks, open_sinks
 from meshwright.launcher.observe.summary import RunFacts, print_summary, write_summary
 from meshwright.launcher.ranks import RankInfo, threads_of
 from meshwright.launcher.rendezvous import process_group
-from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import write_resolved
@@ -59,8 +58,8 @@ def run_rank(request: Request, info: RankInfo) -> None:
     Raises:
         ConfigError: if what the user gave cannot be honoured.
     """
-    run_file = read_run_file(request.run_file, request.overrides, world_size=info.world_size)
-    store = open_store(request.run_file, run_file)
+    run_file = read_run_file(request.run_file, request.overrides, world_size=info.world_size, folders="needed")
+    store = TokenStore.open(run_file.data.store)
     run_file = with_vocab_of(run_file, store)
     device = resolve_device(run_file.run.device, info.local_rank)
     check_compiler(run_file, device)
@@ -107,30 +106,6 @@ def _train_locked(run: Run, signals: Signals, allow_change: Sequence[str], about
         newest = train(run, began.progress, saver, sinks, meter_of(run), signals)
     if is_first_rank:
         sum_up(run, versions, newest)
-
-
-def open_store(path: Path, run_file: RunFile) -> TokenStore:
-    """Open the run's store and hold it against the run file.
-
-    Raises:
-        ConfigError: if there is none, it is damaged, or it does not fit the run file.
-    """
-    folder = run_file.data.store
-    if not Path(folder).is_dir():
-        raise ConfigError(
-            str(path),
-            [f'data.store = "{folder}": there is no such folder; meshwright prepare --out {folder} makes one'],
-        )
-    store = TokenStore.open(folder)
-    problems = store.meta.problems(seq_len=run_file.data.seq_len, vocab_size=run_file.model.vocab_size)
-    if run_file.evaluation.every > 0 and "validation" not in store.splits:
-        problems.append(
-            f"evaluation.every = {run_file.evaluation.every}: the store holds no validation split;"
-            " prepare it with --validation-fraction, or 0 would fit"
-        )
-    if problems:
-        raise ConfigError(str(path), problems)
-    return store
 
 
 def meter_of(run: Run) -> Meter:

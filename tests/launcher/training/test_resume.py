@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from rank_pool import run_mesh
 from tiny_run import EP2, build, checkpoint_bytes, metrics, numbers, start, start_on
 
+from meshwright.data.prepare import PrepareOptions, prepare
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.parallel.mesh import Sizes
 
@@ -130,3 +132,30 @@ def test_a_branch_of_another_shape_is_refused_with_every_difference(tmp_path: Pa
         start(tmp_path / "branch", f'init.from="{tmp_path / "first" / "run"}"', "model.moe.expert_hidden_size=20")
     assert "experts.gate" in str(refused.value)
     assert "experts.down" in str(refused.value)
+
+
+def test_weights_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    start(tmp_path / "first", "train.steps=1", "evaluation.every=0")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(f"{number} other words, of which another tokenizer is made " * 12)
+    out = tmp_path / "other"
+    prepare(PrepareOptions(out, (str(texts / "*.txt"),), vocab_size=290, validation_fraction=0.3, workers=1))
+    (tmp_path / "branch").mkdir()
+    overrides = (f'init.from="{tmp_path / "first" / "run"}"', f'data.store="{out}"', "train.steps=1")
+    with pytest.raises(ConfigError, match=r"gives tokens other numbers than that of data\.store"):
+        start(tmp_path / "branch", *overrides, "evaluation.every=0")
+    assert not (tmp_path / "branch" / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("load", ["weights", "weights+optimizer"])
+def test_a_branch_may_balance_its_experts_by_another_rule(tmp_path: Path, load: str) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "branch").mkdir()
+    start(tmp_path / "first", "train.steps=1", "evaluation.every=0", "model.moe.load_balancing=sequence")
+    overrides = (f'init.from="{tmp_path / "first" / "run"}"', f'init.load="{load}"', "train.steps=1")
+    run = start(tmp_path / "branch", *overrides, "evaluation.every=0", "model.moe.load_balancing=step")
+    assert all(torch.isfinite(buffer).all() for buffer in run.buffers().values())
+    assert len(run.buffers()) == 2

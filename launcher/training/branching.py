@@ -1,0 +1,111 @@
+"""Begin a run from the weights of another one, or of an export: to branch, to anneal, to train on another mixture.
+
+Step, data position and learning rate begin anew. Weights mean nothing under another vocabulary, so the tokenizer must
+be that of the run's store: the same file, or one that gives every token the same number.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from meshwright.launcher.build import Run
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.training.progress import Progress, held_tensors
+from meshwright.launcher.weights.read_weights import ExportWeights, Source, find_source
+from meshwright.parallel.checkpoint.agree import CheckpointError
+from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state, saved_tensors
+
+_TOKENIZER = "tokenizer.json"
+
+
+def begin_from(run: Run, source: Path, events: list[str]) -> Progress:
+    """Fill the run with a checkpoint's or an export's weights (and by choice moments); add to `events` what was done.
+
+    Raises:
+        ConfigError: if what lies there is damaged, of another model or of another tokenizer.
+    """
+    load = run.run_file.init.load
+    try:
+        found = find_source(source)
+        for path, why in found.passed_over.items():
+            events.append(f"passed over {path}: {'; '.join(why)}")
+        _check_tokenizer(run, found, events)
+        updates = _fill_from_checkpoint(run, found) if found.is_checkpoint else _fill_from_export(run, found)
+    except (ValueError, CheckpointError) as error:
+        raise ConfigError(f"init.from = {source}", str(error).splitlines(), is_same_on_all_ranks=True) from None
+    run.optimizer.set_updates(updates)
+    run.engine.publish_weights()
+    events.append(f"begun from {found.path} ({load})")
+    return Progress(updates=updates)
+
+
+def _fill_from_checkpoint(run: Run, found: Source) -> int:
+    """Read this rank's parts; return how many updates the moments hold, 0 without them."""
+    with_moments = run.run_file.init.load == "weights+optimizer"
+    there = saved_tensors(found.path)
+    # Buffers belong to a setting of the routers, which a branch may change: what is not there begins as in a new run.
+    wanted = {
+        name: part
+        for name, part in held_tensors(run, optimizer=with_moments).items()
+        if not name.startswith("buffers.") or (with_moments and name in there)
+    }
+    expect = Expect(None, may_stay_unread=("optimizer.", "buffers."), same_dtype=False)
+    state = load_checkpoint(found.path, wanted, run.mesh, expect)
+    return int(state["updates"]) if with_moments else 0
+
+
+def _fill_from_export(run: Run, found: Source) -> int:
+    """Read this rank's rows of every weight.
+
+    Raises:
+        ValueError: naming every weight that the export has not, or has in another shape.
+    """
+    if run.run_file.init.load != "weights":
+        raise ValueError('an export has no optimizer state; init.load = "weights" would fit')
+    weights = ExportWeights(found.path)
+    held, there = run.engine.parts, weights.shapes()
+    wrong = [
+        f"{name} is {list(there[name]) if name in there else 'missing'}, the run file has {list(part.global_shape)}"
+        for name, part in held.items()
+        if there.get(name) != part.global_shape
+    ]
+    wrong += [f"{name} has no place in the model" for name in sorted(there.keys() - held.keys())]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    with torch.no_grad():
+        for name, part in held.items():
+            rows = part.parameter.shape[0]
+            if rows:
+                part.parameter.copy_(weights.read(name, (part.offset[0], part.offset[0] + rows)))
+    return 0
+
+
+def _check_tokenizer(run: Run, found: Source, events: list[str]) -> None:
+    """Compare the tokenizer that the weights were trained under with that of the run's store.
+
+    Raises:
+        ValueError: if a token has another number.
+    """
+    ours = run.store.path / _TOKENIZER
+    if found.is_checkpoint:
+        if read_state(found.path, run.mesh)["tokenizer"] == run.store.meta.tokenizer.sha256:
+            return
+        theirs = found.run_folder / _TOKENIZER if found.run_folder else None
+    else:
+        theirs = found.path / _TOKENIZER
+        if theirs.is_file() and hashlib.sha256(theirs.read_bytes()).hexdigest() == run.store.meta.tokenizer.sha256:
+            return
+    if theirs is None or not theirs.is_file():
+        if found.is_checkpoint:
+            raise ValueError(f"it was trained under another tokenizer than that of data.store = {run.store.path}")
+        events.append(
+            f"{found.path} has no tokenizer.json: whether its tokens are those of the store was not looked at"
+        )
+        return
+    if Tokenizer.from_file(str(theirs)).get_vocab() != Tokenizer.from_file(str(ours)).get_vocab():
+        raise ValueError(
+            f"its tokenizer ({theirs}) gives tokens other numbers than that of data.store = {run.store.path};"
+            f" prepare the store with --tokenizer {theirs}"
+        )

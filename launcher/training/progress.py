@@ -1,0 +1,40 @@
+"""What a checkpoint of a run is made of: how far it is, and the tensors that this rank holds.
+
+tensors   weights by name, optimizer.exp_avg.<name>, optimizer.exp_avg_sq.<name>, buffers.<name>
+"""
+
+from dataclasses import dataclass, field
+
+from meshwright.launcher.build import Run
+from meshwright.launcher.training.optimizer import MOMENTS
+from meshwright.parallel.checkpoint.describe import HeldPart
+
+
+@dataclass
+class Progress:
+    """How far a run is: everything that is not a tensor."""
+
+    step: int = 0
+    """Steps made, skipped ones included."""
+    samples: int = 0
+    updates: int = 0
+    """Updates that the moments hold."""
+    skipped: int = 0
+    norms: list[float] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+    """What was changed at which resume, for a person to read."""
+    kernels: dict[str, str] = field(default_factory=dict)
+    """The ways that the CPU kernels go (kernels/choose.py): other ways would round otherwise."""
+
+
+def held_tensors(run: Run, *, optimizer: bool = True) -> dict[str, HeldPart]:
+    """Return what this rank holds of every tensor that a checkpoint has."""
+    tensors: dict[str, HeldPart] = {}
+    for name, part in run.engine.parts.items():
+        tensors[name] = HeldPart(part.parameter.detach(), part.global_shape, part.offset)
+        for moment in MOMENTS if optimizer else ():
+            held = run.optimizer.moment(name, moment)
+            tensors[f"optimizer.{moment}.{name}"] = HeldPart(held, part.global_shape, part.offset)
+    for name, buffer in run.buffers().items():
+        tensors[f"buffers.{name}"] = HeldPart(buffer, tuple(buffer.shape), (0,) * buffer.dim())
+    return tensors
