@@ -1,4 +1,4 @@
-"""The norms of a stack, by name: each takes the width and is one line of the table in `model/parts.py`."""
+"""The norm of a stack: each row is divided by its root mean square and scaled by a learned weight."""
 
 import torch
 from jaxtyping import Float
