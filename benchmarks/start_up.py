@@ -1,4 +1,6 @@
-"""Time from the command to the first step, and the share of a step spent waiting for data: `python benchmarks/start_up.py`.
+"""Time from the command to the first step, and the share of a step spent waiting for data.
+
+    python benchmarks/start_up.py
 
 Starts `meshwright train` as a user does, one process, preset `tiny`, on a store that is made first, several times after
 one start that warms the file cache. Prints one JSON line for each start and one with the medians:
