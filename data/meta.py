@@ -107,20 +107,22 @@ class StoreMeta(_Table):
         content = [FORMAT, self.dtype, self.vocab_size, self.tokenizer.sha256, self.tokenizer.end_of_text_id, arrays]
         return hashlib.sha256(_canonical(content)).hexdigest()[:32]
 
-    def problems(self, *, seq_len: int, vocab_size: int) -> list[str]:
-        """Return every reason why a model of `vocab_size` (0: the store's) cannot train on windows of `seq_len`."""
-        found = [
+    def problems(self, *, seq_len: int) -> list[str]:
+        """Return every reason why nothing can be trained on windows of `seq_len` tokens of this store."""
+        return [
             f"data.seq_len = {seq_len}: one sample needs {seq_len + 1:,} tokens, the {name} split has "
             f"{split.num_tokens:,}; take a smaller seq_len or prepare more text"
             for name, split in self.splits.items()
             if split.num_tokens < seq_len + 1
         ]
-        if 0 < vocab_size < self.vocab_size:
-            found.append(
-                f"model.vocab_size = {vocab_size}: the store's tokenizer gives ids up to {self.vocab_size - 1}; "
-                f"at least {self.vocab_size} fits, and 0 takes the size from the store"
-            )
-        return found
+
+    def damage(self, store: Path) -> list[str]:
+        """Return a line for each file in the folder of the store that is missing, changed or not of its full size."""
+        problems = _tokenizer_problems(store, self)
+        for split, meta in self.splits.items():
+            for name, array in meta.arrays.items():
+                problems += _shard_problems(store / split / name, array.shards)
+        return problems
 
     def to_json(self) -> str:
         """Return the text of meta.json."""
@@ -156,6 +158,34 @@ class StoreMeta(_Table):
             return cls.model_validate(content)
         except ValidationError as error:
             raise StoreError(f"{path} does not have the fields of a token store: {error}") from None
+
+
+def _tokenizer_problems(store: Path, meta: StoreMeta) -> list[str]:
+    path = store / "tokenizer.json"
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return [f"{path} is missing; {REPAIR}"]
+    if found == meta.tokenizer.sha256:
+        return []
+    return [
+        f"{path} is not the tokenizer that wrote these tokens: its sha256 is {found[:16]}..., "
+        f"the store's {meta.tokenizer.sha256[:16]}...; {REPAIR}"
+    ]
+
+
+def _shard_problems(array: Path, sizes: list[int]) -> list[str]:
+    problems = []
+    for number, size in enumerate(sizes):
+        path = array / "c" / str(number)
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            problems.append(f"{path} is missing; {REPAIR}")
+            continue
+        if found != size:
+            problems.append(f"{path} has {found:,} bytes, written were {size:,}; {REPAIR}")
+    return problems
 
 
 def _canonical(content: object) -> bytes:

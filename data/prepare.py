@@ -331,7 +331,7 @@ def _check_not_empty(options: PrepareOptions, num_documents: int, by_split: dict
 
 
 def _check_windows(options: PrepareOptions, meta: StoreMeta) -> None:
-    if options.seq_len and (problems := meta.problems(seq_len=options.seq_len, vocab_size=0)):
+    if options.seq_len and (problems := meta.problems(seq_len=options.seq_len)):
         raise DataError(*problems)
 
 

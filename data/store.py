@@ -11,7 +11,6 @@ Each name is a zarr v3 array. A document is its text's tokens and then the end-o
 none is empty. Opening a store reads metadata only: it takes milliseconds whatever the store's size.
 """
 
-import hashlib
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,11 +100,7 @@ class TokenStore:
         """
         store = Path(path).expanduser()
         meta = StoreMeta.read(store)
-        problems = _tokenizer_problems(store, meta)
-        for split, split_meta in meta.splits.items():
-            for name in ARRAYS:
-                problems += _shard_problems(store / split / name, split_meta.arrays[name].shards)
-        if problems:
+        if problems := meta.damage(store):
             raise StoreError(*problems)
         return cls(store, meta)
 
@@ -114,19 +109,10 @@ class TokenStore:
         """Return one more than the largest token id that the tokenizer can give."""
         return self.meta.vocab_size
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """Return the tokenizer.json that the tokens were made with."""
-        return self.path / "tokenizer.json"
-
     @cached_property
     def fingerprint(self) -> str:
         """Return 32 hex digits that are equal for equal tokens, documents, splits and tokenizer."""
         return self.meta.fingerprint
-
-    def problems(self, *, seq_len: int, vocab_size: int) -> list[str]:
-        """Return every reason why a model of `vocab_size` (0: the store's) cannot train on windows of `seq_len`."""
-        return self.meta.problems(seq_len=seq_len, vocab_size=vocab_size)
 
     def verify(self) -> None:
         """Read the whole store and check every chunk's crc32c, at about the speed of the disk.
@@ -137,34 +123,6 @@ class TokenStore:
         for split in self.splits.values():
             for array in split.arrays.values():
                 array.verify()
-
-
-def _tokenizer_problems(store: Path, meta: StoreMeta) -> list[str]:
-    path = store / "tokenizer.json"
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return [f"{path} is missing; {REPAIR}"]
-    if found == meta.tokenizer.sha256:
-        return []
-    return [
-        f"{path} is not the tokenizer that wrote these tokens: its sha256 is {found[:16]}..., "
-        f"the store's {meta.tokenizer.sha256[:16]}...; {REPAIR}"
-    ]
-
-
-def _shard_problems(array: Path, sizes: list[int]) -> list[str]:
-    problems = []
-    for number, size in enumerate(sizes):
-        path = array / "c" / str(number)
-        try:
-            found = path.stat().st_size
-        except FileNotFoundError:
-            problems.append(f"{path} is missing; {REPAIR}")
-            continue
-        if found != size:
-            problems.append(f"{path} has {found:,} bytes, written were {size:,}; {REPAIR}")
-    return problems
 
 
 def _misfits(split: Split, meta: StoreMeta) -> list[str]:

@@ -146,16 +146,8 @@ def check_compiler(run_file: RunFile, device: torch.device) -> None:
 
 
 def with_vocab_of(run_file: RunFile, store: TokenStore) -> RunFile:
-    """Return the run file with the vocabulary's size filled in from the store.
-
-    Raises:
-        ConfigError: if the model has no room for the store's tokens.
-    """
-    try:
-        model = run_file.model.with_vocab(store.vocab_size)
-    except ValueError as error:
-        raise ConfigError(run_file.data.store, [str(error)]) from None
-    return run_file.model_copy(update={"model": model})
+    """Return the run file with the vocabulary's size filled in from the store, which it has been held against."""
+    return run_file.model_copy(update={"model": run_file.model.with_vocab(store.vocab_size)})
 
 
 def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> LanguageModel:

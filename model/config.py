@@ -131,12 +131,18 @@ class ModelConfig(BaseModel):
         """
         if self.vocab_size == 0:
             return self.model_copy(update={"vocab_size": round_up(tokenizer_size)})
-        if self.vocab_size < tokenizer_size:
-            raise ValueError(
-                f"model.vocab_size = {self.vocab_size}: must hold the tokenizer's {tokenizer_size} tokens;"
-                f" {round_up(tokenizer_size)} or 0 (the tokenizer's size) would fit"
-            )
+        if problems := self.vocab_problems(tokenizer_size):
+            raise ValueError(*problems)
         return self
+
+    def vocab_problems(self, tokenizer_size: int) -> list[str]:
+        """Return the reason why this model has no room for the ids of a tokenizer, if it has none."""
+        if self.vocab_size == 0 or self.vocab_size >= tokenizer_size:
+            return []
+        return [
+            f"model.vocab_size = {self.vocab_size}: must hold the tokenizer's {tokenizer_size} tokens;"
+            f" {round_up(tokenizer_size)} or 0 (the tokenizer's size) would fit"
+        ]
 
     def problems(self) -> list[str]:
         """Return every reason why these sizes make no model; empty means that they do."""

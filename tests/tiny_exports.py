@@ -126,7 +126,7 @@ def write_tiny_run(folder: Path, config: ModelConfig, store: TokenStore, *, step
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.toml").write_text(write_resolved(run_file))
-    (folder / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
+    (folder / "tokenizer.json").write_bytes((store.path / "tokenizer.json").read_bytes())
     weights = {name: parameter.detach() for name, parameter in tiny_model(config).named_parameters()}
     others = {f"optimizer.exp_avg.{name}": tensor + 1 for name, tensor in weights.items()}
     others["buffers.layers.0.load"] = torch.ones(3)

@@ -7,7 +7,7 @@ import typer
 
 from meshwright.data.meta import StoreMeta
 from meshwright.launcher.runfile.footprint import state_bytes
-from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.on_disk import store_of
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.batch_ramp import BatchRamp
@@ -30,17 +30,14 @@ def check(
     Prints every problem with the key, its value, the rule and what would fit, and exits with status 2; or prints what
     the run will be: layout, size of the model, tokens, and the bytes of state on each rank.
 
-    Where the store of [data] is already on this machine, it is looked at too: the length of its splits and its
-    vocabulary. Needs no GPU and loads no torch, so any layout can be checked anywhere:
+    Where the store of [data] is already on this machine, it is looked at too: its files, the length of its splits and
+    its vocabulary. Needs no GPU and loads no torch, so any layout can be checked anywhere:
 
     meshwright check runs/llama3_8b.toml --world-size 64 zero.stage=3
     """
-    config = read_run_file(run_file, overrides or [], world_size=world_size)
-    store = _read_store(config)
+    config = read_run_file(run_file, overrides or [], world_size=world_size, folders="if here")
+    store = store_of(config)
     if store is not None:
-        problems = store.problems(seq_len=config.data.seq_len, vocab_size=config.model.vocab_size)
-        if problems:
-            raise ConfigError(str(run_file), problems)
         config = config.model_copy(update={"model": config.model.with_vocab(store.vocab_size)})
     print(f"{run_file}: no problems on {world_size} rank{'s' if world_size > 1 else ''}")
     for name, text in summary(config, store, world_size):
@@ -85,12 +82,6 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
         ),
         ("", "activations come on top"),
     ]
-
-
-def _read_store(run_file: RunFile) -> StoreMeta | None:
-    """Return the store's description, or None if it is not on this machine yet."""
-    folder = Path(run_file.data.store)
-    return StoreMeta.read(folder) if (folder / "meta.json").exists() else None
 
 
 def _model_line(run_file: RunFile) -> str:

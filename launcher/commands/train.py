@@ -40,8 +40,8 @@ def train(
     from meshwright.launcher.ranks import who_am_i
     from meshwright.launcher.runfile.read import read_run_file
 
-    # Before any rank is started, and before torch is loaded: every mistake in the run file.
-    config = read_run_file(run_file, overrides or [], world_size=max(ranks, who_am_i().world_size))
+    # Before any rank is started, and before torch is loaded: every mistake in the run file and the store.
+    config = read_run_file(run_file, overrides or [], world_size=max(ranks, who_am_i().world_size), folders="needed")
     info = become_a_rank(ranks, config.train.threads)
 
     from meshwright.launcher.training.start import Request, run_rank

@@ -1,7 +1,7 @@
 """A run file and its overrides -> a RunFile, or every problem at once.
 
     TOML -> overrides laid over it -> preset laid beneath [model] -> tables -> checks across tables
-              `key=value`             keys in the file win             types     sizes, layout, device
+              `key=value`             keys in the file win             types     sizes, layout, device, store
 
 A key that is wrong in itself is left out and the rest is checked all the same, so that one typing error does not
 hide nine others. `world_size` is how many ranks the run is meant for; without it only what no layout could change is
@@ -12,13 +12,14 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
 from meshwright.launcher.runfile.keys import field_of
 from meshwright.launcher.runfile.messages import ConfigError, closest, dotted, of_validation, problem
+from meshwright.launcher.runfile.on_disk import on_disk_problems
 from meshwright.launcher.runfile.overrides import apply_overrides
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.model.presets import PRESETS, with_preset
@@ -30,13 +31,24 @@ LISTING = re.compile(r" has: |the tables are: ")
 STAND_INS: dict[Any, object] = {str: "unknown", float: 1.0}
 
 
-def read_run_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> RunFile:
+# What is held against the folders that a run file names: nothing, those that are here, or all of them.
+Folders = Literal["left out", "if here", "needed"]
+
+
+def read_run_file(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    folders: Folders = "left out",
+) -> RunFile:
     """Read a run file and lay the overrides, `train.steps=100`, over it.
 
     Raises:
-        ConfigError: with every problem of the file, the overrides and, given `world_size`, the layout.
+        ConfigError: with every problem of the file, the overrides and, where they are asked for, of the layout on
+            `world_size` ranks and of the store and other `folders`.
     """
-    run_file, problems = examine(load_toml(path), overrides, world_size=world_size)
+    run_file, problems = examine(load_toml(path), overrides, world_size=world_size, folders=folders)
     if problems or run_file is None:
         raise ConfigError(str(path), problems)
     return run_file
@@ -63,7 +75,11 @@ def load_toml(path: str | Path) -> dict[str, Any]:
 
 
 def examine(
-    tables: dict[str, Any], overrides: Sequence[str] = (), *, world_size: int | None = None
+    tables: dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    folders: Folders = "left out",
 ) -> tuple[RunFile | None, list[str]]:
     """Return the RunFile that these tables make, None if they make none, and every problem found."""
     tables, problems = apply_overrides(tables, overrides)
@@ -80,16 +96,19 @@ def examine(
     try:
         run_file = RunFile.model_validate(tables)
     except ValidationError as error:
-        return None, [*problems, *_table_problems(tables, error, problems, world_size)]
-    return run_file, [*problems, *_across(run_file, world_size)]
+        return None, [*problems, *_table_problems(tables, error, problems, world_size, folders)]
+    return run_file, [*problems, *_across(run_file, world_size, folders)]
 
 
-def _across(run_file: RunFile, world_size: int | None) -> list[str]:
-    return check_on_any_world(run_file) if world_size is None else check(run_file, world_size)
+def _across(run_file: RunFile, world_size: int | None, folders: Folders) -> list[str]:
+    found = check_on_any_world(run_file) if world_size is None else check(run_file, world_size)
+    if folders == "left out":
+        return found
+    return [*found, *on_disk_problems(run_file, is_store_needed=folders == "needed")]
 
 
 def _table_problems(
-    tables: dict[str, Any], error: ValidationError, before: list[str], world_size: int | None
+    tables: dict[str, Any], error: ValidationError, before: list[str], world_size: int | None, folders: Folders
 ) -> list[str]:
     """Return a line for each wrong key, then what the checks find in the rest."""
     errors = error.errors(include_url=False)
@@ -109,7 +128,7 @@ def _table_problems(
         *lines,
         *(
             line
-            for line in _across(rest, world_size)
+            for line in _across(rest, world_size, folders)
             if not _keys_in(line) & said and (is_model_known or "model." not in line)
         ),
     ]

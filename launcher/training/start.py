@@ -33,7 +33,6 @@ from meshwright.launcher.observe.summary import RunFacts, print_summary, write_s
 from meshwright.launcher.ranks import RankInfo, threads_of
 from meshwright.launcher.rendezvous import process_group
 from meshwright.launcher.runfile.read import read_run_file
-from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import write_resolved
 from meshwright.launcher.training.loop import train
 from meshwright.launcher.training.run_lock import run_lock

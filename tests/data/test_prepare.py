@@ -33,7 +33,7 @@ def texts_of(store: Path, split: str) -> list[str]:
     from tokenizers import Tokenizer
 
     opened = TokenStore.open(store)
-    tokenizer = Tokenizer.from_file(str(opened.tokenizer_path))
+    tokenizer = Tokenizer.from_file(str(opened.path / "tokenizer.json"))
     part = opened.splits[split]
     return [tokenizer.decode(part.document(number)[:-1].tolist()) for number in range(part.num_documents)]
 

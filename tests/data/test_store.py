@@ -19,7 +19,7 @@ def test_every_document_comes_back_as_its_text_from_the_split_and_place_that_it_
     prepared: Path, corpus: Path, texts: list[str]
 ) -> None:
     store = TokenStore.open(prepared)
-    tokenizer = Tokenizer.from_file(str(store.tokenizer_path))
+    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer.json"))
     seen = []
     for split in store.splits.values():
         for number in range(split.num_documents):
@@ -132,18 +132,12 @@ def test_a_folder_that_is_no_store_says_how_to_make_one(tmp_path: Path) -> None:
             TokenStore.open(path)
 
 
-def test_a_model_that_does_not_fit_the_store_is_told_every_reason(prepared: Path) -> None:
-    store = TokenStore.open(prepared)
-    assert store.problems(seq_len=64, vocab_size=0) == []
-    assert store.problems(seq_len=64, vocab_size=store.vocab_size) == []
-    problems = store.problems(seq_len=10**6, vocab_size=320)
-    assert [line.split(":")[0] for line in problems] == [
-        "data.seq_len = 1000000",
-        "data.seq_len = 1000000",
-        "model.vocab_size = 320",
-    ]
+def test_a_sample_that_is_longer_than_a_split_is_told_of_each(prepared: Path) -> None:
+    meta = StoreMeta.read(prepared)
+    assert meta.problems(seq_len=64) == []
+    problems = meta.problems(seq_len=10**6)
+    assert [line.split(":")[0] for line in problems] == ["data.seq_len = 1000000", "data.seq_len = 1000000"]
     assert "the validation split has" in problems[1]
-    assert f"at least {store.vocab_size} fits" in problems[2]
 
 
 def test_the_fingerprint_follows_the_tokens_and_not_where_they_came_from(prepared: Path) -> None:

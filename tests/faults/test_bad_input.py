@@ -76,13 +76,17 @@ def spoil(path: Path, *, cut: int = 0, flip: int = 0) -> None:
 
 
 def test_mistakes_in_a_run_file_are_told_all_at_once_and_nothing_is_begun(tmp_path: Path) -> None:
-    mistakes = ("train.stps=3", "train.steps=many", "model.num_heads=3", "parallel.dp_shard=3")
-    refused = run("train", write_run_file(tmp_path), *mistakes)
-    refused.told(2, "tiny.toml: 4 problems, nothing was started")
+    of_the_file = ("train.stps=3", "train.steps=many", "model.num_heads=3", "parallel.ep=3")
+    of_folders = ("data.seq_len=999999", "model.vocab_size=12", f"init.from={tmp_path / 'none'}")
+    refused = run("train", write_run_file(tmp_path), *of_the_file, *of_folders)
     refused.told(2, "train.stps: no such key; did you mean train.steps?")
     refused.told(2, 'train.steps = "many": must be a whole number')
     refused.told(2, "model.num_heads = 3: must divide model.hidden_size = 16", "one of [1, 2, 4, 8] would fit")
-    refused.told(2, "parallel.dp_shard = 3: ")
+    refused.told(2, "parallel.ep = 3: must divide model.moe.num_experts = 4")
+    refused.told(2, "data.seq_len = 999999: one sample needs 1,000,000 tokens, the train split has")
+    refused.told(
+        2, "model.vocab_size = 12: must hold the tokenizer's", f'init.from = "{tmp_path / "none"}": there is no'
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -134,7 +138,9 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path, copy: Path
     before = content_of(copy / "run")
     run_file = write_run_file(tmp_path)
     smaller = run("train", run_file, "model.vocab_size=256", f"run.folder={tmp_path / 'new'}")
-    smaller.told(2, "model.vocab_size = 256: the store's tokenizer gives ids up to 299; at least 300 fits")
+    smaller.told(
+        2, "model.vocab_size = 256: must hold the tokenizer's 300 tokens; 320 or 0 (the tokenizer's size) would fit"
+    )
     other = tmp_path / "other"
     text = str(tiny_store().parent / "*.txt")
     run("prepare", text, "--vocab-size", 280, "--validation-fraction", 0.2, "--out", other).told(0)

@@ -1,5 +1,6 @@
 """`check` says what the run will be, and looks at the store where it is there."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ RUNS = Path(__file__).resolve().parents[3] / "runs"
 
 def write_store(folder: Path, *, vocab_size: int, num_tokens: int) -> str:
     folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(b"{}")
     meta = StoreMeta(
         format="meshwright-tokens",
         version=1,
         corpus="none",
         vocab_size=vocab_size,
         dtype="uint16",
-        tokenizer=TokenizerMeta(sha256="0", origin="none", end_of_text="x", end_of_text_id=0),
+        tokenizer=TokenizerMeta(
+            sha256=hashlib.sha256(b"{}").hexdigest(), origin="none", end_of_text="x", end_of_text_id=0
+        ),
         splits={"train": SplitMeta(num_tokens=num_tokens, num_documents=1, arrays={})},
         validation_unigram_nats=None,
         sources=[],
@@ -70,9 +74,39 @@ def test_a_store_that_is_not_there_yet_is_said(tmp_path: Path, capsys: pytest.Ca
     assert "(without the embedding" in said["model"]
 
 
-def test_a_store_that_does_not_fit_is_a_problem(tmp_path: Path) -> None:
-    store = write_store(tmp_path / "store", vocab_size=1000, num_tokens=100)
+def problems(*overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        check(RUNS / "dense_tiny.toml", [store, "model.vocab_size=512"], world_size=1)
-    assert len(caught.value.problems) == 2
-    assert caught.value.problems[0].startswith("data.seq_len = 128: one sample needs 129 tokens")
+        check(RUNS / "dense_tiny.toml", list(overrides), world_size=1)
+    return list(caught.value.problems)
+
+
+def test_a_store_that_does_not_fit_and_a_wrong_key_are_told_at_once(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", vocab_size=1000, num_tokens=100)
+    wrong = ["model.vocab_size=512", "learning_rate.peak=-1", "evaluation.every=5", "model.num_kv_heads=3"]
+    found = problems(store, *wrong, "init.from=/nowhere")
+    beginnings = [
+        "learning_rate.peak = -1: must be above 0",
+        "model.num_kv_heads = 3: must divide",
+        "data.seq_len = 128: one sample needs 129 tokens",
+        "model.vocab_size = 512: must hold the tokenizer's 1000 tokens",
+        "evaluation.every = 5: the store holds no validation split",
+        'init.from = "/nowhere": there is no such folder',
+    ]
+    assert len(found) == len(beginnings)
+    for line, beginning in zip(found, beginnings, strict=True):
+        assert line.startswith(beginning)
+
+
+def test_a_store_that_is_damaged_is_a_problem(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", vocab_size=1000, num_tokens=5000)
+    (tmp_path / "store" / "tokenizer.json").unlink()
+    assert problems(store)[0].startswith(f'data.store = "{tmp_path}/store": {tmp_path}/store/tokenizer.json is missing')
+    (tmp_path / "store" / "meta.json").unlink()
+    assert "is no token store: it has no meta.json" in problems(store)[0]
+
+
+def test_a_folder_to_begin_from_is_not_needed_once_the_run_has_begun(tmp_path: Path) -> None:
+    run = [f"run.folder={tmp_path}", "init.from=/nowhere", f"data.store={tmp_path}/none"]
+    assert len(problems(*run)) == 1
+    (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
+    check(RUNS / "dense_tiny.toml", run, world_size=1)

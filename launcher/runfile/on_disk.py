@@ -1,0 +1,61 @@
+"""What a run file names on this machine's disks: the token store of [data], and the folder of [init].
+
+    check    a store that is not here yet is no problem (`meshwright prepare` may run later, or elsewhere)
+    train    needs it
+
+Only metadata is read, so that neither torch nor numpy is loaded: the store's meta.json, its tokenizer, and the sizes
+of its files. What lies within them is checked when it is read.
+"""
+
+from pathlib import Path
+
+from meshwright.data.errors import StoreError
+from meshwright.data.meta import StoreMeta
+from meshwright.launcher.runfile.messages import problem
+from meshwright.launcher.runfile.tables import RunFile
+
+
+def on_disk_problems(run_file: RunFile, *, is_store_needed: bool) -> list[str]:
+    """Return every reason why this run cannot start from what lies on this machine's disks."""
+    return [*_store_problems(run_file, is_needed=is_store_needed), *_init_problems(run_file)]
+
+
+def store_of(run_file: RunFile) -> StoreMeta | None:
+    """Return the description of the run's store, or None if it is not on this machine.
+
+    Raises:
+        StoreError: if there is a folder, and what is in it is no sound store.
+    """
+    folder = Path(run_file.data.store)
+    return StoreMeta.read(folder) if folder.is_dir() else None
+
+
+def _store_problems(run_file: RunFile, *, is_needed: bool) -> list[str]:
+    folder = run_file.data.store
+    try:
+        store = store_of(run_file)
+    except StoreError as error:
+        return [problem("data.store", folder, line) for line in error.problems]
+    if store is None:
+        way_out = f"meshwright prepare --out {folder} makes one"
+        return [problem("data.store", folder, "there is no such folder", way_out)] if is_needed else []
+    found = [problem("data.store", folder, line) for line in store.damage(Path(folder))]
+    found += store.problems(seq_len=run_file.data.seq_len)
+    found += run_file.model.vocab_problems(store.vocab_size)
+    every = run_file.evaluation.every
+    if every > 0 and "validation" not in store.splits:
+        way_out = "prepare it with --validation-fraction, or 0 would fit"
+        found.append(problem("evaluation.every", every, "the store holds no validation split", way_out))
+    return found
+
+
+def _init_problems(run_file: RunFile) -> list[str]:
+    """Return the problem of a folder to begin from that is not there, unless the run has begun and goes on."""
+    source = run_file.init.source
+    if not source or Path(source).is_dir() or _has_begun(run_file):
+        return []
+    return [problem("init.from", source, "there is no such folder", "name a checkpoint, a run or an export")]
+
+
+def _has_begun(run_file: RunFile) -> bool:
+    return any(Path(run_file.run.output_folder, "checkpoints").glob("step_*"))
