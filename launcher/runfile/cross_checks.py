@@ -66,9 +66,8 @@ def _compile_problems(run_file: RunFile) -> list[str]:
 
 def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:
     """Return each batch size that the data-parallel ranks cannot share out evenly."""
-    dp = run_file.parallel.dp_in(world_size)
-    if dp == 0:
-        return []  # more ranks are used than there are: [parallel] says so
+    # Axes that leave no rank are refused by [parallel]; once they are 1, every rank shares the data.
+    dp = run_file.parallel.dp_in(world_size) or world_size
     sizes = [("train.global_batch_size", run_file.train.global_batch_size)]
     sizes += [
         (f"train.batch_ramp[{at}].global_batch_size", entry.global_batch_size)

@@ -35,6 +35,13 @@ STAND_INS: dict[Any, object] = {str: "unknown", float: 1.0}
 Folders = Literal["left out", "if here", "needed"]
 
 
+# Sizes that a ModelConfig fills in from others, where they are left out and some check is about them.
+DERIVED_FROM = {
+    "model.num_kv_heads": {"model.num_heads"},
+    "model.head_dim": {"model.hidden_size", "model.num_heads"},
+}
+
+
 def read_run_file(
     path: str | Path,
     overrides: Sequence[str] = (),
@@ -121,9 +128,9 @@ def _table_problems(
     if rest is None:
         return lines
     # What is said about a key that is wrong, or about the one it was meant to be, follows from another value than the
-    # user's; and a model with a size stood in for says nothing about the user's.
-    said = {*_keys_in(" ".join(LISTING.split(line)[0] for line in lines)), *stood_in}
-    is_model_known = not any(key.startswith("model.") and not key.startswith("model.moe.") for key in stood_in)
+    # user's. A model without its table or preset says nothing about the user's at all.
+    said = _with_derived({*_keys_in(" ".join(LISTING.split(line)[0] for line in lines)), *stood_in}, tables)
+    is_model_known = "model" not in stood_in and not any(line.startswith("model.preset ") for line in before)
     return [
         *lines,
         *(
@@ -132,6 +139,17 @@ def _table_problems(
             if not _keys_in(line) & said and (is_model_known or "model." not in line)
         ),
     ]
+
+
+def _with_derived(wrong: set[str], tables: dict[str, Any]) -> set[str]:
+    """Return the wrong keys, and those whose value is derived from a wrong one because the user gave none."""
+    model = tables["model"]
+    derived = {
+        key
+        for key, sources in DERIVED_FROM.items()
+        if not model.get(key.removeprefix("model.")) and not wrong.isdisjoint(sources)
+    }
+    return wrong | derived
 
 
 def _with_stand_ins(tables: dict[str, Any]) -> tuple[RunFile | None, set[str]]:

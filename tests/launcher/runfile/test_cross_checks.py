@@ -132,6 +132,12 @@ def test_what_one_table_finds_is_told_too(tables: dict[str, Any], begins: str) -
     assert found[0].startswith(begins)
 
 
+def test_a_batch_is_held_against_the_ranks_though_the_other_axes_leave_none() -> None:
+    found = check(run_file(train={"global_batch_size": 7}, parallel={"tp": 8}), 4)
+    assert found[0].startswith("parallel.tp = 8: tensor parallelism is not in this version; 1 would fit")
+    assert found[-1].startswith("train.global_batch_size = 7: must be a multiple of the 4 data-parallel ranks")
+
+
 def test_what_is_on_mps_is_refused_by_name_all_at_once() -> None:
     train = {"precision": "fp64", "compile": True}
     odd = run_file(model=MOE, run={"device": "mps"}, train=train, zero={"stage": 3}, parallel={"ep": 2})

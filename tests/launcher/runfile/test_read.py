@@ -160,7 +160,27 @@ def test_a_missing_key_is_told_with_its_meaning_and_the_rest_is_checked(tmp_path
 
 def test_a_model_without_a_size_is_not_held_to_a_size_nobody_gave(tmp_path: Path) -> None:
     text = SOUND.replace('preset = "tiny"', "num_layers = 3\nnum_heads = 7\nnum_kv_heads = 2\nhead_dim = 3")
-    assert [line.partition(":")[0] for line in problems(write(tmp_path, text))] == ["model.hidden_size"]
+    found = [line.partition(":")[0] for line in problems(write(tmp_path, text))]
+    assert found == ["model.hidden_size", "model.head_dim = 3", "model.num_kv_heads = 2"]
+    without_head_dim = text.replace("head_dim = 3", "").replace("num_heads = 7", "num_heads = 1")
+    found = [line.partition(":")[0] for line in problems(write(tmp_path, without_head_dim))]
+    assert found == ["model.hidden_size", "model.num_kv_heads = 2"]
+
+
+def test_a_wrong_size_hides_only_what_follows_from_it(sound: Path) -> None:
+    wrong = ['model.hidden_size="16"', "model.num_heads=3", "model.num_kv_heads=2", "parallel.ep=3"]
+    found = problems(sound, *wrong, world_size=1)
+    assert [line.partition(":")[0] for line in found] == [
+        'model.hidden_size = "16"',
+        "model.num_kv_heads = 2",
+        "parallel.ep = 3",
+        "parallel.ep = 3",
+    ]
+
+
+def test_an_unknown_preset_says_nothing_of_what_its_model_lacks(sound: Path) -> None:
+    found = problems(sound, "model.preset=moe-tny", "parallel.ep=2", "model.num_kv_heads=3", world_size=2)
+    assert [line.partition(":")[0] for line in found] == ['model.preset = "moe-tny"']
 
 
 def test_an_empty_file_is_told_all_that_it_needs(tmp_path: Path) -> None:
