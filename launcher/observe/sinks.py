@@ -5,8 +5,9 @@
             Sinks.event(text)              {"kind": "event", ...}          any other `Sink`
 
 A `Sink` takes flat records and shows or stores them. The file is the truth: a view that loses its last records in a
-kill can be made again from it. A run that resumes at step k makes the steps after k again, so their old lines are
-dropped first, by an atomic rewrite, and no step stands in the file twice.
+kill can be made again from it, and a view that can no longer be written goes silent (terminal.py), which the file may
+not. A run that resumes at step k makes the steps after k again, so their old lines are dropped first, by an atomic
+rewrite, and no step stands in the file twice.
 """
 
 import os
@@ -19,11 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
-from rich.console import Console
-
 from meshwright.launcher.observe.metrics import Numbers, Value
 from meshwright.launcher.observe.records import Kind, encode, read_records
-from meshwright.launcher.observe.terminal import LiveLine, PlainLines
+from meshwright.launcher.observe.terminal import LiveLine, PlainLines, StderrConsole
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -151,4 +150,4 @@ def open_sinks(
 def _terminal_sink(total_steps: int, every: int, unit: str) -> Sink:
     if not sys.stderr.isatty():
         return PlainLines(partial(print, file=sys.stderr, flush=True), total_steps, every, unit)
-    return LiveLine(Console(stderr=True), total_steps, unit)
+    return LiveLine(StderrConsole(), total_steps, unit)

@@ -3,10 +3,14 @@
     in a terminal    loss 2.913 | 41,200 tokens/s/gpu | 38.1% mfu | 61.2 GiB  ---------       120/400  0:04:12
     in a log file    step 120 | loss 2.913 | 41,200 tokens/s/gpu | 38.1% mfu | 61.2 GiB
 
-Evaluations and events stay as lines of their own in both. Both are sinks (sinks.py) and write to stderr.
+Evaluations and events stay as lines of their own in both. Both are sinks (sinks.py) and write to stderr. They are
+views: where nobody reads them any more (`2>&1 | head`, a terminal that was closed) they go silent, and the run goes on.
 """
 
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,6 +42,37 @@ def evaluation_line(numbers: Numbers) -> str:
     return " | ".join(shown)
 
 
+class StderrConsole(Console):
+    """A console on stderr that raises where its reader is gone; rich's own would end the program."""
+
+    def __init__(self) -> None:
+        """Write to stderr."""
+        super().__init__(stderr=True)
+
+    def on_broken_pipe(self) -> None:
+        """Raise, as a plain write would.
+
+        Raises:
+            BrokenPipeError: always.
+        """
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+@contextmanager
+def while_it_is_read() -> Iterator[None]:
+    """Drop what cannot be shown; once the reader of stderr is gone, all that comes later goes nowhere.
+
+    Else what is left in stderr's buffer would fail again when the program ends, and with it a run that went well.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+
+
 class PlainLines:
     """A sink that prints a line for every n-th step, for the first and last, and for all else."""
 
@@ -48,6 +83,13 @@ class PlainLines:
 
     def write(self, record: Numbers) -> None:
         """Print the record if it is due."""
+        with while_it_is_read():
+            self._print(record)
+
+    def close(self) -> None:
+        """Do nothing: nothing is held open."""
+
+    def _print(self, record: Numbers) -> None:
         if record["kind"] == "step":
             step = int(record["step"] or 0)
             if self._is_first or step % self._every == 0 or step == self._total_steps or record["skipped"]:
@@ -57,9 +99,6 @@ class PlainLines:
             self._say(evaluation_line(record))
         else:
             self._say(str(record["text"]))
-
-    def close(self) -> None:
-        """Do nothing: nothing is held open."""
 
 
 class LiveLine:
@@ -81,17 +120,22 @@ class LiveLine:
 
     def write(self, record: Numbers) -> None:
         """Move the bar, or print a line above it."""
+        with while_it_is_read():
+            self._show(record)
+
+    def close(self) -> None:
+        """Leave the last state on the screen and give the cursor back."""
+        if self._is_shown:
+            self._is_shown = False
+            with while_it_is_read():
+                self._progress.stop()
+
+    def _show(self, record: Numbers) -> None:
         if record["kind"] == "step":
             self._move(record)
             return
         line = evaluation_line(record) if record["kind"] == "evaluation" else str(record["text"])
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Leave the last state on the screen and give the cursor back."""
-        if self._is_shown:
-            self._progress.stop()
-            self._is_shown = False
 
     def _move(self, record: Numbers) -> None:
         step = int(record["step"] or 0)

@@ -30,6 +30,7 @@ from meshwright.launcher.observe.peak import choose_peak
 from meshwright.launcher.observe.provenance import write_provenance
 from meshwright.launcher.observe.sinks import Sinks, open_sinks
 from meshwright.launcher.observe.summary import RunFacts, print_summary, write_summary
+from meshwright.launcher.observe.terminal import StderrConsole, while_it_is_read
 from meshwright.launcher.ranks import RankInfo, threads_of
 from meshwright.launcher.rendezvous import process_group
 from meshwright.launcher.runfile.read import read_run_file
@@ -129,8 +130,6 @@ def write_what_runs(run: Run, sinks: Sinks) -> dict[str, str]:
 
 def sum_up(run: Run, versions: dict[str, str], newest: Path | None) -> None:
     """Write the summary with its picture, and print it."""
-    from rich.console import Console
-
     facts = RunFacts(
         name=run.run_file.run.name,
         unigram_entropy=run.store.meta.validation_unigram_nats,
@@ -138,7 +137,8 @@ def sum_up(run: Run, versions: dict[str, str], newest: Path | None) -> None:
         versions=versions,
     )
     summary: dict[str, Any] = write_summary(run.folder, facts)
-    print_summary(summary, Console(stderr=True))
+    with while_it_is_read():
+        print_summary(summary, StderrConsole())
 
 
 def _about(info: RankInfo, device: torch.device, threads: int) -> str:

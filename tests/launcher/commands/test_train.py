@@ -142,3 +142,16 @@ def test_a_run_begins_from_an_export_on_one_rank_and_with_experts_on_two(tmp_pat
     run("train", fresh, f"init.from={tmp_path / 'none'}").told(2, "init.from = ", "none: there is nothing")
     (Path(source.partition("=")[2]) / "model.safetensors").write_bytes(b"cut")
     run("train", fresh, plain, source).told(2, "model.safetensors is damaged")
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path, ranks: int) -> None:
+    command = [sys.executable, "-m", "meshwright.launcher", "train", write_run_file(tmp_path), "--ranks", str(ranks)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as running:
+        assert running.stderr is not None
+        assert running.stderr.readline()
+        running.stderr.close()
+        assert running.wait(timeout=120) == 0
+    assert numbers(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+    assert len(checkpoint_bytes(tmp_path, 6)) > 0
+    assert (tmp_path / "run" / "summary.json").exists()

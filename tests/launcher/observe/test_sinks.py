@@ -215,3 +215,19 @@ def test_a_terminal_shows_a_bar_that_moves_and_keeps_events_above_it() -> None:
     assert len(last) == 2
     assert " 6/12" in last[1]
     assert shown.rstrip("\n").endswith("\x1b[?25h") or "\x1b[?25h" in last[1]  # the cursor is given back
+
+
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_view_that_cannot_be_written_is_silent_and_the_file_is_not(tmp_path: Path, is_live: bool) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def say(text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    view = LiveLine(Console(file=Full(), force_terminal=True), 3, "rank") if is_live else PlainLines(say, 3, 1, "rank")
+    with Sinks([view, JsonLines(tmp_path / "metrics.jsonl", 0)]) as sinks:
+        sinks.event("begins")
+        sinks.step(numbers(1))
+    assert [record["kind"] for record in lines_of(tmp_path / "metrics.jsonl")] == ["event", "step"]
