@@ -34,7 +34,7 @@ from typing import IO, NamedTuple
 
 from meshwright.launcher.kept_memory import command_again, restart_with_kept_memory, with_kept_memory
 from meshwright.launcher.last_words import WORDS, is_consequence, lines_of, read_words
-from meshwright.launcher.ranks import LISTENING, RankInfo, check_ranks_option, threads_of, who_am_i
+from meshwright.launcher.ranks import LISTENING, STARTED_HERE, RankInfo, check_ranks_option, threads_of, who_am_i
 
 _POLL_SECONDS = 0.05
 # After a rank died: how long the others may take to end by themselves, then how long to answer SIGTERM.
@@ -106,10 +106,11 @@ def _listening_socket() -> socket.socket:
 
 
 def _start(command: Sequence[str], ranks: int, threads: int, listening: socket.socket) -> list[_Rank]:
-    alike = RankInfo(0, ranks, 0, ranks, 0, "torchrun")
+    alike = RankInfo(0, ranks, 0, ranks, 0, "started here")
     # What an outer torchrun left for its one process would send the ranks to its store.
     ours = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     common = with_kept_memory(ours) | {
+        STARTED_HERE: "1",
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "GROUP_RANK": "0",

@@ -18,11 +18,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-How = Literal["plain", "torchrun", "slurm", "mpirun"]
+How = Literal["plain", "started here", "torchrun", "slurm", "mpirun"]
 Environment = Mapping[str, str]
 
 # Holds the descriptor of the listening socket that rank 0 inherits from launcher/local_ranks.py.
 LISTENING = "MESHWRIGHT_LISTENING_FD"
+
+# Is set where launcher/local_ranks.py started the ranks; its other variables are those of torchrun.
+STARTED_HERE = "MESHWRIGHT_STARTED_HERE"
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,9 @@ def _of_torchrun(env: Environment) -> RankInfo:
     local_world_size = _number(env, "LOCAL_WORLD_SIZE", default=world_size)
     local_rank = _number(env, "LOCAL_RANK", default=rank % local_world_size if local_world_size else rank)
     node = _number(env, "GROUP_RANK", default=rank // local_world_size if local_world_size else 0)
-    return RankInfo(rank, world_size, local_rank, local_world_size, node, "torchrun")
+    return RankInfo(
+        rank, world_size, local_rank, local_world_size, node, "started here" if STARTED_HERE in env else "torchrun"
+    )
 
 
 def _of_open_mpi(env: Environment) -> RankInfo:

@@ -1,6 +1,5 @@
 """What a rank's device could do at best: the denominator of MFU, always with its name.
 
-    given by the user          that number
     a GPU of the table         its dense bf16 peak, whatever the run's precision
     a CPU, another device      a ceiling measured here, once, in the dtype of the run's products: the best rate
                                of torch.mm and of our own linear over growing square matrices
@@ -64,10 +63,8 @@ class Peak:
     name: str
 
 
-def choose_peak(device: torch.device, dtype: torch.dtype, given: float = 0.0) -> Peak:
-    """Return the denominator of MFU for one rank on this device; `given` FLOP/s, if not 0, decides."""
-    if given > 0.0:
-        return Peak(given, f"given peak {_tera(given)}")
+def choose_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """Return the denominator of MFU for one rank on this device."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         published = published_peak(name)
@@ -93,7 +90,8 @@ def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3
             best = max(best, 2 * size**3 / took)
             if took > _LONG_ENOUGH or (time.perf_counter() >= until and size > _SIZES[0]):
                 break
-    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
+    threads = torch.get_num_threads()
+    where = f"{threads} CPU thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)
     dtype_name = str(dtype).removeprefix("torch.")
     return Peak(best, f"measured {dtype_name} matrix product on {where} {_tera(best)}")
 

@@ -197,7 +197,7 @@ def test_a_command_becomes_its_own_ranks(tmp_path: Path) -> None:
     command.write_text(BECOME)
     done = subprocess.run([sys.executable, command, "2"], capture_output=True, text=True, timeout=60, check=True)
     trim = str(2**34)
-    assert sorted(done.stdout.splitlines()) == [f"PLACE {rank} 2 torchrun {trim}" for rank in (0, 1)]
+    assert sorted(done.stdout.splitlines()) == [f"PLACE {rank} 2 started here {trim}" for rank in (0, 1)]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from meshwright.launcher.ranks import RankInfo, check_ranks_option, tasks_per_node, threads_of, who_am_i
+from meshwright.launcher.ranks import (
+    STARTED_HERE,
+    RankInfo,
+    check_ranks_option,
+    tasks_per_node,
+    threads_of,
+    who_am_i,
+)
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
 # What a task of `srun` on the second of two nodes sees, from a real Slurm 22.05.
@@ -24,6 +31,7 @@ MPICH = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRA
 def test_each_launcher_is_understood() -> None:
     assert who_am_i({}) == RankInfo(0, 1, 0, 1, 0, "plain")
     assert who_am_i(TORCHRUN) == RankInfo(5, 8, 1, 4, 1, "torchrun")
+    assert who_am_i(TORCHRUN | {STARTED_HERE: "1"}).how == "started here"
     assert who_am_i(SRUN) == RankInfo(3, 4, 1, 2, 1, "slurm")
     assert who_am_i(OPEN_MPI) == RankInfo(1, 4, 1, 2, 0, "mpirun")
     assert who_am_i(MPICH) == RankInfo(2, 4, 0, 2, 1, "mpirun")

@@ -50,7 +50,7 @@ def test_a_signal_to_the_parent_saves_and_the_run_goes_on_bitwise(
     running = launch(*command, "--ranks", 2, fault=WAIT_IN_STEP_3.format(folder=str(tmp_path)))
     wait_until(lambda: all((tmp_path / f"waits{rank}").exists() for rank in (0, 1)), "both ranks in step 3")
     running.send(number)
-    running.wait().told(0, "told to stop: ended after step 3 of 6")
+    running.wait().told(0, "2 ranks (started here) on cpu", "told to stop: ended after step 3 of 6")
     assert numbers(tmp_path, "step") == [1, 2, 3]
     run(*command, ranks=2).told(0, "resumed at step 3")
     assert is_as_unbroken(tmp_path, unbroken)
