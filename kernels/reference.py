@@ -11,10 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from meshwright.kernels.cross_entropy import NOT_COUNTED
 from meshwright.kernels.precision import at_least_fp32
-
-NOT_COUNTED = -100
-"""The target of a token whose prediction does not count."""
 
 
 def linear(

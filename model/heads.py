@@ -9,9 +9,6 @@ from meshwright.kernels.cross_entropy import linear_cross_entropy
 from meshwright.kernels.linear import linear
 from meshwright.parallel.initialise import InitPolicy, InitRule
 
-NOT_COUNTED = -100
-"""The target of a token whose prediction does not count, such as padding."""
-
 
 class Embedding(nn.Module):
     """A vector for each token id."""

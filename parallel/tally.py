@@ -2,7 +2,8 @@
 
 Layers add to entries that were declared when the model was built, so that every rank reduces the same
 flat vector, also where a stage of the pipeline holds only some layers. The flags on which all ranks must
-agree (stop, save, not-a-number) are entries too: raised by one rank, seen by all at the same step.
+agree (stop, save) are entries too: raised by one rank, seen by all at the same step. That a loss is not a
+number needs no flag: the sum of all ranks' losses is none then.
 
 An auxiliary loss enters the gradient through `attach_loss`, an identity on the activations; its value is
 added to the tally. So it needs no way to the last stage, and a recomputed forward pass, during which the

@@ -31,7 +31,10 @@ class RunFacts:
 
     name: str
     unigram_entropy: float | None = None
-    """Entropy of the validation tokens by their own frequencies, in nats; None if the store does not hold it."""
+    """Mean -ln p of the validation tokens in nats, p being a token's add-one smoothed share of the train split.
+
+    None if the store does not hold it.
+    """
     checkpoint: str | None = None
     """Folder of the last checkpoint."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -64,15 +64,6 @@ class BatchRamp:
             steps -= in_entry
         return samples + steps * self.global_batch_size
 
-    def steps_to_reach(self, samples: int) -> int:
-        """Return the smallest number of steps that consumes at least so many samples."""
-        steps = consumed = 0
-        for end, size in self.entries:
-            in_entry = _steps_to_cover(min(end, samples) - consumed, size)
-            consumed += in_entry * size
-            steps += in_entry
-        return steps + _steps_to_cover(samples - consumed, self.global_batch_size)
-
 
 def _steps_to_cover(samples: int, size: int) -> int:
     """Return the number of steps of this size that holds so many samples; none if a step before went beyond them."""

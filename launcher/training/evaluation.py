@@ -11,9 +11,9 @@ import torch
 from meshwright.data.batches import Batch, fetch
 from meshwright.data.order import SampleOrder
 from meshwright.data.store import Split
+from meshwright.kernels.cross_entropy import NOT_COUNTED
 from meshwright.launcher.build import Run
 from meshwright.launcher.training.one_step import Inputs, autocast, to_device, where_of
-from meshwright.model.heads import NOT_COUNTED
 from meshwright.parallel.collectives import all_reduce
 
 

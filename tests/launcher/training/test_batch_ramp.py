@@ -26,7 +26,7 @@ def test_a_size_holds_until_its_samples_are_consumed() -> None:
 
 def test_without_a_ramp_the_size_is_constant() -> None:
     ramp = BatchRamp.of(TrainConfig(steps=5, global_batch_size=12))
-    assert (ramp.size_at(0), ramp.samples_after(7), ramp.steps_to_reach(85)) == (12, 84, 8)
+    assert (ramp.size_at(0), ramp.samples_after(7)) == (12, 84)
 
 
 def test_the_train_table_becomes_its_ramp() -> None:
@@ -42,15 +42,12 @@ def test_closed_forms_agree_with_walking_through_the_steps() -> None:
         ramp = BatchRamp(tuple((end, draw.randint(1, 50)) for end in ends), draw.randint(1, 50))
         consumed = walk(ramp, 40)
         assert [ramp.samples_after(k) for k in range(41)] == consumed
-        for samples in range(consumed[-1] + 1):
-            assert ramp.steps_to_reach(samples) == next(k for k, n in enumerate(consumed) if n >= samples)
 
 
 def test_an_entry_that_a_large_step_jumps_over_is_never_used() -> None:
     ramp = BatchRamp(((10, 100), (50, 7)), 20)
     assert walk(ramp, 3) == [0, 100, 120, 140]
     assert ramp.samples_after(3) == 140
-    assert ramp.steps_to_reach(101) == 2
 
 
 def test_what_is_no_ramp_is_refused() -> None:

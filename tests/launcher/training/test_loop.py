@@ -11,7 +11,7 @@ from rank_pool import run_mesh
 from tiny_run import EP2, build, metrics, numbers, start, start_on, tiny_store
 
 from meshwright.launcher.training import loop
-from meshwright.launcher.training.stopping import NotANumberError, Signals, SpikeGuard
+from meshwright.launcher.training.stopping import NotANumberError, SpikeGuard
 from meshwright.parallel.mesh import Mesh, Sizes
 
 
@@ -205,4 +205,3 @@ def test_events_of_a_run_stand_in_its_records(tmp_path: Path) -> None:
     start(tmp_path)
     texts = [record["text"] for record in metrics(tmp_path) if record["kind"] == "event"]
     assert sum("saving" in text for text in texts) == 2
-    assert Signals is not None
