@@ -28,13 +28,11 @@ BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 def json_schema() -> str:
     """Return the schema of a run file as JSON text."""
     schema = RunFile.model_json_schema(by_alias=True)
-    schema["$schema"] = "http://json-schema.org/draft-07/schema#"
-    # With a preset, keys that must otherwise be there may be left out.
-    for name in ("ModelConfig", "MoeConfig"):
-        definition = schema["$defs"][name]
-        required = definition.pop("required")
-        if name == "ModelConfig":
-            definition["anyOf"] = [{"required": ["preset"]}, {"required": required}]
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    # With a preset, keys that must otherwise be there may be left out, also those of the experts.
+    model, moe = schema["$defs"]["ModelConfig"], schema["$defs"]["MoeConfig"]
+    whole_experts = {"properties": {"moe": {"required": moe.pop("required")}}}
+    model["anyOf"] = [{"required": ["preset"]}, {"required": model.pop("required"), **whole_experts}]
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 

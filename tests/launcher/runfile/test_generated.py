@@ -55,6 +55,33 @@ def test_every_key_is_in_the_schema_with_its_meaning() -> None:
     assert "Weight of the load-balancing loss" in described
 
 
+def test_the_schema_is_of_the_version_whose_words_it_uses() -> None:
+    schema = json.loads(json_schema())
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert "prefixItems" in schema["$defs"]["OptimizerConfig"]["properties"]["betas"]
+
+
+def test_the_schema_asks_for_the_keys_without_a_default_unless_a_preset_has_them() -> None:
+    definitions = json.loads(json_schema())["$defs"]
+    with_preset, without = definitions["ModelConfig"]["anyOf"]
+    assert with_preset == {"required": ["preset"]}
+    assert without["required"] == ["num_layers", "hidden_size", "num_heads"]
+    assert without["properties"]["moe"]["required"] == ["num_experts", "top_k", "expert_hidden_size"]
+    assert definitions["TrainConfig"]["required"] == ["steps", "global_batch_size"]
+
+
+@pytest.mark.parametrize("name", WORLD_SIZES)
+def test_a_run_file_has_the_keys_that_the_schema_asks_for(name: str) -> None:
+    schema, tables = json.loads(json_schema()), load_toml(RUNS / f"{name}.toml")
+    _, without = schema["$defs"]["ModelConfig"]["anyOf"]
+    assert set(schema["required"]) <= set(tables)
+    assert set(tables) <= set(schema["properties"])
+    model = tables["model"]
+    if "preset" not in model:
+        assert set(without["required"]) <= set(model)
+        assert set(without["properties"]["moe"]["required"]) <= set(model["moe"])
+
+
 def test_every_run_file_is_known_here() -> None:
     assert {path.stem for path in RUNS.glob("*.toml")} == set(WORLD_SIZES)
 
