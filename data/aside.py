@@ -10,11 +10,15 @@ Whatever kills the writer, the lock goes with it; the next one to write clears w
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from meshwright.data.errors import DataError
+
+# How long what was still being written when an error came may take to end.
+_STRAGGLER_SECONDS = 2.0
 
 
 @contextmanager
@@ -35,7 +39,7 @@ def written_aside(out: Path) -> Iterator[Path]:
         try:
             yield aside
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             raise
         _sync_tree(aside)
         if out.exists():
@@ -61,6 +65,14 @@ def _lock(folder: Path) -> int:
         if folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor)):
             return descriptor
         os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, also while a thread of zarr, which writes several files at once, is still adding to it."""
+    until = time.monotonic() + _STRAGGLER_SECONDS
+    while folder.exists() and time.monotonic() < until:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.01)
 
 
 def _clear(folder: Path) -> None:

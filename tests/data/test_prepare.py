@@ -6,8 +6,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
+from meshwright.data.aside import written_aside
 from meshwright.data.errors import DataError
 from meshwright.data.prepare import PrepareOptions, is_validation, prepare
 from meshwright.data.store import TokenStore
@@ -285,6 +288,28 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, corpus: Path
             prepare(options(tmp_path / "out", corpus))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thread_that_still_writes_when_an_error_comes_leaves_nothing(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def keep_writing(folder: Path) -> None:
+        for number in range(1000):
+            if stop.wait(0.001) or not folder.is_dir():
+                return
+            with suppress(OSError):  # the folder may go between the look and the write
+                (folder / str(number)).touch()
+
+    def fail() -> None:
+        with written_aside(tmp_path / "out") as aside:
+            threading.Thread(target=keep_writing, args=(aside,)).start()
+            time.sleep(0.02)
+            raise DataError("no")
+
+    with pytest.raises(DataError, match="no"):
+        fail()
+    stop.set()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -139,7 +139,7 @@ def test_a_run_begins_from_an_export_on_one_rank_and_with_experts_on_two(tmp_pat
     with_moments.told(2, 'an export has no optimizer state; init.load = "weights" would fit')
     other = run("train", fresh, plain, source, "model.moe.expert_hidden_size=20")
     other.told(2, "experts.gate is [4, 12, 16], the run file has [4, 20, 16]")
-    run("train", fresh, f"init.from={tmp_path / 'none'}").told(2, "init.from = ", "none: there is nothing")
+    run("train", fresh, f"init.from={tmp_path / 'none'}").told(2, "init.from = ", "there is no such folder")
     (Path(source.partition("=")[2]) / "model.safetensors").write_bytes(b"cut")
     run("train", fresh, plain, source).told(2, "model.safetensors is damaged")
 
