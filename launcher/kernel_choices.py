@@ -51,25 +51,45 @@ def choices_of_run(stored: dict[str, str], mesh: Mesh, device: torch.device, dty
 
 def _of_this_machine() -> Chosen:
     path = _cache_folder() / f"kernels-{_machine()}.json"
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        return Chosen(choices_from_dict(held["choices"]), [f"CPU kernels as measured earlier ({path})"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or of another version: measured anew
+    if held := _remembered(path):
+        return held
     from meshwright.kernels.measure import measure
 
     measured = measure()
     _remember(path, {"choices": measured.choices.to_dict(), "reasons": measured.reasons})
-    return Chosen(measured.choices, [f"CPU kernels: {reason}" for reason in measured.reasons])
+    # Another run may have measured at the same time: the first to remember is right for both.
+    held = _remembered(path)
+    if held is None or held.choices == measured.choices:
+        return Chosen(measured.choices, [f"CPU kernels: {reason}" for reason in measured.reasons])
+    return held
+
+
+def _remembered(path: Path) -> Chosen | None:
+    """Return what was measured earlier, None if that is nothing or of another version."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        return Chosen(choices_from_dict(held["choices"]), [f"CPU kernels as measured earlier ({path})"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _remember(path: Path, content: dict[str, object]) -> None:
-    """Write the file whole or not at all; a home that cannot be written to costs a measurement each time."""
+    """Write the file whole or not at all, unless a readable one came to be there meanwhile.
+
+    A home that cannot be written to costs a measurement each time.
+    """
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
+        try:
+            os.link(aside, path)  # unlike a rename, this fails where the file is there
+            aside.unlink()
+        except OSError:  # it is there, or the file system knows no links
+            if _remembered(path):
+                aside.unlink()
+            else:
+                aside.replace(path)
     except OSError:
         return
 

@@ -109,7 +109,7 @@ def start(
     """Start a command as one process, or as several ranks."""
     scratch = Path(tempfile.mkdtemp(prefix="command-", dir=_scratch()))
     (scratch / "stdin").write_text(stdin)
-    variables = _environment() | (environment or {})
+    variables = own_environment() | (environment or {})
     if ranks > 1:
         variables |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
         variables |= {"MASTER_PORT": str(free_port())} | (environment or {})
@@ -171,7 +171,7 @@ class Launched:
         self.began = time.monotonic()
         with (self.scratch / "stdout").open("w") as out, (self.scratch / "stderr").open("w") as err:
             command = [sys.executable, str(script), *[str(arg) for arg in args]]
-            env = _environment() | environment
+            env = own_environment() | environment
             self.process = subprocess.Popen(command, stdout=out, stderr=err, env=env, process_group=0)
         atexit.register(self.process.terminate)  # a test that fails leaves nothing behind
 
@@ -229,7 +229,7 @@ def _scratch() -> Path:
     return Path(folder.name)
 
 
-def _environment() -> dict[str, str]:
+def own_environment() -> dict[str, str]:
     """Return the environment of a user who has no launcher around, one thread, and a cache of the tests' own."""
     foreign = ("SLURM_", "OMPI_", "PMI_", "TORCHELASTIC_", "MASTER_", "MESHWRIGHT_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
@@ -243,7 +243,11 @@ class _Server:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment()
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=own_environment(),
         )
         atexit.register(self.process.kill)
 
