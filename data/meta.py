@@ -19,6 +19,7 @@ from meshwright.data.errors import StoreError
 
 FORMAT = "meshwright-tokens"
 VERSION = 1
+TOKENIZER_NAME = "tokenizer.json"
 REPAIR = "restore the file from a good copy, or write the store anew with `meshwright prepare ... --overwrite`"
 
 
@@ -161,7 +162,7 @@ class StoreMeta(_Table):
 
 
 def _tokenizer_problems(store: Path, meta: StoreMeta) -> list[str]:
-    path = store / "tokenizer.json"
+    path = store / TOKENIZER_NAME
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:

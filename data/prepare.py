@@ -26,7 +26,7 @@ from meshwright.data.aside import written_aside
 from meshwright.data.documents import UNITS, Document, DocumentReader
 from meshwright.data.encode import Encoded, encode_documents
 from meshwright.data.errors import DataError
-from meshwright.data.meta import SourceMeta, SplitMeta, StoreMeta, TokenizerMeta
+from meshwright.data.meta import TOKENIZER_NAME, SourceMeta, SplitMeta, StoreMeta, TokenizerMeta
 from meshwright.data.sources import FORMATS, Source, embedded_note, embedded_sources, find_sources, hash_file
 from meshwright.data.store import TokenStore
 from meshwright.data.tokenizer import MIN_VOCAB_SIZE, StoreTokenizer, load_tokenizer, train_tokenizer
@@ -150,7 +150,7 @@ def prepare(options: PrepareOptions, report: Report = lambda phase, done, total:
                 | {name: version(name) for name in ("meshwright", "tokenizers", "zarr")},
             )
             _check_windows(options, meta)
-            (folder / "tokenizer.json").write_bytes(tokenizer.json)
+            (folder / TOKENIZER_NAME).write_bytes(tokenizer.json)
             (folder / "meta.json").write_text(meta.to_json(), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{options.out} cannot be written: {error}; nothing was left behind") from error

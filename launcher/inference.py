@@ -11,21 +11,18 @@ from typing import NamedTuple
 
 import torch
 
+from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.launcher.build import empty_model
 from meshwright.launcher.runfile.messages import ConfigError
-from meshwright.launcher.training.saving import run_file_of
 from meshwright.launcher.weights.read_weights import (
     CheckpointWeights,
     ExportWeights,
-    Source,
     fill_model,
     find_source,
 )
+from meshwright.launcher.weights.saved_run import read_saved_run
 from meshwright.model.config import ModelConfig
 from meshwright.model.stack import LanguageModel
-from meshwright.parallel.checkpoint.folder import STATE_NAME, read_manifest, read_sealed
-
-TOKENIZER_NAME = "tokenizer.json"
 
 
 class Loaded(NamedTuple):
@@ -54,8 +51,9 @@ def load_for_inference(path: Path, device: torch.device | str = "cpu") -> Loaded
         weights: CheckpointWeights | ExportWeights
         end_of_text: str | None
         if source.is_checkpoint:
-            weights = CheckpointWeights(source.path, is_verified=source.path != path)
-            config, tokenizer, end_of_text = _of_checkpoint(source)
+            weights = CheckpointWeights(source.path, is_verified=source.is_verified)
+            saved = read_saved_run(source)
+            config, tokenizer, end_of_text = saved.run_file.model, saved.tokenizer, saved.end_of_text
         else:
             weights = ExportWeights(source.path)
             config, tokenizer, end_of_text = weights.config, source.path / TOKENIZER_NAME, _of_export(source.path)
@@ -65,13 +63,6 @@ def load_for_inference(path: Path, device: torch.device | str = "cpu") -> Loaded
         raise ConfigError(str(path), str(error).splitlines()) from None
     there = tokenizer if tokenizer.is_file() else None
     return Loaded(model, config, there, end_of_text, source.path, source.passed_over)
-
-
-def _of_checkpoint(source: Source) -> tuple[ModelConfig, Path, str]:
-    state = json.loads(read_sealed(source.path, STATE_NAME, read_manifest(source.path)))
-    run_file = run_file_of(state, source.path)
-    beside = source.run_folder / TOKENIZER_NAME if source.run_folder else Path(run_file.data.store) / TOKENIZER_NAME
-    return run_file.model, beside, state["end_of_text"]
 
 
 def _of_export(folder: Path) -> str | None:

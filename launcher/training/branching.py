@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.launcher.build import Run
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.weights.read_weights import ExportWeights, Source, find_source
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state, saved_tensors
-
-_TOKENIZER = "tokenizer.json"
 
 
 def begin_from(run: Run, source: Path, events: list[str]) -> Progress:
@@ -28,7 +27,7 @@ def begin_from(run: Run, source: Path, events: list[str]) -> Progress:
     """
     load = run.run_file.init.load
     try:
-        found = find_source(source)
+        found = find_source(source, run.mesh)
         for path, why in found.passed_over.items():
             events.append(f"passed over {path}: {'; '.join(why)}")
         _check_tokenizer(run, found, events)
@@ -51,7 +50,7 @@ def _fill_from_checkpoint(run: Run, found: Source) -> int:
         for name, part in held_tensors(run, optimizer=with_moments).items()
         if not name.startswith("buffers.") or (with_moments and name in there)
     }
-    expect = Expect(None, may_stay_unread=("optimizer.", "buffers."), same_dtype=False)
+    expect = Expect(None, may_stay_unread=("optimizer.", "buffers."), same_dtype=False, is_verified=found.is_verified)
     state = load_checkpoint(found.path, wanted, run.mesh, expect)
     return int(state["updates"]) if with_moments else 0
 
@@ -88,13 +87,13 @@ def _check_tokenizer(run: Run, found: Source, events: list[str]) -> None:
     Raises:
         ValueError: if a token has another number.
     """
-    ours = run.store.path / _TOKENIZER
+    ours = run.store.path / TOKENIZER_NAME
     if found.is_checkpoint:
         if read_state(found.path, run.mesh)["tokenizer"] == run.store.meta.tokenizer.sha256:
             return
-        theirs = found.run_folder / _TOKENIZER if found.run_folder else None
+        theirs = found.run_folder / TOKENIZER_NAME if found.run_folder else None
     else:
-        theirs = found.path / _TOKENIZER
+        theirs = found.path / TOKENIZER_NAME
         if theirs.is_file() and hashlib.sha256(theirs.read_bytes()).hexdigest() == run.store.meta.tokenizer.sha256:
             return
     if theirs is None or not theirs.is_file():

@@ -7,7 +7,6 @@ The samples consumed are the position in the data. The learning rate is a functi
 A run goes on from its newest checkpoint that verifies; what may differ then is said by `runfile/resume_rules.py`.
 """
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -16,12 +15,12 @@ from typing import Any
 
 from meshwright.launcher.build import Run
 from meshwright.launcher.runfile.messages import ConfigError
-from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.resume_rules import compare_for_resume
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import write_resolved
 from meshwright.launcher.training.branching import begin_from
 from meshwright.launcher.training.progress import Progress, held_tensors
+from meshwright.launcher.weights.saved_run import run_file_of
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.folder import Keep, checkpoint_path
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state
@@ -143,15 +142,3 @@ def resume(run: Run, allow_change: Sequence[str] = ()) -> Resumed:
 def _refused(source: str, problems: list[str]) -> ConfigError:
     """Return the error of a resume; all ranks came to the same verdict."""
     return ConfigError(source, problems, is_same_on_all_ranks=True)
-
-
-def run_file_of(state: dict[str, Any], path: Path) -> RunFile:
-    """Return the run file that a checkpoint was written under.
-
-    Raises:
-        ConfigError: if this version cannot read it.
-    """
-    run_file, problems = examine(tomllib.loads(state["run_file"]))
-    if run_file is None:
-        raise ConfigError(f"{path}: the run file in it", problems)
-    return run_file

@@ -6,7 +6,6 @@ Nothing is written when the model cannot be represented or the text to verify on
 writing, an older export under the same name stays as it was.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from tokenizers import Tokenizer
 from meshwright.data.store import TokenStore
 from meshwright.data.tokenizer import load_tokenizer
 from meshwright.launcher.build import empty_model
-from meshwright.launcher.runfile.tables import RunFile
-from meshwright.launcher.training.saving import run_file_of
 from meshwright.launcher.weights.export_report import REPORT_PAGE, ExportReport, write_report
 from meshwright.launcher.weights.hf_writer import (
     EXPORT_DTYPES,
@@ -32,6 +29,7 @@ from meshwright.launcher.weights.hf_writer import (
 )
 from meshwright.launcher.weights.read_weights import CheckpointWeights, fill_model, find_source
 from meshwright.launcher.weights.safetensors_stream import DEFAULT_MAX_SHARD_BYTES
+from meshwright.launcher.weights.saved_run import SavedRun, read_saved_run
 from meshwright.launcher.weights.verify_export import (
     VerificationText,
     import_transformers,
@@ -40,7 +38,6 @@ from meshwright.launcher.weights.verify_export import (
     verify_export,
 )
 from meshwright.model.families.choose import choose_family
-from meshwright.parallel.checkpoint.folder import STATE_NAME, read_manifest, read_sealed
 
 SAMPLES = 2
 LONGEST_SAMPLE = 512
@@ -96,18 +93,6 @@ class Exported:
         return self.folder / REPORT_PAGE
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """What a checkpoint says about its model."""
-
-    path: Path
-    run_file: RunFile
-    step: int
-    store_fingerprint: str
-    tokenizer: Path
-    end_of_text: str
-
-
 def export_run(request: ExportRequest) -> Exported:
     """Export a run's newest checkpoint, or the one that is named, and verify the result.
 
@@ -124,19 +109,19 @@ def export_run(request: ExportRequest) -> Exported:
     if out is None:
         raise ValueError(f"{request.source}: lies in no run's folder, so say where the export should go with --out")
     check_destination(out, overwrite=request.overwrite)
-    checkpoint = _read_checkpoint(source.path, source.run_folder)
-    family = choose_family(checkpoint.run_file.model)
-    settings = _settings(request, checkpoint)
-    text = _verification_text(request, checkpoint, settings) if request.verify else None
-    weights = CheckpointWeights(source.path, is_verified=source.path != request.source)
+    saved = read_saved_run(source)
+    family = choose_family(saved.run_file.model)
+    settings = _settings(request, saved)
+    text = _verification_text(request, saved, settings) if request.verify else None
+    weights = CheckpointWeights(source.path, is_verified=source.is_verified)
     partial = partial_folder(out)
     try:
-        write_hf_folder(partial, checkpoint.run_file.model, weights, settings)
-        report = _verified(partial, checkpoint, weights, text, settings) if text is not None else None
+        write_hf_folder(partial, saved.run_file.model, weights, settings)
+        report = _verified(partial, saved, weights, text, settings) if text is not None else None
         about = {
             "source": str(source.path),
-            "step": checkpoint.step,
-            "run": checkpoint.run_file.run.name,
+            "step": saved.step,
+            "run": saved.run_file.run.name,
             "class": family.class_name,
             "dtype": request.dtype,
             "weights": sum(int(np.prod(shape)) for shape in weights.shapes().values()),
@@ -151,26 +136,19 @@ def export_run(request: ExportRequest) -> Exported:
         raise
 
 
-def _read_checkpoint(path: Path, run_folder: Path | None) -> _Checkpoint:
-    state = json.loads(read_sealed(path, STATE_NAME, read_manifest(path)))
-    run_file = run_file_of(state, path)
-    beside = (run_folder or Path(run_file.data.store)) / "tokenizer.json"
-    if not beside.is_file():
-        raise ValueError(f"{beside} is missing: an export needs the tokenizer that the run was trained with")
-    return _Checkpoint(path, run_file, int(state["step"]), state["store"], beside, state["end_of_text"])
-
-
-def _settings(request: ExportRequest, checkpoint: _Checkpoint) -> ExportSettings:
-    tokenizer = load_tokenizer(checkpoint.tokenizer, request.end_of_text or checkpoint.end_of_text)
-    vocab_size = checkpoint.run_file.model.vocab_size
+def _settings(request: ExportRequest, saved: SavedRun) -> ExportSettings:
+    if not saved.tokenizer.is_file():
+        raise ValueError(f"{saved.tokenizer} is missing: an export needs the tokenizer that the run was trained with")
+    tokenizer = load_tokenizer(saved.tokenizer, request.end_of_text or saved.end_of_text)
+    vocab_size = saved.run_file.model.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"{checkpoint.tokenizer} has {tokenizer.vocab_size} tokens, the model {vocab_size}: it is another model's"
+            f"{saved.tokenizer} has {tokenizer.vocab_size} tokens, the model {vocab_size}: it is another model's"
         )
     return ExportSettings(
         tokenizer_json=tokenizer.json.decode(),
         end_token=tokenizer.end_of_text,
-        max_positions=checkpoint.run_file.data.seq_len,
+        max_positions=saved.run_file.data.seq_len,
         dtype=request.dtype,
         max_shard_bytes=request.max_shard_bytes,
     )
@@ -178,13 +156,13 @@ def _settings(request: ExportRequest, checkpoint: _Checkpoint) -> ExportSettings
 
 def _verified(
     folder: Path,
-    checkpoint: _Checkpoint,
+    saved: SavedRun,
     weights: CheckpointWeights,
     text: VerificationText,
     settings: ExportSettings,
 ) -> ExportReport:
     """Compare the folder with our model, whose weights are rounded to the export's dtype."""
-    model = empty_model(checkpoint.run_file.model, torch.device("cpu"))
+    model = empty_model(saved.run_file.model, torch.device("cpu"))
     fill_model(model, weights)
     rounding: dict[str, float] = {}
     if settings.dtype != "fp32":
@@ -192,26 +170,26 @@ def _verified(
             before = model(text.tokens)
             round_weights(model, EXPORT_DTYPES[settings.dtype])
             rounding = rounding_effect(before, model(text.tokens), text.tokens)
-    report = verify_export(folder, checkpoint.run_file.model, weights, model, text, dtype=settings.dtype)
+    report = verify_export(folder, saved.run_file.model, weights, model, text, dtype=settings.dtype)
     return report.with_rounding(rounding)
 
 
-def _verification_text(request: ExportRequest, checkpoint: _Checkpoint, settings: ExportSettings) -> VerificationText:
+def _verification_text(request: ExportRequest, saved: SavedRun, settings: ExportSettings) -> VerificationText:
     """Return a few samples of real text: of the user's file, or of the run's held-out split.
 
     Raises:
         ValueError: if there is no such text, with the ways out.
     """
     import_transformers()  # a missing library is told before anything is written
-    length = min(checkpoint.run_file.data.seq_len, LONGEST_SAMPLE)
+    length = min(saved.run_file.data.seq_len, LONGEST_SAMPLE)
     if request.text is not None:
         return _text_of_file(request.text, settings, length)
-    folder = checkpoint.run_file.data.store
+    folder = saved.run_file.data.store
     ways_out = "give a text with --text FILE, or --skip-verify"
     if not (Path(folder) / "meta.json").is_file():
         raise ValueError(f"data.store = {folder}: is not here, and the export is verified on its text; {ways_out}")
     store = TokenStore.open(folder)
-    if store.fingerprint != checkpoint.store_fingerprint:
+    if store.fingerprint != saved.store_fingerprint:
         raise ValueError(f"data.store = {folder}: holds other tokens than the run was trained on; {ways_out}")
     name = "validation" if "validation" in store.splits else "train"
     split = store.splits[name]

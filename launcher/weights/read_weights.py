@@ -32,7 +32,7 @@ from meshwright.parallel.checkpoint.load import SavedTensor, saved_tensors
 from meshwright.parallel.checkpoint.plan import PartLoadPlanner
 from meshwright.parallel.checkpoint.storage import TABLE_NAME, FolderReader, table_from_json
 from meshwright.parallel.checkpoint.verify import newest_that_verifies, verify
-from meshwright.parallel.mesh import single_process_mesh
+from meshwright.parallel.mesh import Mesh, single_process_mesh
 
 # Beginnings of names in a checkpoint that are no weights.
 NOT_WEIGHTS = ("optimizer.", "buffers.")
@@ -159,6 +159,8 @@ class Source:
     """The run that a checkpoint lies in; None for an export, or a checkpoint that was moved out of its run."""
     passed_over: dict[Path, list[str]]
     """Newer checkpoints of the run that are damaged, and how."""
+    is_verified: bool
+    """Whether finding it read every file."""
 
     @property
     def is_checkpoint(self) -> bool:
@@ -166,28 +168,30 @@ class Source:
         return (self.path / MANIFEST_NAME).is_file()
 
 
-def find_source(path: Path) -> Source:
+def find_source(path: Path, mesh: Mesh | None = None) -> Source:
     """Say what lies at a path; of a run, the newest checkpoint that verifies is taken.
+
+    With a mesh, every rank must call this, and the files are verified once, over its ranks.
 
     Raises:
         ValueError: if it is neither a run, nor a checkpoint, nor an exported folder.
     """
     if (path / MANIFEST_NAME).is_file():
         run_folder = path.resolve().parent.parent
-        return Source(path, run_folder if (run_folder / "run.toml").is_file() else None, {})
+        return Source(path, run_folder if (run_folder / "run.toml").is_file() else None, {}, is_verified=False)
     if (path / "config.json").is_file():
-        return Source(path, None, {})
+        return Source(path, None, {}, is_verified=False)
     if not (path / "checkpoints").is_dir():
         what = "there is nothing" if not path.exists() else "neither a run, nor a checkpoint, nor an export"
         raise ValueError(
             f"{path}: {what}; give a run's folder (it has checkpoints/), a checkpoint "
             "(checkpoints/step_...) or an exported folder (it has config.json)"
         )
-    newest = newest_that_verifies(path / "checkpoints", single_process_mesh())
+    newest = newest_that_verifies(path / "checkpoints", mesh or single_process_mesh())
     if newest.path is None:
         damage = [f"{folder}: {'; '.join(problems)}" for folder, problems in newest.passed_over.items()]
         raise ValueError("\n  ".join([f"{path} has no checkpoint that can be loaded", *damage]))
-    return Source(newest.path, path, newest.passed_over)
+    return Source(newest.path, path, newest.passed_over, is_verified=True)
 
 
 def open_weights(path: Path) -> CheckpointWeights | ExportWeights:
@@ -198,7 +202,7 @@ def open_weights(path: Path) -> CheckpointWeights | ExportWeights:
     """
     source = find_source(path)
     if source.is_checkpoint:
-        return CheckpointWeights(source.path, is_verified=source.path != path)
+        return CheckpointWeights(source.path, is_verified=source.is_verified)
     return ExportWeights(source.path)
 
 

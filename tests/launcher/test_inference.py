@@ -1,6 +1,7 @@
 """A model of one process is filled only by weights that are exactly its own; text streams in whole characters."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from meshwright.launcher.build import empty_model
 from meshwright.launcher.generation import continue_prompt, read_tokenizer, stream
 from meshwright.launcher.inference import Loaded, load_for_inference
 from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.weights.read_weights import find_source
+from meshwright.launcher.weights.saved_run import read_saved_run
 from meshwright.model.sampling import Sampling
 
 GREEDY = Sampling(0.0, 0, 1.0)
@@ -34,7 +37,9 @@ def test_weights_that_are_not_exactly_the_models_are_refused(tmp_path: Path, mon
     start(tmp_path, "train.steps=1", "evaluation.every=0")
     smaller = build(tmp_path, ["model.num_layers=1"]).run_file.model
     # A run file that does not belong to the weights beside it: without the check, half of them would stay unread.
-    monkeypatch.setattr(inference, "_of_checkpoint", lambda source: (smaller, tmp_path / "none", "<|endoftext|>"))
+    saved = read_saved_run(find_source(tmp_path / "run"))
+    other = replace(saved, run_file=saved.run_file.model_copy(update={"model": smaller}))
+    monkeypatch.setattr(inference, "read_saved_run", lambda source: other)
     with pytest.raises(ConfigError, match=r"layers.1.mixer.part.q.weight is not of this model"):
         load_for_inference(tmp_path / "run")
 

@@ -9,7 +9,10 @@ from tiny_run import EP2, build, checkpoint_bytes, metrics, numbers, start, star
 
 from meshwright.data.prepare import PrepareOptions, prepare
 from meshwright.launcher.runfile.messages import ConfigError
-from meshwright.parallel.mesh import Sizes
+from meshwright.parallel.checkpoint import durable, verify
+from meshwright.parallel.checkpoint.durable import FileSeal
+from meshwright.parallel.checkpoint.folder import read_manifest
+from meshwright.parallel.mesh import Mesh, Sizes
 
 
 def stop_and_go_on(folder: Path, *overrides: str) -> None:
@@ -122,6 +125,31 @@ def test_a_run_branches_from_the_weights_of_another(tmp_path: Path) -> None:
         ["parallel.ep=2", "run.folder=" + str(tmp_path / "b2"), source, "train.steps=1"],
     )
     assert (tmp_path / "b2" / "checkpoints" / "step_00000001").is_dir()
+
+
+def hashed_on(mesh: Mesh, folder: Path, overrides: list[str]) -> list[str]:
+    """Train on the ranks of a mesh; return the files that this rank hashed."""
+    hashed: list[str] = []
+
+    def counting(path: Path) -> FileSeal:
+        hashed.append(path.name)
+        return durable.hash_file(path)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(verify, "hash_file", counting)
+        start_on(mesh, folder, overrides)
+    return hashed
+
+
+@pytest.mark.parametrize("source", ["run", "run/checkpoints/step_00000001"])
+def test_a_branch_reads_each_file_of_its_source_once_over_the_ranks(tmp_path: Path, source: str) -> None:
+    (tmp_path / "first").mkdir()
+    start(tmp_path / "first", "train.steps=1", "evaluation.every=0")
+    files = read_manifest(tmp_path / "first" / "run" / "checkpoints" / "step_00000001").files
+    overrides = [f"run.folder={tmp_path / 'branch'}", f'init.from="{tmp_path / "first" / source}"', "train.steps=1"]
+    by_rank = run_mesh(EP2, hashed_on, tmp_path / "first", ["parallel.ep=2", *overrides])
+    assert sorted(name for names in by_rank for name in names) == sorted(files)
+    assert all(by_rank)
 
 
 def test_a_branch_of_another_shape_is_refused_with_every_difference(tmp_path: Path) -> None:
