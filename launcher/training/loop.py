@@ -20,7 +20,7 @@ from meshwright.launcher.training.learning_rate import learning_rate_at
 from meshwright.launcher.training.one_step import StepResult, one_step
 from meshwright.launcher.training.progress import Progress
 from meshwright.launcher.training.saving import Saver
-from meshwright.launcher.training.stopping import NotANumberError, Signals, SpikeGuard, wants_save, wants_stop
+from meshwright.launcher.training.stopping import NotANumberError, Signals, SpikeGuard, wants_save, wants_stop, way_back
 from meshwright.parallel.tally import gather_texts
 
 
@@ -122,7 +122,7 @@ def tell(
 
 
 def not_a_number(run: Run, batch: Batch, step: int, result: StepResult, saver: Saver) -> NotANumberError:
-    """Return the error that names the step, the documents at fault and the last good checkpoint."""
+    """Return the error that names the step (its index is given), the documents at fault and the way back."""
     saver.close()
     split = run.store.splits["train"]
     is_mine = result.local_loss != result.local_loss or abs(result.local_loss) == float("inf")
@@ -130,5 +130,4 @@ def not_a_number(run: Run, batch: Batch, step: int, result: StepResult, saver: S
     documents = dict.fromkeys(batch.document.flatten().tolist()) if is_mine or not is_anyones else {}
     named = [f"{split.origin(document)} (document {document})" for document in documents]
     together = gather_texts(named, run.mesh)
-    newest = str(saver.newest) if saver.newest else None
-    return NotANumberError(step + 1, result.loss, result.grad_norm, together, newest)
+    return NotANumberError(step + 1, result.loss, result.grad_norm, together, way_back(saver.newest, step))

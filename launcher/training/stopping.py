@@ -14,10 +14,12 @@ import signal
 import statistics
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 from types import FrameType
 
 from torch import Tensor
 
+from meshwright.parallel.checkpoint.folder import checkpoint_path, list_checkpoints, step_of
 from meshwright.parallel.tally import Tally
 
 FLAGS = {"flag.stop": 1, "flag.save": 1}
@@ -67,8 +69,8 @@ class NotANumberError(RuntimeError):
 
     is_same_on_all_ranks = True
 
-    def __init__(self, step: int, loss: float, norm: float, documents: Iterable[str], checkpoint: str | None) -> None:
-        """Name the step, the documents of the batch where it happened, and the checkpoint to go back to."""
+    def __init__(self, step: int, loss: float, norm: float, documents: Iterable[str], way_back: str) -> None:
+        """Name the step, the documents of the batch where it happened, and what `way_back` says."""
         named = list(dict.fromkeys(documents))
         more = [f"and {len(named) - _SHOWN} more"] if len(named) > _SHOWN else []
         where = "\n  ".join([*named[:_SHOWN], *more])
@@ -76,9 +78,24 @@ class NotANumberError(RuntimeError):
             f"step {step}: loss = {loss}, gradient norm = {norm}; training cannot go on from here\n"
             f"the documents of the ranks' batches whose loss is not finite"
             f" (of all, where only the gradient is not):\n  {where}\n"
-            + (f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet")
-            + "; lower learning_rate.peak, set train.skip_norm_spike, or look at these documents"
+            f"{way_back}; lower learning_rate.peak, set train.skip_norm_spike, or look at these documents"
         )
+
+
+def way_back(newest: Path | None, steps_made: int) -> str:
+    """Say which checkpoint to go back to after the step that follows on `steps_made` gave no number.
+
+    A checkpoint of exactly those steps holds the weights that gave it, and the run would come to it again.
+    """
+    if newest is None:
+        return "there is no checkpoint yet"
+    if step_of(newest) != steps_made:
+        return f"the last good checkpoint is {newest}"
+    earlier = [step for step in list_checkpoints(newest.parent) if step < steps_made]
+    before = (
+        f"the one before it is {checkpoint_path(newest.parent, earlier[-1])}" if earlier else "there is none before"
+    )
+    return f"the newest checkpoint, {newest}, holds the weights that gave this; {before}"
 
 
 def is_finite(loss: float, norm: float) -> bool:

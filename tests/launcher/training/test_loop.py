@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -136,6 +137,19 @@ def test_a_loss_that_is_no_number_names_step_documents_and_checkpoint(tmp_path: 
     assert numbers(tmp_path, "step") == [1, 2, 3, 4]
     start(tmp_path)  # and from that checkpoint it goes on
     assert numbers(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_of_the_weights_at_fault_is_not_called_good(tmp_path: Path) -> None:
+    poisoned = f"newest checkpoint, {tmp_path}/run/checkpoints/step_00000004, holds the weights that gave this; "
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "one_step", _poison(None, 4))
+        with pytest.raises(NotANumberError) as stopped:
+            start(tmp_path, "checkpoint.every=2", "checkpoint.keep_last=2")
+        assert f"{poisoned}the one before it is {tmp_path}/run/checkpoints/step_00000002;" in str(stopped.value)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000002")
+        with pytest.raises(NotANumberError) as stopped:
+            start(tmp_path, "checkpoint.every=2")
+        assert f"{poisoned}there is none before;" in str(stopped.value)
 
 
 def _nan_on_one_rank(mesh: Mesh, folder: Path) -> str:
