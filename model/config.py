@@ -12,7 +12,7 @@ Only `vocab_size` may stay 0, until the tokenizer is read: `with_vocab` fills it
 
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 from pydantic import model_validator as validator
 
 from meshwright.model.pattern import LayerKinds, layers_of, parse_pattern
@@ -22,6 +22,11 @@ BiasPlace = Literal["q", "k", "v", "output", "ffn"]
 # Sizes are rounded up to this, so that products and their parts stay aligned.
 ALIGNMENT = 64
 
+# No model comes near these bounds: what is beyond them is a slip of the keyboard, and would only end without memory.
+MAX_SIZE = 2**24
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+SizeOrZero = Annotated[int, Field(ge=0, le=MAX_SIZE)]
+
 
 class MoeConfig(BaseModel):
     """The mixture of experts that stands at each `E` of the pattern; dropless, softmax router."""
@@ -30,13 +35,13 @@ class MoeConfig(BaseModel):
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    num_experts: PositiveInt
+    num_experts: Size
     """Routed experts in each MoE layer; 8 to 256 are usual. `parallel.ep` must divide it."""
-    top_k: PositiveInt
+    top_k: Size
     """Experts that each token is sent to; 1 to 8 are usual."""
-    expert_hidden_size: PositiveInt
+    expert_hidden_size: Size
     """Inner width of one expert (SwiGLU); fine-grained experts use a quarter of a dense layer's, or less."""
-    num_shared_experts: NonNegativeInt = 0
+    num_shared_experts: SizeOrZero = 0
     """Experts that see every token, besides the routed ones; held as one MLP of this many times the width."""
     normalise_top_k: bool = True
     """Divide the chosen experts' weights by their sum, as Mixtral and Qwen3 do."""
@@ -64,19 +69,19 @@ class ModelConfig(BaseModel):
     """Name of a public or prepared shape, such as "llama3-8b"; keys that are written beside it win."""
     pattern: str = "*-"
     """One period of layers: `*` attention, `-` MLP, `E` MoE, `2(*-)6(*E)` repeats; repeated up to num_layers."""
-    num_layers: PositiveInt
+    num_layers: Annotated[int, Field(gt=0, le=2**14)]
     """Layers of the stack; a layer is a mixer (attention) with the feed-forward that follows it. 12 to 126."""
-    hidden_size: PositiveInt
+    hidden_size: Size
     """Width of the residual stream; 768 (small) to 16384 (the largest public dense model)."""
-    num_heads: PositiveInt
+    num_heads: Size
     """Attention heads (of the queries)."""
-    num_kv_heads: NonNegativeInt = 0
+    num_kv_heads: SizeOrZero = 0
     """Key and value heads, shared by groups of query heads (GQA); 0 = num_heads. 8 is usual in large models."""
-    head_dim: NonNegativeInt = 0
+    head_dim: SizeOrZero = 0
     """Width of one head; 0 = hidden_size / num_heads. 64 or 128 are usual."""
-    ffn_hidden_size: NonNegativeInt = 0
+    ffn_hidden_size: SizeOrZero = 0
     """Inner width of the MLP (SwiGLU); 0 = 8/3 of hidden_size, rounded up to a multiple of 64."""
-    vocab_size: NonNegativeInt = 0
+    vocab_size: SizeOrZero = 0
     """Rows of the embedding; 0 = the tokenizer's size, rounded up to a multiple of 64, once the store is read."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the mean square in RMSNorm; 1e-5 or 1e-6 are usual."""

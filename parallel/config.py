@@ -9,7 +9,7 @@ None of these keys changes what is computed, only where: a checkpoint of one lay
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 # Axes that have their keys, so that run files keep their form, but that this version does not split.
 NOT_YET = {
@@ -20,6 +20,8 @@ NOT_YET = {
     "dp_replicate": "hybrid sharding",
 }
 
+Degree = Annotated[int, Field(gt=0, le=2**20)]
+"""Ranks along an axis: more than any cluster has is a slip of the keyboard."""
 SavedOp = Literal["attention", "matmul"]
 
 
@@ -28,19 +30,19 @@ class ParallelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
-    tp: PositiveInt = 1
+    tp: Degree = 1
     """Tensor parallel: splits each weight matrix. Only 1 in this version."""
-    pp: PositiveInt = 1
+    pp: Degree = 1
     """Pipeline parallel: splits the stack into stages. Only 1 in this version."""
-    cp: PositiveInt = 1
+    cp: Degree = 1
     """Context parallel: splits the sequence. Only 1 in this version."""
-    ep: PositiveInt = 1
+    ep: Degree = 1
     """Expert parallel: splits the experts of each MoE layer over ranks that also share the data. 1 to num_experts."""
-    etp: PositiveInt = 1
+    etp: Degree = 1
     """Expert tensor parallel: splits each expert's matrices. Only 1 in this version."""
-    dp_replicate: PositiveInt = 1
+    dp_replicate: Degree = 1
     """Copies of the sharded state (hybrid sharding). Only 1 in this version."""
-    dp_shard: NonNegativeInt = 0
+    dp_shard: Annotated[int, Field(ge=0, le=2**20)] = 0
     """Data-parallel ranks that ZeRO shards over; 0 = all ranks that the other axes leave."""
 
     def dp_shard_in(self, world_size: int) -> int:
@@ -108,7 +110,7 @@ class RecomputeConfig(BaseModel):
 
     mode: Literal["none", "full", "selective"] = "none"
     """none keeps all; full keeps only a layer's input (a third more compute); selective keeps the ops of `save`."""
-    every: PositiveInt = 1
+    every: Annotated[int, Field(gt=0, le=2**14)] = 1
     """With mode = "full": recompute every n-th layer; 1 is all of them."""
     save: Annotated[tuple[SavedOp, ...], Field(strict=False)] = ("attention", "matmul")
     """With mode = "selective": the results to keep, any of "attention", "matmul"; all others are recomputed."""

@@ -22,7 +22,10 @@ def check(
         typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change, such as train.steps=200 run.name=second."),
     ] = None,
     world_size: Annotated[
-        int, typer.Option("--world-size", "-n", min=1, help="Ranks (processes) the run is meant for: one for each GPU.")
+        int,
+        typer.Option(
+            "--world-size", "-n", min=1, max=2**20, help="Ranks (processes) the run is meant for: one for each GPU."
+        ),
     ] = 1,
 ) -> None:
     """Look at a run file before anything is started.

@@ -14,7 +14,9 @@ def train(
     ] = None,
     ranks: Annotated[
         int,
-        typer.Option(min=0, help="Start this many ranks on this machine: one for each GPU, 1 to 4 on a laptop's CPU."),
+        typer.Option(
+            min=0, max=1024, help="Start this many ranks on this machine: one for each GPU, 1 to 4 on a laptop's CPU."
+        ),
     ] = 0,
     allow_change: Annotated[
         list[str] | None,

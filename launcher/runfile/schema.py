@@ -23,6 +23,8 @@ BEGIN, END = "<!-- keys: generated, do not edit by hand -->", "<!-- end of keys 
 
 # Bounds of a number, as pydantic's metadata names them, in the words of the list of keys.
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+# Bounds from here on only catch slips of the keyboard: a reader of the list does not need them.
+BEYOND_USE = 2**14
 
 
 def json_schema() -> str:
@@ -83,7 +85,10 @@ def _type_of(field: FieldInfo) -> str:
         annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
         annotation, *bounds = typing.get_args(annotation)
     limits = [
-        f"{word} {getattr(bound, name)}" for bound in bounds for name, word in BOUNDS.items() if hasattr(bound, name)
+        f"{word} {getattr(bound, name)}"
+        for bound in bounds
+        for name, word in BOUNDS.items()
+        if hasattr(bound, name) and getattr(bound, name) < BEYOND_USE
     ]
     text = _type_name(annotation)
     return text + (", " + ", ".join(limits) if limits else "")

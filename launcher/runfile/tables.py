@@ -11,7 +11,7 @@ that is not a count says what it stands for. Nothing here loads torch.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 
 from meshwright.data.config import DataConfig
 from meshwright.model.config import ModelConfig
@@ -19,6 +19,10 @@ from meshwright.parallel.config import ParallelConfig, RecomputeConfig, ZeroConf
 
 TABLE = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+# What is counted stays a whole number also where a float takes it.
+MAX_COUNT = 2**53
+Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -32,12 +36,12 @@ class RunConfig(BaseModel):
     """Name of the run, in its folder and its log: letters, digits, dot, dash and underscore."""
     folder: str = ""
     """Where everything of the run is written; "" = `output/<name>`. On a cluster all nodes must see it."""
-    seed: NonNegativeInt = 0
+    seed: CountOrZero = 0
     """Decides initial weights and data order, the same on every layout."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes cuda where there is one, and else cpu; mps (Apple) is for one process and only taken by name."""
     timeout_seconds: Annotated[int, Field(gt=0, le=2_592_000)] = 600
-    """A rank that waits this long for the others ends with an error; 300 to 1800 are usual."""
+    """A rank that waits this long for the others ends with an error; 300 to 1800 are usual, 30 days the most."""
 
     @property
     def output_folder(self) -> str:
@@ -50,9 +54,9 @@ class BatchRampEntry(BaseModel):
 
     model_config = TABLE
 
-    samples: PositiveInt
+    samples: Count
     """Samples consumed, counted from the start of the run, at which this size ends."""
-    global_batch_size: PositiveInt
+    global_batch_size: Count
     """Samples of one update until then."""
 
 
@@ -61,11 +65,11 @@ class TrainConfig(BaseModel):
 
     model_config = TABLE
 
-    steps: PositiveInt
+    steps: Count
     """Updates of the weights in the whole run."""
-    global_batch_size: PositiveInt
+    global_batch_size: Count
     """Samples of one update, over all ranks; 0.5 M to 16 M tokens (times data.seq_len) are usual for large models."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Count = 1
     """Samples that one rank computes at once, at most; a larger batch is accumulated. As large as memory allows."""
     batch_ramp: Annotated[tuple[BatchRampEntry, ...], Field(strict=False)] = ()
     """Smaller batches at the start: [{samples = 10000, global_batch_size = 64}, ...]; then global_batch_size."""
@@ -124,7 +128,7 @@ class LearningRateConfig(BaseModel):
     """Highest learning rate; 1e-4 (large models) to 3e-3 (tiny ones)."""
     final_fraction: Fraction = 0.1
     """The last step's learning rate as a fraction of the peak; 0 to 0.1 are usual."""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: CountOrZero = 0
     """Steps of linear warm-up; 100 to 2000 are usual. Give this or warmup_fraction."""
     warmup_fraction: Fraction = 0.0
     """Warm-up as a fraction of train.steps; 0.01 to 0.05 are usual. Give this or warmup_steps."""
@@ -139,11 +143,11 @@ class CheckpointConfig(BaseModel):
 
     model_config = TABLE
 
-    every: NonNegativeInt = 0
+    every: CountOrZero = 0
     """Steps between checkpoints; 0 = only after the last step, and when the run is stopped by a signal."""
-    keep_last: PositiveInt = 2
+    keep_last: Count = 2
     """Newest checkpoints that are kept; 2 or more leave one to fall back on."""
-    keep_every: NonNegativeInt = 0
+    keep_every: CountOrZero = 0
     """Keep every checkpoint of a step that this divides, for good; 0 = none. A multiple of `every`."""
     asynchronous: bool = False
     """Write in the background while training goes on; needs memory for one copy of the rank's state."""
@@ -154,9 +158,9 @@ class EvaluationConfig(BaseModel):
 
     model_config = TABLE
 
-    every: NonNegativeInt = 0
+    every: CountOrZero = 0
     """Steps between evaluations; the last step is evaluated too. 0 = never."""
-    samples: PositiveInt = 64
+    samples: Count = 64
     """Samples of the validation split that are used, the same ones each time."""
 
 
@@ -165,7 +169,7 @@ class LogConfig(BaseModel):
 
     model_config = TABLE
 
-    every: PositiveInt = 1
+    every: Count = 1
     """Steps between lines in the terminal; 1 to 100 are usual. metrics.jsonl has every step."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.data.store import TokenStore
 from meshwright.kernels.choose import use
 from meshwright.launcher.build import (
@@ -23,8 +24,8 @@ from meshwright.launcher.build import (
     sizes_of,
     with_vocab_of,
 )
-from meshwright.launcher.inference import TOKENIZER_NAME
 from meshwright.launcher.kernel_choices import choices_of_run
+from meshwright.launcher.memory_limit import check_memory
 from meshwright.launcher.observe.metrics import Meter
 from meshwright.launcher.observe.peak import choose_peak
 from meshwright.launcher.observe.provenance import write_provenance
@@ -63,6 +64,7 @@ def run_rank(request: Request, info: RankInfo) -> None:
     run_file = with_vocab_of(run_file, store)
     device = resolve_device(run_file.run.device, info.local_rank)
     check_compiler(run_file, device)
+    check_memory(run_file, device, info.world_size, info.local_world_size)
     threads = threads_of(info, run_file.train.threads)
     torch.set_num_threads(threads)
     signals = Signals()
@@ -118,7 +120,6 @@ def meter_of(run: Run) -> Meter:
 
 def write_what_runs(run: Run, sinks: Sinks) -> dict[str, str]:
     """Write run.toml, provenance.json and the tokenizer into the run's folder; return the versions."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "run.toml").write_text(write_resolved(run.run_file), encoding="utf-8")
     tokenizer = (run.store.path / TOKENIZER_NAME).read_bytes()
     (run.folder / TOKENIZER_NAME).write_bytes(tokenizer)

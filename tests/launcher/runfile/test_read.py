@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from meshwright.launcher.runfile.keys import all_keys, field_of
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
 
@@ -46,6 +47,18 @@ def test_a_sound_file_becomes_its_tables(sound: Path) -> None:
     assert run_file.train.steps == 100
     assert run_file.optimizer.betas == (0.9, 0.95)
     assert run_file.run.output_folder == "output/x"
+
+
+def whole_numbers() -> list[str]:
+    """Return every key whose value is a whole number."""
+    return [key for key in all_keys() if (field := field_of(key)) is not None and field.annotation is int]
+
+
+@pytest.mark.parametrize("key", whole_numbers())
+def test_no_whole_number_is_so_large_that_something_else_breaks(sound: Path, key: str) -> None:
+    """Unbounded, these ended without memory, or as a number that no float holds."""
+    found = problems(sound, "model.preset=moe-tiny", f"{key}=1{'0' * 400}", world_size=2)
+    assert any(line.startswith(f"{key} = 1000") and "must be at most " in line for line in found), found
 
 
 def test_keys_beside_a_preset_win(sound: Path) -> None:
