@@ -3,11 +3,13 @@
 #
 #   bash slurm/pretrain_moe.sh [KEY=VALUE ...]      on this machine, also without a GPU; makes what is missing
 #   bash slurm/pretrain_moe.sh --prepare            only the environment and the corpus: once, on a login node
-#   sbatch --account=A --partition=P --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 slurm/pretrain_moe.sh [KEY=VALUE ...]
+#   sbatch --account=A --partition=P --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8 \
+#       slurm/pretrain_moe.sh [KEY=VALUE ...]
 #
 # KEY=VALUE changes keys of the run file, such as train.steps=100 parallel.ep=8. Started again, it goes on from the
 # newest checkpoint. In a Slurm job nodes and ranks come from the submit line: one rank for each GPU, or without GPUs
-# --ntasks-per-node of them; nothing is installed or prepared there.
+# --ntasks-per-node of them, each with its share of the cores that --cpus-per-task (or --exclusive) gives the job; nothing
+# is installed or prepared there.
 #
 #   MESHWRIGHT_RUN_FILE          another run file (default: runs/moe_tiny.toml); its store must have been prepared
 #   MESHWRIGHT_RANKS             ranks on each node (default by hand: one for each GPU, or 2)

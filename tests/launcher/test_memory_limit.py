@@ -11,37 +11,25 @@ from meshwright.launcher import memory_limit
 from meshwright.launcher.memory_limit import check_memory, host_bytes
 from meshwright.launcher.runfile.footprint import state_bytes
 from meshwright.launcher.runfile.messages import ConfigError
-from meshwright.launcher.runfile.read import examine
+from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.tables import RunFile
 
 CPU = torch.device("cpu")
 
 
-def run_file(*overrides: str) -> RunFile:
-    tables = {
-        "run": {"name": "x"},
-        "model": {"preset": "moe-tiny", "vocab_size": 320},
-        "data": {"store": "s", "seq_len": 64},
-        "train": {"steps": 100, "global_batch_size": 8},
-        "learning_rate": {"peak": 1e-3},
-    }
-    made, problems = examine(tables, overrides)
-    assert made is not None, problems
-    return made
+def run_file(folder: Path, *overrides: str) -> RunFile:
+    return read_run_file(write_run_file(folder), overrides)
 
 
-def needs(*overrides: str, world_size: int = 4) -> float:
-    return state_bytes(run_file(*overrides), world_size).total
-
-
-def test_what_fits_passes_and_what_does_not_names_the_stage_that_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    sharded = run_file("zero.stage=3")
-    local_ranks = 2
-    monkeypatch.setattr(memory_limit, "host_bytes", lambda: int(needs("zero.stage=2") * local_ranks) + 1)
+def test_what_fits_passes_and_what_does_not_names_the_stage_that_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded, halved, local_ranks = run_file(tmp_path, "zero.stage=3"), run_file(tmp_path, "zero.stage=2"), 2
+    monkeypatch.setattr(memory_limit, "host_bytes", lambda: int(state_bytes(halved, 4).total * local_ranks) + 1)
     check_memory(sharded, CPU, 4, local_ranks)
-    check_memory(run_file("zero.stage=2"), CPU, 4, local_ranks)
+    check_memory(halved, CPU, 4, local_ranks)
     with pytest.raises(ConfigError, match=r"GiB for 2 ranks\); zero\.stage = 2 would fit"):
-        check_memory(run_file(), CPU, 4, local_ranks)
+        check_memory(run_file(tmp_path, "zero.stage=0"), CPU, 4, local_ranks)
     with pytest.raises(ConfigError, match=r"more ranks with zero\.stage = 3, or a smaller model, would fit"):
         check_memory(sharded, CPU, 4, 64)
 
