@@ -15,6 +15,8 @@ from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.mesh import Axis
 from meshwright.parallel.zero.part import Part
 
+_PIECE = 1 << 14
+
 
 def gradient_norm(parts: Iterable[Part]) -> float:
     """Return the 2-norm of the gradient of the whole model, on every rank the same."""
@@ -28,13 +30,25 @@ def gradient_norm(parts: Iterable[Part]) -> float:
     total = 0.0
     # Sorted, so that every rank sums in one order; ranks of one group differ between ranks, their number does not.
     for (copies, _), (axes, gradients) in sorted(groups.items(), key=lambda item: [axis.name for axis in item[1][0]]):
-        squares = torch.stack(torch._foreach_norm([g for g in gradients if g.numel()] or gradients))
-        wide = torch.float32 if squares.device.type == "mps" else torch.float64
-        square = squares.to(wide).square().sum()
+        norms = torch.stack(torch._foreach_norm(_pieces(gradients)))
+        wide = torch.float32 if norms.device.type == "mps" else torch.float64
+        square = norms.to(wide).square().sum()
         for axis in axes:
             all_reduce(square, axis)
         total += square.item() / copies
     return float(total**0.5)
+
+
+def _pieces(gradients: list[Tensor]) -> list[Tensor]:
+    """Return what torch takes the norms of, one by one; at least one tensor, which may be empty.
+
+    On a CPU torch adds the squares of a tensor up one after the other in its own type: of 8 million fp32 numbers the
+    norm is 2.5e-4 off, and another part of the same numbers is off by another error. Of 16,384 it is 1e-7.
+    """
+    held = [gradient for gradient in gradients if gradient.numel()] or gradients
+    if held[0].device.type != "cpu":
+        return held
+    return [piece for gradient in held for piece in gradient.reshape(-1).split(_PIECE)]
 
 
 def clip_gradients(parts: Iterable[Part], norm: float, limit: float) -> None:
