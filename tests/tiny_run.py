@@ -142,4 +142,11 @@ def checkpoint_bytes(folder: Path, step: int) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(path.glob("*.bin"))}
 
 
+def saved_state(folder: Path, step: int) -> dict[str, Any]:
+    """Return the small values of a checkpoint, without the paths that differ from folder to folder."""
+    path = folder / "run" / "checkpoints" / f"step_{step:08}" / "state.json"
+    state: dict[str, Any] = json.loads(path.read_bytes())
+    return state | {"run_file": state["run_file"].replace(str(folder), "")}
+
+
 EP2 = Sizes(dp_shard=2, ep=2)

@@ -8,7 +8,7 @@ A run goes on from its newest checkpoint that verifies; what may differ then is 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from meshwright.launcher.training.branching import begin_from
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.weights.saved_run import run_file_of
 from meshwright.parallel.checkpoint.agree import CheckpointError
-from meshwright.parallel.checkpoint.folder import Keep, checkpoint_path
+from meshwright.parallel.checkpoint.folder import Keep, checkpoint_path, step_of
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state
 from meshwright.parallel.checkpoint.save import AsyncSaver, save_checkpoint
 from meshwright.parallel.checkpoint.verify import newest_that_verifies
@@ -36,19 +36,21 @@ class Resumed:
     events: list[str]
     checkpoint: Path | None = None
     """The run's own checkpoint that it goes on from."""
+    passed_over: frozenset[int] = frozenset()
+    """Steps of newer checkpoints that are damaged."""
 
 
 class Saver:
     """Writes the checkpoints of a run."""
 
-    def __init__(self, run: Run, newest: Path | None = None) -> None:
-        """Take the run and its newest checkpoint; make the background's process group if saving is asynchronous."""
+    def __init__(self, run: Run, began: Resumed) -> None:
+        """Take the run and where it began; make the background's process group if saving is asynchronous."""
         table = run.run_file.checkpoint
         self.run, self.every = run, table.every
-        self.keep = Keep(table.keep_last, table.keep_every)
+        self.keep = Keep(table.keep_last, table.keep_every, began.passed_over)
         timeout = timedelta(seconds=run.run_file.run.timeout_seconds)
         self._background = AsyncSaver(run.mesh, timeout) if table.asynchronous else None
-        self.newest = newest
+        self.newest = began.checkpoint
 
     @property
     def folder(self) -> Path:
@@ -64,6 +66,8 @@ class Saver:
         tensors, state = held_tensors(self.run), state_of(self.run, progress)
         fingerprint = model_fingerprint(self.run.run_file)
         path = checkpoint_path(self.folder, progress.step)
+        # A damaged checkpoint of this very step is replaced by a whole one.
+        self.keep = replace(self.keep, passed_over=self.keep.passed_over - {progress.step})
         if self._background is not None:
             self._background.save(self.folder, progress.step, tensors, state, fingerprint, self.keep)
         else:
@@ -136,7 +140,8 @@ def resume(run: Run, allow_change: Sequence[str] = ()) -> Resumed:
     events += [f"changed: {change}" for change in changes]
     run.optimizer.set_updates(progress.updates)
     run.engine.publish_weights()
-    return Resumed(progress, events, newest.path)
+    passed_over = frozenset(step for path in newest.passed_over if (step := step_of(path)) is not None)
+    return Resumed(progress, events, newest.path, passed_over)
 
 
 def _refused(source: str, problems: list[str]) -> ConfigError:

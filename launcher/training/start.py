@@ -104,7 +104,7 @@ def _train_locked(run: Run, signals: Signals, allow_change: Sequence[str], about
         if began.progress.step >= table.train.steps:
             sinks.event(f"all {table.train.steps} steps are made; a larger train.steps goes on from here")
         versions = write_what_runs(run, sinks) if is_first_rank else {}
-        saver = Saver(run, began.checkpoint)
+        saver = Saver(run, began)
         newest = train(run, began.progress, saver, sinks, meter_of(run), signals)
     if is_first_rank:
         sum_up(run, versions, newest)

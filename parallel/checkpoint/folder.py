@@ -51,6 +51,8 @@ class Keep:
     last: int = 2
     every: int = 0
     """Steps that this divides stay for good; 0 = none."""
+    passed_over: frozenset[int] = frozenset()
+    """Steps whose checkpoints are known to be damaged: they do not count as newest, and are not removed."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def retain(folder: Path, step: int, keep: Keep) -> list[int]:
     """
     if keep.last < 1 or keep.every < 0:
         raise ValueError(f"keep at least the last 1 checkpoint, and every = 0 or more: got {keep}")
-    past = [other for other in list_checkpoints(folder) if other <= step]
+    past = [other for other in list_checkpoints(folder) if other <= step and other not in keep.passed_over]
     stay = set(past[-keep.last :]) | {other for other in past if keep.every and other % keep.every == 0}
     removed = [other for other in past if other not in stay]
     for other in removed:

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from rank_pool import run_mesh
-from tiny_run import EP2, build, checkpoint_bytes, metrics, numbers, start, start_on
+from tiny_run import EP2, build, checkpoint_bytes, metrics, numbers, saved_state, start, start_on
 
 from meshwright.data.prepare import PrepareOptions, prepare
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.parallel.checkpoint import durable, verify
 from meshwright.parallel.checkpoint.durable import FileSeal
-from meshwright.parallel.checkpoint.folder import read_manifest
+from meshwright.parallel.checkpoint.folder import list_checkpoints, read_manifest
 from meshwright.parallel.mesh import Mesh, Sizes
 
 
@@ -41,6 +41,8 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path, overrides: tu
     )
     broken, whole = checkpoint_bytes(tmp_path / "broken", 6), checkpoint_bytes(tmp_path / "whole", 6)
     assert broken == whole
+    changes = {"changes": ["step 3: train.steps: 3 -> 6"]}
+    assert saved_state(tmp_path / "broken", 6) == saved_state(tmp_path / "whole", 6) | changes
     assert sum(map(len, whole.values())) > 10_000
 
 
@@ -81,16 +83,37 @@ def test_what_may_not_change_is_refused_and_what_was_allowed_is_recorded(tmp_pat
     start(tmp_path, "learning_rate.peak=0.005", allow_change=("learning_rate.peak",))
     texts = [record["text"] for record in metrics(tmp_path) if record["kind"] == "event"]
     assert "changed: learning_rate.peak: 0.01 -> 0.005" in texts
+    assert saved_state(tmp_path, 3)["changes"] == []
+    start(tmp_path, "learning_rate.peak=0.005", "train.steps=7")
+    # In the checkpoints as well, and for good.
+    assert "step 3: learning_rate.peak: 0.01 -> 0.005" in saved_state(tmp_path, 7)["changes"]
+
+
+def damage(folder: Path, step: int) -> None:
+    """Flip a bit of a run's checkpoint."""
+    path = folder / "run" / "checkpoints" / f"step_{step:08}" / "rank_00000.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_a_run_fell_back_to_stays_until_another_whole_checkpoint_takes_its_place(tmp_path: Path) -> None:
+    constant = ("learning_rate.schedule=constant", "evaluation.every=0", "checkpoint.keep_last=2")
+    start(tmp_path, "train.steps=5", *constant)  # every third step, and the last
+    damage(tmp_path, 5)
+    start(tmp_path, "train.steps=6", *constant)
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == [3, 5, 6]
+    damage(tmp_path, 6)
+    start(tmp_path, "train.steps=7", *constant)
+    assert numbers(tmp_path, "step") == [1, 2, 3, 4, 5, 6, 7]
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == [5, 6, 7]  # 6 was written anew and counts
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_its_steps_are_made_again(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     start(tmp_path / "whole")
     start(tmp_path)
-    newest = tmp_path / "run" / "checkpoints" / "step_00000006" / "rank_00000.bin"
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
+    damage(tmp_path, 6)
     start(tmp_path)
     assert numbers(tmp_path, "loss") == numbers(tmp_path / "whole", "loss")
     texts = [record["text"] for record in metrics(tmp_path) if record["kind"] == "event"]

@@ -35,6 +35,14 @@ def test_checkpoints_of_a_future_that_was_left_do_not_count_as_newest(tmp_path: 
     assert newest_that_verifies(tmp_path, single_process_mesh()).step == 30
 
 
+def test_a_checkpoint_that_was_passed_over_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    for step in (10, 13, 20):
+        save(tmp_path, step, Keep(last=2, passed_over=frozenset({13})))
+    assert list_checkpoints(tmp_path) == [10, 13, 20]
+    save(tmp_path, 30, Keep(last=2, passed_over=frozenset({13})))
+    assert list_checkpoints(tmp_path) == [13, 20, 30]
+
+
 @pytest.mark.parametrize("keep", [Keep(last=0), Keep(last=1, every=-1)])
 def test_keeping_none_is_refused(tmp_path: Path, keep: Keep) -> None:
     with pytest.raises(ValueError, match="keep at least the last 1"):
