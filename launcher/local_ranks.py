@@ -39,6 +39,8 @@ from meshwright.launcher.ranks import LISTENING, STARTED_HERE, RankInfo, check_r
 _POLL_SECONDS = 0.05
 # After a rank died: how long the others may take to end by themselves, then how long to answer SIGTERM.
 _SETTLE_SECONDS, _TERM_SECONDS = 1.0, 4.0
+# After a rank refused what the user gave: every rank will, on a busy machine not at the same moment.
+_REFUSED, _REFUSAL_SECONDS = 2, 10.0
 _PASSED_ON = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGTERM,
@@ -186,7 +188,8 @@ class _Watch:
                 self.failed.append((rank, code))
 
     def _end_the_others(self) -> None:
-        self._wait(_SETTLE_SECONDS)
+        was_refused = all(code == _REFUSED for _, code in self.failed)
+        self._wait(_REFUSAL_SECONDS if was_refused else _SETTLE_SECONDS)
         self.ended_by_us = bool(self.running)
         self._send(signal.SIGTERM)
         self._wait(_TERM_SECONDS)

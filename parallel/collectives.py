@@ -19,7 +19,7 @@ from meshwright.parallel.mesh import Axis
 
 # torch 2.13 renamed both and warns at the old names; 2.11 knows only the old ones.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @runtime_checkable
@@ -50,7 +50,7 @@ def reduce_scatter(out: Shaped[Tensor, " part"], x: Shaped[Tensor, " n_part"], a
     if not axis.is_split:
         out.copy_(x)
         return DONE
-    return _reduce_scatter_flat(out, x, group=axis.group, async_op=True) or DONE
+    return reduce_scatter_flat(out, x, group=axis.group, async_op=True) or DONE
 
 
 def all_gather(out: Shaped[Tensor, " n_part"], x: Shaped[Tensor, " part"], axis: Axis) -> Pending:

@@ -40,7 +40,7 @@ PACKAGES = (
     Package("flash_attn", "flash-attn", "FlashAttention beyond the one in torch", False),
     Package("deepspeed", "deepspeed", "offload to CPU memory and NVMe", False),
     Package("megatron.core", "megatron-core", "weights in megatron-core's layout", False),
-    Package("mpi4py.MPI", "mpi4py", "tokenizing over several nodes", False),
+    Package("mpi4py.MPI", "mpi4py", "ranks that mpirun starts on several nodes: where rank 0 is", True),
     Package("wandb", "wandb", "metrics in Weights & Biases", False),
 )
 

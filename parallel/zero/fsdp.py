@@ -8,12 +8,17 @@ factor of 1: any other would be applied twice on a shard group of one rank (chec
 `foreach_reduce`), and gloo lacks the operation that it needs.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from meshwright.parallel.collectives import reduce_scatter_flat
 from meshwright.parallel.mesh import Axis, Mesh
 from meshwright.parallel.placement import Placement
 from meshwright.parallel.zero.part import Part, make_part
@@ -61,6 +66,25 @@ def shard_modules(
     return wrapped
 
 
+class CountedReduceScatter:
+    """What FSDP2 reduces a unit's gradients with (its `ReduceScatter` protocol), and how often it did."""
+
+    def __init__(self) -> None:
+        """Begin at 0."""
+        self.calls = 0
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory for what is sent or received."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, op: Any, async_op: bool = False
+    ) -> Any:
+        """Sum everyone's piece for this rank."""
+        self.calls += 1
+        return reduce_scatter_flat(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+
+
 class FsdpEngine:
     """Parts and gradients of parameters that FSDP2 shards."""
 
@@ -74,6 +98,10 @@ class FsdpEngine:
     ) -> None:
         """Take the sharded parameters, the modules that gather them, and the shapes that they had before."""
         self.parameters, self.wrapped = parameters, wrapped
+        self._reductions = [CountedReduceScatter() for _ in wrapped]
+        self._micro_batches = 0
+        for unit, reduction in zip(wrapped, self._reductions, strict=True):
+            unit.set_custom_reduce_scatter(reduction)
         self.parts: dict[str, Part] = {}
         for name, parameter in parameters.items():
             assert isinstance(parameter.data, DTensor)
@@ -82,12 +110,19 @@ class FsdpEngine:
 
     def start_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
         """Begin with empty gradients; FSDP2 reduces after every micro-batch and adds up what it reduced."""
+        self._micro_batches = 1 if is_first else self._micro_batches + 1
         if is_first:
+            for reduction in self._reductions:
+                reduction.calls = 0
             for parameter in self.parameters.values():
                 parameter.grad = None
 
     def finish_gradients(self) -> None:
         """Give each part its gradient; FSDP2 waited for its reductions when the backward pass ended."""
+        calls = [reduction.calls for reduction in self._reductions]
+        assert calls == [self._micro_batches] * len(calls), (
+            f"in {self._micro_batches} micro-batches the units were reduced {calls} times"
+        )
         for name, parameter in self.parameters.items():
             gradient = parameter.grad
             assert isinstance(gradient, DTensor), f"{name} got no gradient in this step"

@@ -149,6 +149,34 @@ def test_weights_that_change_after_an_evaluation_are_the_ones_computed_with(stag
         torch.testing.assert_close(found, expected)
 
 
+def complaint_of_a_step(mesh: Mesh, stage: int, fault: str) -> str:
+    """Leave a layer's reduction out, or make one more, and return what is said of it."""
+    run = engine_cases.start(mesh, DENSE, Plan(stage=stage))
+    layer = next(iter(run.model.layers.values()))
+    if fault == "left out":
+        layer.set_requires_gradient_sync(False)
+    try:
+        engine_cases.forward_backward(run, 0, 1)
+        if fault == "twice":
+            tokens, targets = engine_cases.batch_of(0)
+            run.model(tokens, targets).backward()
+            run.engine.finish_gradients()
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_reduction_that_is_left_out_or_made_twice_is_found(stage: int) -> None:
+    # Two samples on each of four ranks, a micro-batch each; units are the layer and what is around it.
+    sizes = Sizes(dp_shard=4)
+    assert run_mesh(sizes, complaint_of_a_step, stage, "") == [""] * 4
+    for found in run_mesh(sizes, complaint_of_a_step, stage, "left out"):
+        assert found == "in 2 micro-batches the units were reduced [0, 2] times"
+    for found in run_mesh(sizes, complaint_of_a_step, stage, "twice"):
+        assert found == "in 2 micro-batches the units were reduced [3, 3] times"
+
+
 def refusal(mesh: Mesh, stage: int, grad_sum: tuple[Axis, ...]) -> str:
     model = torch.nn.Linear(4, 4, bias=False, device="meta")
     table = {"weight": Placement(grad_sum=tuple(mesh.axes[name] for name in grad_sum))}
