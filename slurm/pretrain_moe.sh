@@ -166,7 +166,8 @@ folder = Path(sys.argv[1])
 summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 reached, unigram = summary["validation_loss"], summary["unigram_entropy"]
 if reached is not None and unigram is not None:
-    print(f"validation loss  {reached:.3f} nats per token; knowing only how frequent each token is gives {unigram:.3f}")
+    print(f"validation loss  {reached:.3f} nats per token, on samples of the held-out text;")
+    print(f"                 {unigram:.3f} is what knowing only how frequent each token is gives, on all of it")
 for name, path in (
     ("run", folder),
     ("loss curve", summary.get("picture") or "not drawn"),

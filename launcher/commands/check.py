@@ -12,7 +12,9 @@ from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.batch_ramp import BatchRamp
 from meshwright.launcher.training.learning_rate import warmup_length
+from meshwright.model.config import ModelConfig
 from meshwright.model.costs import active_parameter_count, parameter_count, training_flops_per_token
+from meshwright.model.presets import PRESETS
 
 
 def check(
@@ -64,6 +66,7 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
         ("layout", f"{layout}, ZeRO-{run_file.zero.stage}, recompute {run_file.recompute.mode}, {train.precision}"),
         ("model", _model_line(run_file)),
         ("", f"{flops / 1e9:.3g} GFLOP for each token trained on (attention counted causal)"),
+        *([("preset", _preset_line(model))] if model.preset else []),
         ("data", _data_line(run_file, store)),
         (
             "step",
@@ -94,6 +97,15 @@ def _model_line(run_file: RunFile) -> str:
     if active != total:
         text += f", {_count(active)} active"
     return text + ("" if model.vocab_size else " (without the embedding: vocab_size is the tokenizer's)")
+
+
+def _preset_line(model: ModelConfig) -> str:
+    """Say which keys of the preset the run file has otherwise: those beside it win, wherever it was named."""
+    beneath, moe = dict(PRESETS[model.preset]), dict(PRESETS[model.preset].get("moe", {}))
+    beneath.pop("moe", None)
+    other = [key for key, value in beneath.items() if getattr(model, key) != value]
+    other += [f"moe.{key}" for key, value in moe.items() if model.moe is None or getattr(model.moe, key) != value]
+    return f"{model.preset}" + (f", but for {', '.join(other)}" if other else "")
 
 
 def _data_line(run_file: RunFile, store: StoreMeta | None) -> str:

@@ -39,7 +39,7 @@ from meshwright.launcher.weights.verify_export import (
 )
 from meshwright.model.families.choose import choose_family
 
-SAMPLES = 2
+MIN_SAMPLES, TOKENS = 2, 1024
 LONGEST_SAMPLE = 512
 
 
@@ -196,7 +196,8 @@ def _verification_text(request: ExportRequest, saved: SavedRun, settings: Export
     if split.num_tokens < 2:
         raise ValueError(f"data.store = {folder}: its {name} split has no text to verify on; {ways_out}")
     length = min(length, split.num_tokens)
-    starts = np.linspace(0, split.num_tokens - length, SAMPLES).astype(int)
+    count = max(MIN_SAMPLES, TOKENS // length)
+    starts = np.linspace(0, split.num_tokens - length, count).astype(int)
     samples = np.stack([split.read(int(start), length).astype(np.int64) for start in starts])
     tokens = torch.from_numpy(samples).T.contiguous()
     return VerificationText(tokens, f"the {name} split of {folder}", settings.tokenizer_json)
@@ -213,7 +214,7 @@ def _text_of_file(path: Path, settings: ExportSettings, length: int) -> Verifica
         ) from None
     if len(ids) < 2:
         raise ValueError(f"--text {path}: has {len(ids)} tokens; at least 2 are needed, and a page is better")
-    samples = min(SAMPLES, max(1, len(ids) // length))
+    samples = max(1, min(TOKENS, len(ids)) // length)
     length = min(length, len(ids))
     tokens = torch.tensor(ids[: samples * length]).view(samples, length).T.contiguous()
     return VerificationText(tokens, str(path), settings.tokenizer_json)

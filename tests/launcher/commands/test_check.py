@@ -51,6 +51,23 @@ def test_a_large_run_is_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert said["state"].startswith("7.1 GiB on each rank: weights 0 B, masters 1.8 GiB, gradients 1.8 GiB")
 
 
+@pytest.mark.parametrize(
+    ("name", "override", "told"),
+    [
+        ("llama3_8b", "train.steps=9000", "llama3-8b"),
+        ("llama3_8b", "model.num_layers=2", "llama3-8b, but for num_layers"),
+        ("qwen3_30b_a3b", "model.moe.top_k=4", "qwen3-30b-a3b, but for moe.top_k"),
+        # Its own sizes win: of a preset that is named on the command line next to nothing is used, and it is said.
+        ("moe_tiny", "model.preset=moe-tiny", "moe-tiny, but for num_layers, hidden_size"),
+    ],
+)
+def test_what_a_run_file_has_otherwise_than_its_preset_is_named(
+    capsys: pytest.CaptureFixture[str], name: str, override: str, told: str
+) -> None:
+    check(RUNS / f"{name}.toml", [override], world_size=64 if name != "moe_tiny" else 2)
+    assert lines(capsys)["preset"].startswith(told)
+
+
 def test_the_tokens_of_a_ramp_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     check(RUNS / "llama3_8b.toml", ["train.steps=3", "learning_rate.warmup_steps=1"], world_size=64)
     said = lines(capsys)
