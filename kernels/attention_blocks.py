@@ -163,9 +163,9 @@ class _Problem:
         return self.as_rows(self.wide_q.new_empty(shape))
 
     def restore(self, rows: Tensor, like: Tensor) -> Tensor:
-        """[b*k, s*r, d] -> [s, b, k*r, d], in the dtype of `like`."""
+        """[b*k, s*r, d] -> [s, b, k*r, d], in the dtype of `like`; contiguous, as torch.compile is told."""
         grouped = rows.view(self.b, self.num_kv_heads, self.s, -1, self.d).permute(2, 0, 1, 3, 4)
-        return grouped.to(like.dtype).reshape(like.shape)
+        return grouped.to(like.dtype).reshape(like.shape).contiguous()
 
     def room(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return room for the scores of the largest tile."""

@@ -65,7 +65,7 @@ def grouped_product_gradients(
         ends = _ends(counts, x)
         with without_autocast(x):
             return F.grouped_mm(grad, weight, offs=ends), F.grouped_mm(grad.t(), x.contiguous(), offs=ends)
-    of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
+    of_x, of_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     for expert, rows in enumerate(_stretches(counts, x)):
         g, w = _widened(grad[rows], widen), _widened(weight[expert], widen)
         products.input_gradient(g, w, out=of_x[rows])
@@ -80,7 +80,7 @@ def _(x: Tensor, weight: Tensor, counts: Tensor, dtype: torch.dtype, widen: bool
 
 @grouped_product_gradients.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor, widen: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
