@@ -182,9 +182,10 @@ class ModelConfig(BaseModel):
                 f" model.head_dim be given; one of {nearest(fits, self.num_heads)} would fit"
             )
         elif self.head_dim % 2 != 0:
+            fits = [size for size in (self.head_dim - 1, self.head_dim + 1) if size > 0]
             found.append(
                 f"model.head_dim = {self.head_dim}: must be even, because RoPE turns pairs;"
-                f" {max(2, self.head_dim - 1)} or {self.head_dim + 1} would fit"
+                f" {' or '.join(map(str, fits))} would fit"
             )
         if self.num_heads % self.num_kv_heads != 0:
             found.append(

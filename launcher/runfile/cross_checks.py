@@ -10,6 +10,9 @@ from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.learning_rate import learning_rate_problems
 from meshwright.model.config import divisors, nearest
 
+# File systems take 255 bytes; what remains is for endings.
+LONGEST_NAME = 200
+
 
 def check(run_file: RunFile, world_size: int) -> list[str]:
     """Return every reason why this run cannot start on `world_size` ranks; empty means that it can."""
@@ -28,6 +31,7 @@ def check(run_file: RunFile, world_size: int) -> list[str]:
 def check_on_any_world(run_file: RunFile) -> list[str]:
     """Return every problem that no number of ranks would mend."""
     return [
+        *_name_problems(run_file),
         *run_file.model.problems(),
         *run_file.parallel.refusals(),
         *_expert_problems(run_file),
@@ -38,6 +42,14 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
         *_compile_problems(run_file),
         *_mps_problems(run_file),
     ]
+
+
+def _name_problems(run_file: RunFile) -> list[str]:
+    """Refuse a name that no file system takes, once it has endings of our own."""
+    name = run_file.run.name
+    if len(name) <= LONGEST_NAME:
+        return []
+    return [problem("run.name", name, f"has {len(name)} letters", f"at most {LONGEST_NAME} would fit")]
 
 
 def _expert_problems(run_file: RunFile) -> list[str]:

@@ -84,8 +84,15 @@ def shown(value: object) -> str:
         text = "{" + ", ".join(f"{key} = {shown(inner)}" for key, inner in value.items()) + "}"
     elif isinstance(value, list | tuple):
         text = "[" + ", ".join(shown(inner) for inner in value) + "]"
+    elif isinstance(value, int) and value.bit_length() > 4096:  # str() has a limit, and nobody reads so many digits
+        text = f"a number of about {round(value.bit_length() * 0.30103):,} digits"
     else:
         text = str(value)
+    return cut_short(text)
+
+
+def cut_short(text: str) -> str:
+    """Return the beginning of a text that is too long for a line."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 

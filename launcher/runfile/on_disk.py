@@ -1,4 +1,4 @@
-"""What a run file names on this machine's disks: the token store of [data], and the folder of [init].
+"""What a run file names on this machine's disks: the store of [data], the folders of [run] and [init].
 
     check    a store that is not here yet is no problem (`meshwright prepare` may run later, or elsewhere)
     train    needs it
@@ -7,6 +7,7 @@ Only metadata is read, so that neither torch nor numpy is loaded: the store's me
 of its files. What lies within them is checked when it is read.
 """
 
+import stat
 from pathlib import Path
 
 from meshwright.data.errors import StoreError
@@ -17,7 +18,11 @@ from meshwright.launcher.runfile.tables import RunFile
 
 def on_disk_problems(run_file: RunFile, *, is_store_needed: bool) -> list[str]:
     """Return every reason why this run cannot start from what lies on this machine's disks."""
-    return [*_store_problems(run_file, is_needed=is_store_needed), *_init_problems(run_file)]
+    return [
+        *_folder_problems(run_file),
+        *_store_problems(run_file, is_needed=is_store_needed),
+        *_init_problems(run_file),
+    ]
 
 
 def store_of(run_file: RunFile) -> StoreMeta | None:
@@ -47,6 +52,24 @@ def _store_problems(run_file: RunFile, *, is_needed: bool) -> list[str]:
         way_out = "prepare it with --validation-fraction, or 0 would fit"
         found.append(problem("evaluation.every", every, "the store holds no validation split", way_out))
     return found
+
+
+def _folder_problems(run_file: RunFile) -> list[str]:
+    """Return the problem of an output folder that cannot be made, because something on its way is no folder."""
+    folder = Path(run_file.run.output_folder)
+    if "\0" in run_file.run.folder:
+        return [problem("run.folder", str(folder), "holds a NUL, which no file system takes")]
+    for path in (folder, *folder.parents):
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # to be made, or beneath what is no folder
+        except OSError as error:
+            return [problem("run.folder", str(folder), f"{path} cannot be looked at: {error.strerror}")]
+        if not is_folder:
+            return [problem("run.folder", str(folder), f"{path} is there and is no folder", "another would fit")]
+        return []
+    return []
 
 
 def _init_problems(run_file: RunFile) -> list[str]:

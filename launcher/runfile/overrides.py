@@ -6,12 +6,20 @@ A value is TOML; a word that is none, such as second-try, is text. So is any val
 needs no quotes.
 """
 
+import sys
 import tomllib
 from collections.abc import Sequence
 from typing import Any
 
-from meshwright.launcher.runfile.keys import all_keys, field_of
-from meshwright.launcher.runfile.messages import shown, suggestion
+from meshwright.launcher.runfile.input_file import MOST_NESTED, nesting
+from meshwright.launcher.runfile.keys import all_keys, field_of, fields
+from meshwright.launcher.runfile.keys import tables as tables_by_name
+from meshwright.launcher.runfile.messages import cut_short, shown, suggestion
+
+EXAMPLE = "key=value, such as train.steps=100"
+# The longest key of a run file has 3 names, model.moe.top_k; a wrong one of a few more is told as unknown.
+MOST_NAMES = 8
+TOO_DEEP = f"has lists or tables nested too deep; at most {MOST_NESTED} within one another would fit"
 
 
 def apply_overrides(tables: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -23,40 +31,71 @@ def apply_overrides(tables: dict[str, Any], overrides: Sequence[str]) -> tuple[d
     problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
-        key = key.strip()
-        if not equals or not all(key.split(".")):
-            problems.append(f"{override}: an override is written key=value, such as train.steps=100")
-            continue
-        if "." not in key:
-            meant = suggestion("", key) or next((known for known in all_keys() if known.endswith(f".{key}")), None)
-            question = f"; did you mean {meant}={text}?" if meant else ""
-            problems.append(f"{override}: the key of an override is written with its table{question}")
+        key, text = key.strip(), text.strip()
+        if fault := _key_fault(key, text) if equals and all(key.split(".")) else "an override is written " + EXAMPLE:
+            problems.append(f"{cut_short(override)}: {fault}")
             continue
         try:
-            value = parse_value(key, text.strip())
+            value = parse_value(key, text)
         except ValueError as error:
-            problems.append(f"{key} = {text}: {error}")
+            problems.append(f"{key} = {cut_short(text)}: {error}")
             continue
         problems += _put(changed, key.split("."), value)
     return changed, problems
+
+
+def _key_fault(key: str, text: str) -> str:
+    """Return why no value can be set at a key, "" if one can; whether the key exists is not looked at."""
+    if key in tables_by_name():
+        names = fields(tables_by_name()[key])
+        way_out = f"; its keys are set one by one, such as {key}.{next(iter(names))}=..." if names else ""
+        return f"{key} is a table{way_out}; [{key}] has: {', '.join(names)}"
+    if "." not in key:
+        meant = suggestion("", key) or next((known for known in all_keys() if known.endswith(f".{key}")), None)
+        question = f"; did you mean {meant}={cut_short(text)}?" if meant else ""
+        return f"the key of an override is written with its table{question}"
+    names_in_key = key.count(".") + 1
+    return f"the key has {names_in_key:,} names; at most {MOST_NAMES} would fit" if names_in_key > MOST_NAMES else ""
 
 
 def parse_value(key: str, text: str) -> object:
     """Return the value that a piece of the command line stands for.
 
     Raises:
-        ValueError: if it begins like a list, table or quoted text, and is none.
+        ValueError: if it begins like a list, table or quoted text, and is none; or has more than one line, of which
+            TOML would take the others for further keys.
     """
     field = field_of(key)
+    if len(text.splitlines()) > 1:
+        raise ValueError("must be one line; give each key by itself")
     try:
-        value: object = tomllib.loads(f"value = {text}")["value"]
+        value: object = parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError as error:
         if text[:1] in ("[", "{", '"', "'"):
-            raise ValueError(f"is no TOML value: {error}") from error
+            raise ValueError(f"{error}".replace("is no TOML", "is no TOML value")) from error
         return text
     if field is not None and field.annotation is str and not isinstance(value, str):
         return text
     return value
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML whose values can be walked over.
+
+    Raises:
+        ValueError: if it is none, or beyond what Python parses; the reason goes on from a file's or a key's name.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise tomllib.TOMLDecodeError(f"is no TOML: {error}") from error
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    except ValueError:  # Python's limit to the digits of a number, the only other
+        raise ValueError(f"has a number of more than {sys.get_int_max_str_digits():,} digits") from None
+    if nesting(tables) > MOST_NESTED:
+        raise ValueError(TOO_DEEP)
+    return tables
 
 
 def _put(tables: dict[str, Any], path: list[str], value: object) -> list[str]:

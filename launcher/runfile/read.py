@@ -9,7 +9,6 @@ checked. Nothing here loads torch.
 """
 
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +16,17 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
+from meshwright.launcher.runfile.input_file import MOST_NESTED, input_bytes
 from meshwright.launcher.runfile.keys import field_of
 from meshwright.launcher.runfile.messages import ConfigError, closest, dotted, of_validation, problem
 from meshwright.launcher.runfile.on_disk import on_disk_problems
-from meshwright.launcher.runfile.overrides import apply_overrides
+from meshwright.launcher.runfile.overrides import apply_overrides, parse_toml
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.model.presets import PRESETS, with_preset
+
+# Run files are of a few thousand bytes, and their lines have a few dots.
+MOST_BYTES = 2**18
+MOST_DOTS = 200
 
 # Where a message about an unknown key goes on to list what there is.
 LISTING = re.compile(r" has: |the tables are: ")
@@ -62,13 +66,13 @@ def read_run_file(
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
-    """Return the tables of a TOML file.
+    """Return the tables of a TOML file; a byte order mark, as some editors write it, is passed over.
 
     Raises:
         ConfigError: if it cannot be read, is no UTF-8 or is no TOML; with the line and column.
     """
     try:
-        return tomllib.loads(Path(path).read_bytes().decode("utf-8"))
+        return _parsed(input_bytes(path, MOST_BYTES).decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(str(path), [f"there is no such file; it was looked for from {Path.cwd()}"]) from error
     except OSError as error:
@@ -77,8 +81,21 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             str(path), [f"is no UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"]
         ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(str(path), [f"is no TOML: {error}"]) from error
+    except ValueError as error:
+        raise ConfigError(str(path), [str(error)]) from error
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Parse what can be parsed soon, and be walked over.
+
+    Raises:
+        ValueError: with the reason, which goes on from the file's name.
+    """
+    for number, line in enumerate(text.splitlines(), start=1):
+        # The parser looks at every beginning of a dotted key, so that a long one would keep it for minutes.
+        if line.count(".") > MOST_DOTS and not line.lstrip().startswith("#"):
+            raise ValueError(f"line {number} has {line.count('.'):,} dots; a key has at most {MOST_NESTED} names")
+    return parse_toml(text)
 
 
 def examine(

@@ -48,6 +48,7 @@ def test_sound_sizes_have_no_problems() -> None:
             "model.num_heads = 5: must divide model.hidden_size = 96, or model.head_dim be given;"
             " one of [1, 2, 3, 4, 6, 8, 12, 16] would fit",
         ),
+        ({"head_dim": 1}, "model.head_dim = 1: must be even, because RoPE turns pairs; 2 would fit"),
         ({"head_dim": 15}, "model.head_dim = 15: must be even, because RoPE turns pairs; 14 or 16 would fit"),
         (
             {"pattern": "*-*E*-", "moe": MOE},

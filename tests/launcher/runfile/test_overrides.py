@@ -49,6 +49,18 @@ def test_the_last_of_two_wins_and_the_file_stays_as_it_was() -> None:
         ("train.=3", "train.=3: an override is written key=value, such as train.steps=100"),
         ("steps=3", "steps=3: the key of an override is written with its table; did you mean train.steps=3?"),
         ("lr=3", "lr=3: the key of an override is written with its table; did you mean learning_rate.peak=3?"),
+        (
+            "zero=3",
+            "zero=3: zero is a table; its keys are set one by one, such as zero.stage=...; [zero] has: stage",
+        ),
+        ("train.steps=1\n[x]", "train.steps = 1\n[x]: must be one line; give each key by itself"),
+        ("x." * 3000 + "y=1", "x." * 38 + "x...: the key has 3,001 names; at most 8 would fit"),
+        (
+            f"train.steps={'[' * 3000}",
+            f"train.steps = {'[' * 77}...: has lists or tables nested too deep; "
+            "at most 64 within one another would fit",
+        ),
+        (f"train.steps={'9' * 5000}", f"train.steps = {'9' * 77}...: has a number of more than 4,300 digits"),
         ("train.steps.x=3", "train.steps.x: train.steps = 1 is no table, it has no keys"),
     ],
 )

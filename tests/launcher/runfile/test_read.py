@@ -1,9 +1,11 @@
 """A run file becomes tables, or every one of its mistakes is told at once."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from meshwright.launcher.runfile.input_file import input_bytes
 from meshwright.launcher.runfile.keys import all_keys, field_of
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
@@ -149,7 +151,8 @@ def test_the_message_counts_and_names_the_file(sound: Path) -> None:
         ('optimizer.groups=[{match="*", betas=[0.9, 1.0]}]', "optimizer.groups[0].betas[1] = 1.0: must be below 1.0"),
         ("model.d_model=64", "model.d_model: no such key; did you mean model.hidden_size?"),
         ("train.seq_len=64", "train.seq_len: no such key; did you mean data.seq_len?"),
-        ("data=3", "data=3: the key of an override is written with its table"),
+        ("data=3", "data=3: data is a table; its keys are set one by one, such as data.store=...; [data] has: store,"),
+        (f"run.name={'a' * 201}", f'run.name = "{"a" * 76}...: has 201 letters; at most 200 would fit'),
         ("model.preset=llama3", 'model.preset = "llama3": there is no such preset; the presets are: tiny,'),
         ("run.name=a/b", 'run.name = "a/b": does not have the form; Name of the run'),
     ],
@@ -223,3 +226,55 @@ def test_a_file_that_is_no_text_or_not_there_is_told(tmp_path: Path) -> None:
 def test_a_table_that_is_none_is_told(tmp_path: Path, value: str) -> None:
     text = f"zero = {value}\n" + SOUND
     assert problems(write(tmp_path, text)) == (f"zero = {value}: must be a table",)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf" + SOUND.encode())
+    assert read_run_file(tmp_path / "run.toml").run.name == "x"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        pytest.param("a = " + "[" * 5000 + "]" * 5000, "has lists or tables nested too deep", id="beyond the parser"),
+        pytest.param("a = " + "[" * 100 + "]" * 100, "has lists or tables nested too deep", id="deep list"),
+        pytest.param("a." * 100 + "b = 1", "has lists or tables nested too deep", id="deep table"),
+        pytest.param("a = " + "9" * 5000, "has a number of more than 4,300 digits", id="digits"),
+        pytest.param("a." * 20_000 + "b = 1", "line 15 has 20,000 dots; a key has at most 64 names", id="dots"),
+        pytest.param("#" * 2**18, "has 262,3", id="bytes"),
+    ],
+)
+def test_what_would_end_the_parser_is_told(tmp_path: Path, line: str, told: str) -> None:
+    found = problems(write(tmp_path, f"{SOUND}[x]\n{line}\n"))
+    assert len(found) == 1
+    assert found[0].startswith(told)
+
+
+def test_a_number_of_many_digits_in_a_base_without_a_limit_is_told_shortly(tmp_path: Path) -> None:
+    found = problems(write(tmp_path, SOUND.replace("steps = 100", f"steps = 0x{'f' * 5000}")))
+    assert len(found) == 1
+    assert found[0].startswith("train.steps = a number of about 6,021 digits: must be at most")
+
+
+def test_only_an_ordinary_file_is_read(tmp_path: Path) -> None:
+    """A pipe would be waited for, and a device read without end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("pipe", "link"):
+        assert problems(tmp_path / name) == ("is a pipe, a socket or a device; a file on a disk would fit",)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
+def test_a_file_that_says_it_is_empty_is_read_no_further_than_the_bound() -> None:
+    """The files of /proc have a size of 0, whatever they hold."""
+    with pytest.raises(ValueError, match="has more than the 3 bytes that would fit"):
+        input_bytes("/proc/self/status", 3)
+
+
+def test_an_output_folder_beneath_a_file_is_told(sound: Path) -> None:
+    (sound.parent / "file").write_text("")
+    for below in ("", "/run", "/deep/run"):
+        folder = f"{sound.parent}/file{below}"
+        with pytest.raises(ConfigError, match=r"file is there and is no folder; another would fit"):
+            read_run_file(sound, [f"run.folder={folder}"], folders="if here")
+    read_run_file(sound, [f"run.folder={sound.parent}/new/run"], folders="if here")
