@@ -74,7 +74,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def step_of(path: Path) -> int | None:
     """Return the step that a folder's name says; None if it is no name of a finished checkpoint."""
     match = _FINISHED.fullmatch(path.name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and path.name == checkpoint_path(path.parent, int(match[1])).name else None
 
 
 def list_checkpoints(folder: Path) -> list[int]:
@@ -86,12 +86,21 @@ def list_checkpoints(folder: Path) -> list[int]:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Remove what killed saves left, and make the folder that the checkpoint of `step` is written into."""
+    """Remove what killed saves left, and make the folder that the checkpoint of `step` is written into.
+
+    What cannot be removed is left to the next save: it is in nobody's way.
+
+    Raises:
+        FileExistsError: if something that is no folder has the checkpoint's name.
+    """
+    finished = checkpoint_path(folder, step)
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
+    if finished.exists() and not finished.is_dir():
+        raise FileExistsError(f"{finished} is in the way: it is no folder; move it away")
     for path in list(folder.iterdir()):
         if _ASIDE.fullmatch(path.name) and path.is_dir() and path not in _UNDER_WAY:
-            shutil.rmtree(path)
+            _remove(path)
     aside = _aside(checkpoint_path(folder, step), "tmp")
     aside.mkdir()
     _UNDER_WAY.add(aside)
@@ -121,19 +130,19 @@ def commit(aside: Path, manifest: Manifest) -> Path:
     sync_folder(finished.parent)
     _UNDER_WAY.discard(aside)
     if replaced:
-        shutil.rmtree(replaced)
+        _remove(replaced)
     return finished
 
 
 def discard(aside: Path) -> None:
     """Remove the folder of a save that failed; what cannot be removed is left to the next save."""
     _UNDER_WAY.discard(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
     recover(aside.parent)
 
 
-def retain(folder: Path, step: int, keep: Keep) -> list[int]:
-    """Remove the checkpoints before `step`, the one just written, that need not stay; return their steps.
+def retain(folder: Path, step: int, keep: Keep) -> list[str]:
+    """Remove the checkpoints before `step`, the one just written, that need not stay; return what could not be.
 
     Later ones are not touched: after going back to an older checkpoint they are the future that was left, perhaps
     damaged, and counting them as newest would remove what is good.
@@ -145,13 +154,21 @@ def retain(folder: Path, step: int, keep: Keep) -> list[int]:
         raise ValueError(f"keep at least the last 1 checkpoint, and every = 0 or more: got {keep}")
     past = [other for other in list_checkpoints(folder) if other <= step and other not in keep.passed_over]
     stay = set(past[-keep.last :]) | {other for other in past if keep.every and other % keep.every == 0}
-    removed = [other for other in past if other not in stay]
-    for other in removed:
+    problems = []
+    for other in past:
+        if other in stay:
+            continue
         # Renamed first: a kill while removing must not leave half a checkpoint under a whole one's name.
-        aside = _aside(checkpoint_path(folder, other), "tmp")
-        os.rename(checkpoint_path(folder, other), aside)
-        shutil.rmtree(aside)
-    return removed
+        path = checkpoint_path(folder, other)
+        aside = _aside(path, "tmp")
+        try:
+            os.rename(path, aside)
+        except OSError as error:
+            problems.append(f"{path} could not be removed: {error.strerror}")
+            continue
+        if not _remove(aside):
+            problems.append(f"{path} could not be removed, and what is left of it is {aside}")
+    return problems
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -174,7 +191,7 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError(f"{file} is of format {body['format']!r} {body['version']}, not {FORMAT!r} {VERSION}")
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
         manifest = Manifest(body["step"], body["world_size"], body["fingerprint"], files)
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     if step_of(path) not in (None, manifest.step):
         raise ValueError(f"{file} is of step {manifest.step}, the folder's name says another")
@@ -232,6 +249,15 @@ def _refuse_what_json_changes(value: Any, where: str) -> None:
             f"{where} is a {type(value).__name__}: a checkpoint's state holds None, bool, int, float, str, list and "
             "dict; tensors go beside it"
         )
+
+
+def _remove(path: Path) -> bool:
+    """Remove a folder, or a link to one, as far as that is possible; say whether it is gone."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)  # what it points to lies elsewhere and is not ours
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+    return not os.path.lexists(path)
 
 
 def _aside(finished: Path, why: str) -> Path:

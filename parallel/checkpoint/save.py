@@ -8,7 +8,7 @@
 rest in a thread over a process group of its own, while training goes on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -49,18 +49,19 @@ def save_checkpoint(
     mesh: Mesh,
     fingerprint: str,
     keep: Keep | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Write the checkpoint of a step and return its path; every rank must call this.
 
     `tensors` is what this rank holds, by global name; on more than one rank each must be described (`describe`).
     `state` is small values (position in the data, schedule, run file); rank 0's is written. With `keep`, older
-    checkpoints that need not stay are removed afterwards.
+    checkpoints that need not stay are removed afterwards; `tell` is called with each that could not be.
 
     Raises:
         CheckpointError: on every rank, if one of them failed; earlier checkpoints are untouched.
     """
     ranks = ranks_of(mesh)
-    save = _Save(folder, step, state, fingerprint, keep)
+    save = _Save(folder, step, state, fingerprint, keep, tell)
     save.plan(tensors, ranks)
     return save.write(ranks)
 
@@ -71,8 +72,12 @@ class AsyncSaver:
     An error of a save is raised by the next call of `save`, `wait` or `close`, on every rank.
     """
 
-    def __init__(self, mesh: Mesh, timeout: timedelta | None = None) -> None:
-        """Make a process group for the background; every rank must call this. `timeout` is that group's."""
+    def __init__(self, mesh: Mesh, timeout: timedelta | None = None, tell: Callable[[str], None] | None = None) -> None:
+        """Make a process group for the background; every rank must call this. `timeout` is that group's.
+
+        `tell` is called, from the background, with each old checkpoint that could not be removed.
+        """
+        self._tell = tell
         self._ranks = new_ranks(mesh, timeout)
         self._thread: Thread | None = None
         self._outcome: Path | Exception | None = None
@@ -88,7 +93,7 @@ class AsyncSaver:
     ) -> None:
         """Start what `save_checkpoint` does, after the save before it; then the tensors may be changed again."""
         self.wait()
-        save = _Save(folder, step, state, fingerprint, keep)
+        save = _Save(folder, step, state, fingerprint, keep, self._tell)
         save.plan(tensors, self._ranks)
         save.snapshot()
         self._thread = Thread(target=self._write, args=(save,), name=f"save of step {step}")
@@ -139,8 +144,16 @@ class _Written:
 class _Save:
     """One save, from the plan to the finished checkpoint."""
 
-    def __init__(self, folder: Path, step: int, state: dict[str, Any], fingerprint: str, keep: Keep | None) -> None:
-        self.folder, self.step, self.fingerprint, self.keep = folder, step, fingerprint, keep
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        state: dict[str, Any],
+        fingerprint: str,
+        keep: Keep | None,
+        tell: Callable[[str], None] | None,
+    ) -> None:
+        self.folder, self.step, self.fingerprint, self.keep, self.tell = folder, step, fingerprint, keep, tell
         self.state = state
         self._failed = f"the checkpoint of step {step} was not saved (earlier ones are untouched)"
 
@@ -177,10 +190,9 @@ class _Save:
                 ranks.first(partial(discard, aside))
             raise CheckpointError(f"{self._failed}: {error}") from None
         if self.keep is not None:
-            try:
-                ranks.first(partial(retain, self.folder, self.step, self.keep))
-            except CheckpointError as error:
-                raise CheckpointError(f"{path} was saved, but older ones could not be removed: {error}") from None
+            for problem in ranks.first(partial(retain, self.folder, self.step, self.keep)):
+                if self.tell is not None:
+                    self.tell(problem)
         return path
 
     def _write_parts(self, aside: Path) -> _Written:

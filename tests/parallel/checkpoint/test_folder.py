@@ -1,6 +1,8 @@
 """The folder of checkpoints: which stay, which leftovers go, and that nothing else is touched."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,15 @@ from meshwright.parallel.checkpoint.verify import newest_that_verifies, verify
 from meshwright.parallel.mesh import single_process_mesh
 
 
-def save(folder: Path, step: int, keep: Keep | None = None, value: float = 0.0) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    keep: Keep | None = None,
+    value: float = 0.0,
+    tell: Callable[[str], None] | None = None,
+) -> Path:
     tensors = {"weight": torch.full((4,), value or float(step))}
-    return save_checkpoint(folder, step, tensors, {}, single_process_mesh(), "model", keep)
+    return save_checkpoint(folder, step, tensors, {}, single_process_mesh(), "model", keep, tell)
 
 
 def test_the_last_n_and_every_kth_stay(tmp_path: Path) -> None:
@@ -47,9 +55,57 @@ def test_a_checkpoint_that_was_passed_over_does_not_take_the_place_of_a_whole_on
 def test_keeping_none_is_refused(tmp_path: Path, keep: Keep) -> None:
     with pytest.raises(ValueError, match="keep at least the last 1"):
         retain(tmp_path, 1, keep)
-    with pytest.raises(CheckpointError, match="step_00000001 was saved, but older ones could not be removed"):
+    with pytest.raises(CheckpointError, match="keep at least the last 1"):
         save(tmp_path, 1, keep)
     assert list_checkpoints(tmp_path) == [1]
+
+
+def test_a_link_to_a_checkpoint_is_removed_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    save(folder, 1).rename(elsewhere)
+    (folder / "step_00000001").symlink_to(elsewhere)
+    save(folder, 2, Keep(last=1))
+    assert names_in(folder) == ["step_00000002"]
+    assert names_in(elsewhere) != []
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # as where a network file system is busy
+    told: list[str] = []
+    for step in (2, 3):  # nor does what is left end the next save
+        save(tmp_path, step, Keep(last=1), tell=told.append)
+    assert list_checkpoints(tmp_path) == [3]
+    assert "step_00000001 could not be removed, and what is left of it is" in told[0]
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("name", ["step_000000001", "step_0000000001", "step_00000001x"])
+def test_a_folder_of_a_similar_name_is_not_counted(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    for step in (1, 2, 3):
+        save(tmp_path, step, Keep(last=2))
+    assert list_checkpoints(tmp_path) == [2, 3]
+    assert (tmp_path / name).is_dir()
+
+
+def test_a_file_of_a_checkpoints_name_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "step_00000002").write_text("not ours")
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"step_00000002 is in the way: it is no folder; move it away"):
+        save(tmp_path, 2)
+    assert names_in(tmp_path) == ["step_00000001", "step_00000002"]
+    assert (tmp_path / "step_00000002").read_text() == "not ours"
+
+
+def test_a_manifest_that_is_too_deep_is_damage_like_any_other(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "manifest.json").write_text("[" * 100_000)
+    newest = newest_that_verifies(tmp_path, single_process_mesh())
+    assert newest.step == 1
+    assert "manifest.json is damaged" in next(iter(newest.passed_over.values()))[0]
 
 
 def test_only_leftovers_of_our_own_form_are_removed(tmp_path: Path) -> None:
