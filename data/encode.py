@@ -46,11 +46,11 @@ def encode_documents(
     """Yield tasks with their tokens, in the documents' order.
 
     Raises:
-        DataError: if a worker process dies.
+        DataError: if the tokenizer fails on a text, or a worker process dies.
     """
     tasks = _tasks(documents)
     if workers == 1:
-        encoder = _Encoder(tokenizer.json, tokenizer.end_of_text_id)
+        encoder = _Encoder(tokenizer)
         for task in tasks:
             yield task, encoder.encode([it.text for it in task])
         return
@@ -58,7 +58,7 @@ def encode_documents(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(tokenizer.json, tokenizer.end_of_text_id),
+        initargs=(tokenizer,),
     )
     waiting: deque[tuple[list[Document], Future[Encoded]]] = deque()
     try:
@@ -93,26 +93,38 @@ def _tasks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class _Encoder:
-    def __init__(self, tokenizer_json: bytes, end_of_text_id: int) -> None:
-        self.tokenizer: Tokenizer = open_tokenizer(tokenizer_json)
-        self.end = np.array([end_of_text_id], np.uint32)
+    def __init__(self, tokenizer: StoreTokenizer) -> None:
+        self.tokenizer: Tokenizer = open_tokenizer(tokenizer.json)
+        self.origin = tokenizer.origin
+        self.end = np.array([tokenizer.end_of_text_id], np.uint32)
 
     def encode(self, texts: list[str]) -> Encoded:
-        """Encode each text by itself, and end it."""
+        """Encode each text by itself, and end it.
+
+        Raises:
+            DataError: if the tokenizer's own file makes it fail, for instance on a word that it does not know.
+        """
+        try:
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises a bare Exception
+            raise DataError(
+                f"{self.origin}: this tokenizer fails on the text: {error}; mend its file (an unknown token must be in "
+                "its vocabulary), or leave out --tokenizer to train one on the text"
+            ) from None
         pieces: list[UInt32[np.ndarray, "tokens"]] = []
         lengths = []
-        for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        for encoding in encodings:
             ids = np.array(encoding.ids, np.uint32)
             pieces += [ids, self.end]
             lengths.append(len(ids) + 1)
         return Encoded(np.concatenate(pieces), np.array(lengths, np.int64))
 
 
-def _start_worker(tokenizer_json: bytes, end_of_text_id: int) -> None:
+def _start_worker(tokenizer: StoreTokenizer) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process: they are as many as asked for
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = _Encoder(tokenizer_json, end_of_text_id)
+    _encoder = _Encoder(tokenizer)
 
 
 def _end_with_parent() -> None:

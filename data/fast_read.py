@@ -214,6 +214,8 @@ def _read_array_json(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path} is missing; {REPAIR}") from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}; {REPAIR}") from None
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is damaged: not JSON ({error}); {REPAIR}") from None
     if not isinstance(content, dict):

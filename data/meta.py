@@ -87,6 +87,8 @@ class StoreMeta(_Table):
 
     A model that only knows how frequent each token is reaches this loss. None without a validation split.
     """
+    unknown_share: float | None = None
+    """Share of the text's tokens that are the tokenizer's unknown token; None where it has no such token."""
     sources: list[SourceMeta]
     recipe: dict[str, Any]
     """Everything that decided the tokens; an equal recipe gives an equal store."""
@@ -144,6 +146,8 @@ class StoreMeta(_Table):
             raise StoreError(
                 f"{store} is no token store: it has no meta.json; write one with `meshwright prepare --out {store}`"
             ) from None
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror}; {REPAIR}") from None
         except (ValueError, RecursionError) as error:
             raise StoreError(f"{path} is damaged: not JSON ({error}); {REPAIR}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -167,6 +171,8 @@ def _tokenizer_problems(store: Path, meta: StoreMeta) -> list[str]:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:
         return [f"{path} is missing; {REPAIR}"]
+    except OSError as error:
+        return [f"{path} cannot be read: {error.strerror}; {REPAIR}"]
     if found == meta.tokenizer.sha256:
         return []
     return [
@@ -183,6 +189,9 @@ def _shard_problems(array: Path, sizes: list[int]) -> list[str]:
             found = path.stat().st_size
         except FileNotFoundError:
             problems.append(f"{path} is missing; {REPAIR}")
+            continue
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error.strerror}; {REPAIR}")
             continue
         if found != size:
             problems.append(f"{path} has {found:,} bytes, written were {size:,}; {REPAIR}")

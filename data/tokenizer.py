@@ -6,10 +6,12 @@ One that is trained here is a byte-level BPE with GPT-2's pre-tokenizer, a form 
     ids 1 to 256          the bytes, so that no text is unknown
     ids 257 and above     merges, most frequent first
 
-The same texts give the same file, whatever the number of threads.
+The same texts give the same file, whatever the number of threads. In training, not in encoding, a run that
+the pre-tokenizer leaves whole (letters, digits, signs or blanks: base64, DNA) is cut into pieces of 1,024 bytes.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,10 @@ from meshwright.data.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
+
+# A trainer's time is the square of a word's length: 250 kB of one letter take a minute whole, 0.1 s in pieces.
+# No word is as long, and a text without such runs gives the same tokenizer for any length that is above its words'.
+LONGEST_WORD = 1024
 
 # What families call the token that ends a document; Llama 3, GPT-2 and Qwen, Llama 2 and T5, others.
 KNOWN_ENDS = ("<|end_of_text|>", END_OF_TEXT, "</s>", "<eos>", "<|eos|>", "[EOS]", "<eos_token>")
@@ -35,6 +41,9 @@ class StoreTokenizer:
     end_of_text_id: int
     vocab_size: int
     """One more than its largest id; ids may have gaps."""
+    unknown: str = ""
+    """The token that stands for what the vocabulary lacks; empty where nothing is unknown, as with all bytes."""
+    unknown_id: int | None = None
 
     @property
     def sha256(self) -> str:
@@ -45,7 +54,8 @@ class StoreTokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> StoreTokenizer:
     """Train a byte-level BPE; where the text has too few repeated pairs, its vocabulary stays smaller."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(LONGEST_WORD)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -55,6 +65,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> StoreTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = byte_level
     size = _vocab_size(tokenizer)
     origin = f"byte-level BPE trained on this store's train split, {size} of {vocab_size} tokens"
     return StoreTokenizer(
@@ -81,12 +92,15 @@ def load_tokenizer(path: Path, end_of_text: str = "") -> StoreTokenizer:
     except Exception as error:  # the library raises a bare Exception
         raise DataError(f"{path} is no tokenizer.json of Hugging Face tokenizers: {error}") from None
     end = _end_of_text(path, tokenizer, end_of_text)
+    unknown_id = _unknown_id(content, tokenizer)
     return StoreTokenizer(
         json=content,
         origin=str(path),
         end_of_text=end,
         end_of_text_id=_id_of(tokenizer, end),
         vocab_size=_vocab_size(tokenizer),
+        unknown="" if unknown_id is None else tokenizer.id_to_token(unknown_id) or "",
+        unknown_id=unknown_id,
     )
 
 
@@ -115,6 +129,14 @@ def _end_of_text(path: Path, tokenizer: Tokenizer, wanted: str) -> str:
     raise DataError(
         f"{path}: which token ends a document? It {found}; name it with --end-of-text ({_added_tokens(tokenizer)})"
     )
+
+
+def _unknown_id(content: bytes, tokenizer: Tokenizer) -> int | None:
+    """Return the id of the unknown token, which a Unigram model names by number and the others by its text."""
+    model = json.loads(content)["model"]
+    name = model.get("unk_token")
+    number: int | None = model.get("unk_id") if name is None else tokenizer.token_to_id(name)
+    return number
 
 
 def _added_tokens(tokenizer: Tokenizer) -> str:

@@ -75,6 +75,26 @@ def test_opening_finds_every_shard_that_is_missing_or_of_another_size(store_copy
     assert "written were" in cut
 
 
+def test_files_that_cannot_be_read_are_all_named(store_copy: Path) -> None:
+    loop, shard = store_copy / "tokenizer.json", store_copy / "train" / "tokens" / "c" / "0"
+    for path in (loop, shard):
+        path.unlink()
+        path.symlink_to(path.name)
+    with pytest.raises(StoreError) as error:
+        TokenStore.open(store_copy)
+    assert [line.split(";")[0] for line in error.value.problems] == [
+        f"{path} cannot be read: Too many levels of symbolic links" for path in (loop, shard)
+    ]
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train/tokens/zarr.json"])
+def test_metadata_that_cannot_be_read_is_named(store_copy: Path, name: str) -> None:
+    (store_copy / name).unlink()
+    (store_copy / name).mkdir()
+    with pytest.raises(StoreError, match=f"{name} cannot be read: Is a directory"):
+        TokenStore.open(store_copy)
+
+
 @pytest.mark.parametrize("array", ["tokens", "document_starts", "document_source", "document_index"])
 def test_a_flipped_byte_in_any_array_is_found_by_verify(
     store_copy: Path, array: str, flip_byte: Callable[[Path, int], None]

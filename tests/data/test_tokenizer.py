@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from meshwright.data.errors import DataError
-from meshwright.data.tokenizer import END_OF_TEXT, load_tokenizer, open_tokenizer, train_tokenizer
+from meshwright.data.tokenizer import END_OF_TEXT, LONGEST_WORD, load_tokenizer, open_tokenizer, train_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog; the quick brown fox sleeps. " * 5
 
@@ -49,6 +49,45 @@ def test_a_text_too_small_for_the_vocabulary_gives_a_smaller_one_that_says_so() 
     trained = train_tokenizer(["aa bb"], 5000)
     assert trained.vocab_size < 270
     assert f"{trained.vocab_size} of 5000 tokens" in trained.origin
+
+
+@pytest.mark.parametrize("run", ["a", " ", "0", "-", "\u4e2d"])
+def test_a_long_run_is_trained_on_in_pieces(run: str) -> None:
+    # Whole, a run of 10,000 gives tokens of thousands of bytes, in time that grows with its square.
+    vocabulary = open_tokenizer(train_tokenizer([f"so {run * 10_000} on"], 300).json).get_vocab()
+    assert LONGEST_WORD / 2 <= max(map(len, vocabulary)) <= LONGEST_WORD
+
+
+def test_a_text_without_long_runs_gives_the_same_tokenizer_as_uncut() -> None:
+    longest = "x" * (LONGEST_WORD // 2)  # twice in a row, and within the limit
+    text = f"{TEXT} {longest}y {longest * 2:.{LONGEST_WORD - 1}} caf\u00e9 {' ' * (LONGEST_WORD - 4)}\n\n"
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    uncut = Tokenizer(models.BPE())
+    uncut.pre_tokenizer = byte_level
+    alphabet = sorted(byte_level.alphabet())
+    uncut.train_from_iterator(
+        [text],
+        trainers.BpeTrainer(
+            vocab_size=340,
+            min_frequency=2,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    trained = json.loads(train_tokenizer([text], 340).json)
+    assert trained["model"] == json.loads(uncut.to_str())["model"]
+    assert len(trained["model"]["merges"]) > 40
+
+
+def test_the_unknown_token_is_found_in_the_files_own_terms(tmp_path: Path) -> None:
+    loaded = load_tokenizer(save(tmp_path / "word.json", {"a": 3, "</s>": 1}))
+    assert (loaded.unknown, loaded.unknown_id) == ("a", 3)
+    Tokenizer(models.Unigram([("</s>", 0.0), ("x", -1.0), ("?", -2.0)], unk_id=2)).save(str(tmp_path / "unigram.json"))
+    loaded = load_tokenizer(tmp_path / "unigram.json")
+    assert (loaded.unknown, loaded.unknown_id) == ("?", 2)
+    (tmp_path / "bytes.json").write_bytes(train_tokenizer([TEXT], 300).json)
+    assert load_tokenizer(tmp_path / "bytes.json").unknown_id is None
 
 
 def test_the_name_of_the_end_within_a_text_is_plain_text() -> None:
