@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from meshwright.data.errors import DataError
@@ -25,9 +25,31 @@ _STRAGGLER_SECONDS = 2.0
 def written_aside(out: Path) -> Iterator[Path]:
     """Give an empty folder to write into; it becomes `out`, replacing what is there, unless the body raises.
 
+    Parent folders are made as needed, and those that were made go again if the body raises. If `out` is a link, the
+    folder that it leads to is replaced.
+
     Raises:
         DataError: if another process is writing `out` at this moment.
     """
+    out = out.resolve() if out.is_symlink() else out
+    with _parents_of(out), _written_aside(out) as aside:
+        yield aside
+
+
+@contextmanager
+def _parents_of(out: Path) -> Iterator[None]:
+    made = [it for it in out.parents if not it.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # another process has put something there, or it was never made
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _written_aside(out: Path) -> Iterator[Path]:
     aside = out.with_name(f".{out.name}.preparing")
     replaced = out.with_name(f".{out.name}.replaced")
     lock = _lock(aside)
@@ -38,10 +60,10 @@ def written_aside(out: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
         try:
             yield aside
+            _sync_tree(aside)
         except BaseException:
             _remove(aside)
             raise
-        _sync_tree(aside)
         if out.exists():
             out.rename(replaced)
         aside.rename(out)

@@ -23,13 +23,13 @@ import numpy as np
 import xxhash
 
 from meshwright.data.aside import written_aside
-from meshwright.data.documents import UNITS, Document, DocumentReader
+from meshwright.data.documents import UNITS, Document, DocumentReader, content_problems
 from meshwright.data.encode import Encoded, encode_documents
 from meshwright.data.errors import DataError
 from meshwright.data.meta import TOKENIZER_NAME, SourceMeta, SplitMeta, StoreMeta, TokenizerMeta
 from meshwright.data.sources import FORMATS, Source, embedded_note, embedded_sources, find_sources, hash_file
 from meshwright.data.store import TokenStore
-from meshwright.data.tokenizer import MIN_VOCAB_SIZE, StoreTokenizer, load_tokenizer, train_tokenizer
+from meshwright.data.tokenizer import MIN_VOCAB_SIZE, StoreTokenizer, load_tokenizer, train_tokenizer, unknown_share
 from meshwright.data.write import SplitWriter, open_group, unigram_nats
 
 TOKENIZER_SAMPLE_BYTES = 128 << 20  # text that a tokenizer is trained on, at most; more changes few merges
@@ -87,9 +87,8 @@ class PrepareOptions:
             (self.seed >= 0, f"--seed {self.seed}: must be at least 0"),
             (self.seq_len >= 0, f"--seq-len {self.seq_len}: must be at least 0"),
             (self.workers >= 0, f"--workers {self.workers}: must be at least 0"),
-            (not self.out.is_file(), f"--out {self.out}: is a file; name a folder"),
         ]
-        return [message for holds, message in rules if not holds]
+        return [message for holds, message in rules if not holds] + _out_problems(self.out)
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,17 @@ class Prepared:
     was_there: bool
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What the encoding of a corpus has put on disk and counted."""
+
+    splits: dict[str, SplitMeta]
+    num_documents: list[int]
+    """Of each source."""
+    unigram_nats: float | None
+    unknown_share: float | None
+
+
 def prepare(options: PrepareOptions, report: Report = lambda phase, done, total: None) -> Prepared:
     """Write a token store, or find that an equal one is there.
 
@@ -108,7 +118,7 @@ def prepare(options: PrepareOptions, report: Report = lambda phase, done, total:
         DataError: with every problem found; nothing is then written, and what was at `out` is as it was.
     """
     sources, tokenizer = _check_inputs(options)
-    hashes = _hash_sources(sources, report)
+    hashes = _hash_sources(options, sources, report)
     recipe = _recipe(options, sources, hashes, tokenizer)
     there = _existing(options, recipe)
     if there is not None:
@@ -119,7 +129,7 @@ def prepare(options: PrepareOptions, report: Report = lambda phase, done, total:
         with written_aside(options.out) as folder:
             _existing(options, recipe)  # again, now that nobody else can write it
             tokenizer = tokenizer or _train(options, reader, report)
-            splits, num_documents, unigram = _encode(folder, options, reader, tokenizer, report)
+            written = _encode(folder, options, reader, tokenizer, report)
             meta = StoreMeta(
                 format="meshwright-tokens",
                 version=1,
@@ -132,8 +142,9 @@ def prepare(options: PrepareOptions, report: Report = lambda phase, done, total:
                     end_of_text=tokenizer.end_of_text,
                     end_of_text_id=tokenizer.end_of_text_id,
                 ),
-                splits=splits,
-                validation_unigram_nats=unigram,
+                splits=written.splits,
+                validation_unigram_nats=written.unigram_nats,
+                unknown_share=written.unknown_share,
                 sources=[
                     SourceMeta(
                         path=it.path,
@@ -143,7 +154,7 @@ def prepare(options: PrepareOptions, report: Report = lambda phase, done, total:
                         xxh3_128=digest,
                         num_documents=n,
                     )
-                    for it, digest, n in zip(sources, hashes, num_documents, strict=True)
+                    for it, digest, n in zip(sources, hashes, written.num_documents, strict=True)
                 ],
                 recipe=recipe,
                 written_with={"python": platform.python_version()}
@@ -170,7 +181,11 @@ def _check_inputs(options: PrepareOptions) -> tuple[list[Source], StoreTokenizer
     sources: list[Source] = []
     tokenizer = None
     try:
-        sources = find_sources(options.sources, options.source_format) if options.sources else embedded_sources()
+        if options.sources:
+            sources, not_found = find_sources(options.sources, options.source_format)
+            problems += not_found
+        else:
+            sources = embedded_sources()
     except DataError as error:
         problems += error.problems
     try:
@@ -178,24 +193,52 @@ def _check_inputs(options: PrepareOptions) -> tuple[list[Source], StoreTokenizer
     except DataError as error:
         problems += error.problems
     if problems:
-        raise DataError(*problems)
+        raise DataError(*problems, *_content_problems(options, sources))
     return sources, tokenizer
 
 
-def _hash_sources(sources: list[Source], report: Report) -> list[str]:
+def _out_problems(out: Path) -> list[str]:
+    """Return why no store can be written at `out`; that another store is there is for later."""
+    if out.name in ("", ".."):
+        return [
+            f"--out {str(out)!r}: is the current folder, one above it, or an empty name (is a shell variable unset?); "
+            "name a folder for the store alone"
+        ]
+    try:
+        if out.is_symlink() and not out.exists():
+            return [f"--out {out}: is a link that leads nowhere; remove it, or name a folder"]
+        if out.exists() and not out.is_dir():
+            return [f"--out {out}: is a file; name a folder"]
+        if out.exists() and any(out.iterdir()) and not os.path.lexists(out / "meta.json"):
+            return [f"--out {out}: holds files that are not a token store, which prepare never touches; name another"]
+    except OSError as error:
+        return [f"--out {out}: {error.strerror}; name another folder"]
+    return []
+
+
+def _content_problems(options: PrepareOptions, sources: list[Source]) -> list[str]:
+    """Say what is wrong with the contents of sources that are refused already, unless the options forbid to look."""
+    if not options.sources or options.text_unit not in UNITS or options.source_format not in FORMATS:
+        return []
+    return content_problems(sources, field=options.field, text_unit=options.text_unit)
+
+
+def _hash_sources(options: PrepareOptions, sources: list[Source], report: Report) -> list[str]:
     total = sum(it.bytes for it in sources)
     done = 0
     hashes = []
+    readable = []
     problems: list[str] = []
     for source in sources:
         try:
             hashes.append(hash_file(source.file))
+            readable.append(source)
         except DataError as error:
             problems += error.problems
         done += source.bytes
         report("hashing", done, total)
     if problems:
-        raise DataError(*problems)
+        raise DataError(*problems, *_content_problems(options, readable))
     return hashes
 
 
@@ -222,13 +265,9 @@ def _recipe(
 def _existing(options: PrepareOptions, recipe: dict[str, Any]) -> StoreMeta | None:
     """Return the store that is there if it is the one asked for; refuse to write over anything else."""
     out = options.out
-    if not out.exists() or not any(out.iterdir()):
-        return None
-    if not (out / "meta.json").exists():
-        raise DataError(
-            f"--out {out}: holds files that are not a token store, which prepare never touches; name another"
-        )
-    if options.overwrite:
+    if problems := _out_problems(out):
+        raise DataError(*problems)
+    if options.overwrite or not out.exists() or not any(out.iterdir()):
         return None
     there = TokenStore.open(out).meta
     if there.recipe == recipe:
@@ -268,8 +307,8 @@ def _train(options: PrepareOptions, reader: DocumentReader, report: Report) -> S
 
 def _encode(
     folder: Path, options: PrepareOptions, reader: DocumentReader, tokenizer: StoreTokenizer, report: Report
-) -> tuple[dict[str, SplitMeta], list[int], float | None]:
-    """Write both splits; return what they hold, each source's count of documents, and the unigram loss."""
+) -> _Written:
+    """Write both splits, and count what they hold."""
     reader = DocumentReader(reader.sources, field=reader.field, text_unit=reader.text_unit)
     total = sum(it.bytes for it in reader.sources)
     names = ["train", "validation"] if options.validation_fraction > 0 else ["train"]
@@ -292,8 +331,12 @@ def _encode(
         )
     _check_not_empty(options, sum(num_documents), {it: writer.num_documents for it, writer in writers.items()})
     counts = {it: writer.counts for it, writer in writers.items()}
-    unigram = unigram_nats(counts["train"], counts["validation"]) if "validation" in counts else None
-    return {name: writer.close() for name, writer in writers.items()}, num_documents, unigram
+    return _Written(
+        unknown_share=unknown_share(tokenizer, np.sum(list(counts.values()), axis=0), sum(num_documents)),
+        unigram_nats=unigram_nats(counts["train"], counts["validation"]) if "validation" in counts else None,
+        num_documents=num_documents,
+        splits={name: writer.close() for name, writer in writers.items()},
+    )
 
 
 def _documents(reader: DocumentReader) -> Iterator[Document]:

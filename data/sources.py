@@ -50,22 +50,24 @@ class Source:
         return (now.st_size, now.st_mtime_ns) == (self.bytes, self.modified_ns)
 
 
-def find_sources(patterns: Sequence[str], source_format: str = "auto") -> list[Source]:
-    """Return the files that paths, folders and globs name: in the order given, and sorted within each.
+def find_sources(patterns: Sequence[str], source_format: str = "auto") -> tuple[list[Source], list[str]]:
+    """Return the files that paths, folders and globs name, in the order given and sorted within each; and problems.
 
     With the format `auto` a file's suffix decides: .jsonl, .ndjson and .json (one object on a line), .parquet,
     all else text; .gz and .zst are taken off first. A folder stands for every file below it that is not hidden.
-
-    Raises:
-        DataError: with one line for each pattern that names no file and each file that is named twice.
+    There is one problem for each pattern that names no file, and for each file that is named twice.
     """
     problems: list[str] = []
     named_by: dict[Path, str] = {}
     sources: list[Source] = []
     for pattern in patterns:
-        files = _expand(pattern)
-        if not files:
-            problems.append(f"{pattern}: {_why_nothing(pattern)}")
+        try:
+            files = _expand(pattern)
+            why_nothing = "" if files else _why_nothing(pattern)
+        except OSError as error:  # a name that is too long, for one
+            files, why_nothing = [], f"cannot be looked up: {error.strerror}"
+        if why_nothing:
+            problems.append(f"{pattern or repr(pattern)}: {why_nothing}")
         for file in files:
             real = file.resolve()
             if real in named_by:
@@ -73,9 +75,7 @@ def find_sources(patterns: Sequence[str], source_format: str = "auto") -> list[S
                 continue
             named_by[real] = pattern
             sources.append(_source(file, file.as_posix(), source_format))
-    if problems:
-        raise DataError(*problems)
-    return sources
+    return sources, problems
 
 
 def embedded_sources() -> list[Source]:
@@ -119,7 +119,9 @@ def hash_file(file: Path) -> str:
 
 
 def _expand(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
+    if not pattern:
+        return []  # a Path would take it for the current folder
+    path = Path(os.path.expanduser(pattern))
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -130,7 +132,9 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _why_nothing(pattern: str) -> str:
-    path = Path(pattern).expanduser()
+    if not pattern:
+        return "an empty name (is a shell variable unset?); name a file, a folder or a glob"
+    path = Path(os.path.expanduser(pattern))
     if path.is_dir():
         return "the folder holds no files"
     if path.exists():

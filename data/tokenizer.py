@@ -12,10 +12,13 @@ the pre-tokenizer leaves whole (letters, digits, signs or blanks: base64, DNA) i
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int64
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from meshwright.data.errors import DataError
@@ -26,6 +29,8 @@ MIN_VOCAB_SIZE = 257
 # A trainer's time is the square of a word's length: 250 kB of one letter take a minute whole, 0.1 s in pieces.
 # No word is as long, and a text without such runs gives the same tokenizer for any length that is above its words'.
 LONGEST_WORD = 1024
+
+MAX_UNKNOWN_SHARE = 0.5  # of a text's tokens; a tokenizer that knows less of it is refused
 
 # What families call the token that ends a document; Llama 3, GPT-2 and Qwen, Llama 2 and T5, others.
 KNOWN_ENDS = ("<|end_of_text|>", END_OF_TEXT, "</s>", "<eos>", "<|eos|>", "[EOS]", "<eos_token>")
@@ -84,7 +89,7 @@ def load_tokenizer(path: Path, end_of_text: str = "") -> StoreTokenizer:
         DataError: if it is missing, is no tokenizer, or does not tell which token ends a document.
     """
     try:
-        content = path.expanduser().read_bytes()
+        content = Path(os.path.expanduser(path)).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}") from None
     try:
@@ -102,6 +107,30 @@ def load_tokenizer(path: Path, end_of_text: str = "") -> StoreTokenizer:
         unknown="" if unknown_id is None else tokenizer.id_to_token(unknown_id) or "",
         unknown_id=unknown_id,
     )
+
+
+def unknown_share(tokenizer: StoreTokenizer, counts: Int64[np.ndarray, "v"], num_documents: int) -> float | None:
+    """Return which share of a text's tokens, each document's end apart, is the unknown token; None if it has none.
+
+    Raises:
+        DataError: if the tokenizer does not know most of the text.
+    """
+    way_out = "take one that was made for such text, or leave out --tokenizer to train one"
+    num_tokens = int(counts.sum()) - num_documents
+    if num_tokens == 0:
+        raise DataError(f"{tokenizer.origin}: this tokenizer gives no tokens at all for this text; {way_out}")
+    if tokenizer.unknown_id is None:
+        return None
+    num_unknown = int(counts[tokenizer.unknown_id])
+    if tokenizer.unknown_id == tokenizer.end_of_text_id:
+        num_unknown -= num_documents
+    share = num_unknown / num_tokens
+    if share > MAX_UNKNOWN_SHARE:
+        raise DataError(
+            f"{tokenizer.origin}: {share:.1%} of the text's tokens are its unknown token {tokenizer.unknown!r}; "
+            f"most of the text would be lost; {way_out}"
+        )
+    return share
 
 
 def open_tokenizer(content: bytes) -> Tokenizer:

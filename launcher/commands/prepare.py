@@ -1,5 +1,6 @@
 """`meshwright prepare`: turn text into a token store that runs can read."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -106,7 +107,7 @@ def prepare(
     began = time.monotonic()
     try:
         options = PrepareOptions(
-            out=out.expanduser(),
+            out=Path(os.path.expanduser(out)),
             sources=tuple(sources or ()),
             source_format=source_format,
             field=field,
@@ -175,6 +176,8 @@ def _print_summary(prepared: "Prepared", seconds: float) -> None:
         print(f"  {name:<12} {split.num_tokens:,} tokens, {split.num_documents:,} documents")
     print(f"  tokenizer    {meta.vocab_size:,} tokens, {meta.tokenizer.end_of_text} ends a document")
     print(f"               {meta.tokenizer.origin}")
+    if meta.unknown_share:
+        print(f"               {100 * meta.unknown_share:.2g}% of the text's tokens are unknown to it")
     if meta.validation_unigram_nats is not None:
         print(f"  unigram loss {meta.validation_unigram_nats:.3f} nats a token of the validation split")
     print(f"  fingerprint  {meta.fingerprint}")

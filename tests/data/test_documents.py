@@ -10,14 +10,14 @@ import pytest
 import zstandard
 
 from meshwright.data.documents import Document, DocumentReader
-from meshwright.data.errors import DataError
 from meshwright.data.sources import embedded_note, embedded_sources, find_sources
 
 TEXTS = ["plain", "two\nlines\n", "caf\u00e9 \U0001f600", "<|endoftext|>", " spaces  kept \r\n"]
 
 
 def read_all(*patterns: Path | str, field: str = "text", text_unit: str = "file") -> tuple[list[Document], list[str]]:
-    sources = find_sources([str(it) for it in patterns])
+    sources, not_found = find_sources([str(it) for it in patterns])
+    assert not_found == []
     reader = DocumentReader(sources, field=field, text_unit=text_unit)
     documents = [document for number in range(len(sources)) for document in reader.read(number)]
     if not reader.problems:
@@ -145,21 +145,25 @@ def test_patterns_are_taken_in_order_and_sorted_within(tmp_path: Path) -> None:
     for name in ("b/2.txt", "b/10.md", "b/.hidden", "a.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    found = find_sources([f"{tmp_path}/b", f"{tmp_path}/*.txt"])
+    found, _ = find_sources([f"{tmp_path}/b", f"{tmp_path}/*.txt"])
     assert [Path(it.path).relative_to(tmp_path).as_posix() for it in found] == ["b/10.md", "b/2.txt", "a.txt"]
 
 
 def test_every_pattern_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError) as error:
-        find_sources([f"{tmp_path}/{it}" for it in ("*.txt", "a.txt", "*.json", "b.txt", "empty")])
-    found = [line.removeprefix(f"{tmp_path}/") for line in error.value.problems]
-    assert found == [
+    long = "n" * 300
+    sources, problems = find_sources(
+        [f"{tmp_path}/{it}" for it in ("*.txt", "a.txt", "*.json", "b.txt", "empty", long)] + [""]
+    )
+    assert [it.file for it in sources] == [tmp_path / "a.txt"]
+    assert [line.removeprefix(f"{tmp_path}/") for line in problems] == [
         f"a.txt is named twice, by '{tmp_path}/*.txt' and '{tmp_path}/a.txt'; name it once",
         "*.json: no file matches",
         "b.txt: no such file",
         "empty: the folder holds no files",
+        f"{long}: cannot be looked up: File name too long",
+        "'': an empty name (is a shell variable unset?); name a file, a folder or a glob",
     ]
 
 

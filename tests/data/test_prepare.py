@@ -118,8 +118,10 @@ def test_the_meta_counts_what_is_there(prepared: Path, texts: list[str]) -> None
 def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path: Path, corpus: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
+    known = sorted({word for path in corpus.iterdir() for word in path.read_text().split()})
+    words = {word: 10 + number for number, word in enumerate(known)}
     for last, dtype in ((65_535, "uint16"), (65_536, "uint32")):
-        tokenizer = Tokenizer(models.WordLevel({"Document": 5, "a": 6, "</s>": last}, unk_token="a"))
+        tokenizer = Tokenizer(models.WordLevel({**words, "Document": 5, "a": 6, "</s>": last}, unk_token="a"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.save(str(tmp_path / f"{last}.json"))
         out = tmp_path / f"store{last}"

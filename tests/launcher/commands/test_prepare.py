@@ -44,6 +44,30 @@ def test_a_store_is_written_and_described(tmp_path: Path, corpus: Path) -> None:
     assert "is already there, with the same contents and options: nothing was done" in out
 
 
+def test_the_share_of_unknown_tokens_is_told(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "?": 1, "</s>": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "t.json"))
+    (tmp_path / "a.txt").write_text("a a a b")
+    arguments = (tmp_path / "a.txt", "--out", tmp_path / "s", "--tokenizer", tmp_path / "t.json")
+    arguments += ("--validation-fraction", "0", "--workers", "1")
+    for _ in range(2):  # written, and found there
+        status, out, _ = run(*arguments)
+        assert status == 0
+        assert "25% of the text's tokens are unknown to it" in out
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("", "~nobody_of_this_name/a", "--out", "")
+    assert (status, err.splitlines()[0]) == (2, "prepare: 3 problems, nothing was written")
+    assert "--out '.': is the current folder" in err
+    assert "  '': an empty name" in err
+    assert "  ~nobody_of_this_name/a: no such file" in err
+
+
 def test_every_problem_is_told_on_stderr_with_status_2(tmp_path: Path) -> None:
     status, out, err = run(tmp_path / "no.txt", "--out", tmp_path / "s", "--vocab-size", "12", "--workers", "-1")
     assert (status, out) == (2, "")
