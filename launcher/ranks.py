@@ -27,6 +27,9 @@ LISTENING = "MESHWRIGHT_LISTENING_FD"
 # Is set where launcher/local_ranks.py started the ranks; its other variables are those of torchrun.
 STARTED_HERE = "MESHWRIGHT_STARTED_HERE"
 
+# OpenMP ends the process without a word where a thread more cannot be had.
+MAX_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -89,12 +92,21 @@ def threads_of(info: RankInfo, threads: int, environment: Environment | None = N
 
     Without a number in the run file OMP_NUM_THREADS counts, but not under torchrun, which sets it to 1 when nobody
     asked. A Slurm task that is bound to cores of its own sees only these, and they are not divided again.
+
+    Raises:
+        ValueError: if OMP_NUM_THREADS counts and is no number of threads.
     """
     env = os.environ if environment is None else environment
     if threads:
         return threads
-    asked = env.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0 and "TORCHELASTIC_RUN_ID" not in env:
+    # OpenMP's list, such as 4,2, is of nested levels, of which PyTorch has one.
+    asked = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked and "TORCHELASTIC_RUN_ID" not in env:
+        if not (asked.isdecimal() and 1 <= int(asked) <= MAX_THREADS):
+            raise ValueError(
+                f"OMP_NUM_THREADS = {env['OMP_NUM_THREADS']}: must be from 1 to {MAX_THREADS}; unset it, or give "
+                "train.threads"
+            )
         return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if info.how == "slurm":

@@ -142,10 +142,18 @@ def meeting_point(info: RankInfo, environment: Mapping[str, str] | None = None) 
 
 
 def slurm_port(env: Mapping[str, str]) -> int:
-    """Return a port that differs between jobs, the steps of a job and its restarts."""
-    job, step, restart = (
-        int(env.get(name, "0") or "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    )
+    """Return a port that differs between jobs, the steps of a job and its restarts.
+
+    Raises:
+        ValueError: if one of Slurm's numbers is none.
+    """
+    numbers = []
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"):
+        text = env.get(name) or "0"
+        if not text.isdecimal():
+            raise ValueError(f"{name} = {text!r}: must be a whole number, as Slurm sets it")
+        numbers.append(int(text))
+    job, step, restart = numbers
     return _FIRST_PORT + (job + 101 * step + 997 * restart) % _NUM_PORTS
 
 

@@ -48,7 +48,7 @@ def _pieces(gradients: list[Tensor]) -> list[Tensor]:
     held = [gradient for gradient in gradients if gradient.numel()] or gradients
     if held[0].device.type != "cpu":
         return held
-    return [piece for gradient in held for piece in gradient.reshape(-1).split(_PIECE)]
+    return [piece for gradient in held for piece in torch.split(gradient.reshape(-1), _PIECE)]
 
 
 def clip_gradients(parts: Iterable[Part], norm: float, limit: float) -> None:

@@ -94,6 +94,7 @@ else
     per_node=${MESHWRIGHT_RANKS:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}
 fi
 case $nodes,$per_node in *[!0-9,]* | *,0 | *,) stop "MESHWRIGHT_RANKS = $per_node: must be a count of ranks, such as 2" ;; esac
+per_node=$((10#$per_node)) # 08 is a count, not an octal number
 ranks=$((nodes * per_node))
 if [ "$ranks" = 1 ] && [ "$run_file" = "$default_run_file" ]; then
     echo "One rank: parallel.ep=1."

@@ -11,7 +11,7 @@ A kill can cut the last line short; what is not a whole record is left out and c
 import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from meshwright.launcher.observe.metrics import Numbers, Value
 
@@ -28,14 +28,15 @@ def decode(line: str) -> Numbers | None:
     """Return the record of one line, or None if it is not a whole one."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or "kind" not in record:
+    if not isinstance(record, dict) or record.get("kind") not in get_args(Kind):
         return None
-    return {
+    record = {
         key: _NAMES.get(value, value) if key != "text" and isinstance(value, str) else value
         for key, value in record.items()
     }
+    return record if _has_its_numbers(record) else None
 
 
 def read_records(path: Path) -> tuple[list[Numbers], int]:
@@ -46,6 +47,16 @@ def read_records(path: Path) -> tuple[list[Numbers], int]:
     records = [decode(line) for line in lines]
     whole = [record for record in records if record is not None]
     return whole, len(records) - len(whole)
+
+
+def _has_its_numbers(record: dict[str, Any]) -> bool:
+    """Say whether the step is one and what a summary counts with is a number; null was not measured."""
+    if record["kind"] == "event":
+        return True
+    if type(record.get("step")) is not int or record["step"] < 0:
+        return False
+    counted = ("loss", "tokens", "seconds", "tokens_per_second", "mfu", "skipped", "validation_loss")
+    return all(record.get(name) is None or isinstance(record[name], int | float) for name in counted)
 
 
 def _spell(value: Value) -> Value:

@@ -6,8 +6,8 @@
 
 A `Sink` takes flat records and shows or stores them. The file is the truth: a view that loses its last records in a
 kill can be made again from it, and a view that can no longer be written goes silent (terminal.py), which the file may
-not. A run that resumes at step k makes the steps after k again, so their old lines are dropped first, by an atomic
-rewrite, and no step stands in the file twice.
+not. A run that resumes at step k makes the steps after k again, so their old lines are moved to metrics.dropped.jsonl
+first, by an atomic rewrite, and no step stands in the file twice.
 """
 
 import os
@@ -21,10 +21,10 @@ from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 from meshwright.launcher.observe.metrics import Numbers, Value
-from meshwright.launcher.observe.records import Kind, encode, read_records
+from meshwright.launcher.observe.records import Kind, decode, encode
 from meshwright.launcher.observe.terminal import LiveLine, PlainLines, StderrConsole
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, DROPPED_FILE = "metrics.jsonl", "metrics.dropped.jsonl"
 
 
 @runtime_checkable
@@ -113,21 +113,30 @@ class JsonLines:
 
 
 def drop_lines_after(path: Path, step: int) -> int:
-    """Rewrite the file without the steps and evaluations after `step`, atomically; return how many lines went.
+    """Move the steps and evaluations after `step` to a file beside this one; return how many lines went.
 
     Events, which have no step, stay. Lines that are no whole record, such as the last one of a killed run, go too.
     """
-    records, unreadable = read_records(path)
-    kept = [record for record in records if int(record.get("step") or 0) <= step]
-    dropped = len(records) - len(kept) + unreadable
-    if dropped > 0:
+    if not path.exists():
+        return 0
+    kept: list[str] = []
+    dropped: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        record = decode(line)
+        (kept if record is not None and int(record.get("step") or 0) <= step else dropped).append(line)
+    if dropped:
+        _write_lines(path.with_name(DROPPED_FILE), "a", dropped)
         aside = path.with_name(path.name + ".new")
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines(encode(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_lines(aside, "w", kept)
         aside.replace(path)
-    return dropped
+    return len(dropped)
+
+
+def _write_lines(path: Path, mode: str, lines: list[str]) -> None:
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def open_sinks(
@@ -143,7 +152,8 @@ def open_sinks(
     lines = JsonLines(folder / METRICS_FILE, resumed_at)
     sinks = Sinks([shown, lines])
     if lines.dropped > 0:
-        sinks.event(f"{METRICS_FILE}: dropped {lines.dropped} lines after step {resumed_at}, which are made again")
+        where = f"{METRICS_FILE}: {lines.dropped} lines after step {resumed_at}"
+        sinks.event(f"{where} moved to {DROPPED_FILE}; they are made again")
     return sinks
 
 

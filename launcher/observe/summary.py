@@ -76,12 +76,12 @@ def summarise(records: list[Numbers], facts: RunFacts) -> Summary:
         "best_validation_loss": validation[1],
         "best_validation_loss_step": validation[2],
         "unigram_entropy": facts.unigram_entropy,
-        "tokens": sum(int(record["tokens"] or 0) for record in steps),
-        "seconds": sum(float(record["seconds"] or 0) for record in steps),
+        "tokens": sum(int(record.get("tokens") or 0) for record in steps),
+        "seconds": sum(float(record.get("seconds") or 0) for record in steps),
         "tokens_per_second_median": _median(steps, "tokens_per_second"),
         "mfu_median": _median(steps, "mfu"),
-        "mfu_of": steps[-1]["mfu_of"] if steps else None,
-        "skipped_steps": sum(bool(record["skipped"]) for record in steps),
+        "mfu_of": steps[-1].get("mfu_of") if steps else None,
+        "skipped_steps": sum(bool(record.get("skipped")) for record in steps),
         "checkpoint": facts.checkpoint,
         "versions": facts.versions,
     }
@@ -168,4 +168,4 @@ def _final_and_best(series: list[tuple[int, float]]) -> tuple[float | None, floa
 
 
 def _median(steps: list[Numbers], name: str) -> float | None:
-    return statistics.median(float(record[name] or 0) for record in steps) if steps else None
+    return statistics.median(float(record.get(name) or 0) for record in steps) if steps else None

@@ -58,6 +58,8 @@ def train(run: Run, progress: Progress, saver: Saver, sinks: Sinks, meter: Meter
                 sinks.evaluation({"step": progress.step, "validation_loss": loss, "tokens": tokens})
             if is_last or stop or saver.is_due(progress.step) or wants_save(result.sums):
                 sinks.event(f"saving {saver.save(progress)}")
+            for problem in saver.take_problems():
+                sinks.event(problem)
             if stop and not is_last:
                 sinks.event(f"told to stop: ended after step {progress.step} of {table.steps}")
                 break

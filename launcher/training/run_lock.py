@@ -14,11 +14,16 @@ from contextlib import contextmanager
 from errno import EACCES, EAGAIN
 from pathlib import Path
 
+from meshwright.data.meta import TOKENIZER_NAME
+from meshwright.launcher.observe.provenance import PROVENANCE_FILE
+from meshwright.launcher.observe.sinks import METRICS_FILE
+from meshwright.launcher.observe.summary import PICTURE_FILE, SUMMARY_FILE
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.parallel.checkpoint.agree import ranks_of
 from meshwright.parallel.mesh import Mesh
 
 LOCK_NAME = "lock"
+RUN_FILES = (LOCK_NAME, METRICS_FILE, SUMMARY_FILE, PICTURE_FILE, PROVENANCE_FILE, TOKENIZER_NAME, "run.toml")
 # A node that crashed holds its locks on a network file system until the server gives up on it.
 _OTHER_HOST_SECONDS = 120.0
 
@@ -45,6 +50,8 @@ def _take(folder: Path, held: list[int]) -> tuple[list[str], str]:
     """Take the lock; return what is to be told, and why the folder cannot be used ("" if it can)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if folders := [name for name in RUN_FILES if (folder / name).is_dir()]:
+            return [], f"{', '.join(folders)} in it: a file is written there, and it is a folder; move it away"
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         return [], f"cannot be written to ({error.strerror}: {error.filename}); give another run.folder"

@@ -21,7 +21,7 @@ from meshwright.launcher.runfile.write import write_resolved
 from meshwright.launcher.training.branching import begin_from
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.weights.saved_run import run_file_of
-from meshwright.parallel.checkpoint.agree import CheckpointError
+from meshwright.parallel.checkpoint.agree import CheckpointError, ranks_of
 from meshwright.parallel.checkpoint.folder import Keep, checkpoint_path, step_of
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state
 from meshwright.parallel.checkpoint.save import AsyncSaver, save_checkpoint
@@ -49,7 +49,9 @@ class Saver:
         self.run, self.every = run, table.every
         self.keep = Keep(table.keep_last, table.keep_every, began.passed_over)
         timeout = timedelta(seconds=run.run_file.run.timeout_seconds)
-        self._background = AsyncSaver(run.mesh, timeout) if table.asynchronous else None
+        self._problems: list[str] = []
+        tell = self._problems.append
+        self._background = AsyncSaver(run.mesh, timeout, tell) if table.asynchronous else None
         self.newest = began.checkpoint
 
     @property
@@ -71,9 +73,16 @@ class Saver:
         if self._background is not None:
             self._background.save(self.folder, progress.step, tensors, state, fingerprint, self.keep)
         else:
-            save_checkpoint(self.folder, progress.step, tensors, state, self.run.mesh, fingerprint, self.keep)
+            tell = self._problems.append
+            save_checkpoint(self.folder, progress.step, tensors, state, self.run.mesh, fingerprint, self.keep, tell)
         self.newest = path
         return path
+
+    def take_problems(self) -> list[str]:
+        """Return which old checkpoints could not be removed since the last call; no reason to end the run."""
+        taken = list(self._problems)
+        del self._problems[: len(taken)]
+        return taken
 
     def close(self) -> None:
         """Wait for what is still being written."""
@@ -114,6 +123,8 @@ def resume(run: Run, allow_change: Sequence[str] = ()) -> Resumed:
     Raises:
         ConfigError: if the checkpoint is of another model, corpus or run than the run file says.
     """
+    if problem := ranks_of(run.mesh).first(lambda: _folder_problem(checkpoints_of(run.folder))):
+        raise _refused(str(checkpoints_of(run.folder)), [problem])
     newest = newest_that_verifies(checkpoints_of(run.folder), run.mesh)
     events = [f"passed over {path}: {'; '.join(why)}" for path, why in newest.passed_over.items()]
     if newest.path is None:
@@ -134,7 +145,7 @@ def resume(run: Run, allow_change: Sequence[str] = ()) -> Resumed:
         load_checkpoint(newest.path, held_tensors(run), run.mesh, expect)
     except CheckpointError as error:
         raise _refused(str(newest.path), str(error).splitlines()) from None
-    progress = Progress(**{each.name: state[each.name] for each in fields(Progress)})
+    progress = progress_of(state, newest.path)
     progress.changes += [f"step {progress.step}: {change}" for change in changes]
     events.append(f"resumed at step {progress.step} from {newest.path}")
     events += [f"changed: {change}" for change in changes]
@@ -142,6 +153,27 @@ def resume(run: Run, allow_change: Sequence[str] = ()) -> Resumed:
     run.engine.publish_weights()
     passed_over = frozenset(step for path in newest.passed_over if (step := step_of(path)) is not None)
     return Resumed(progress, events, newest.path, passed_over)
+
+
+def _folder_problem(folder: Path) -> str:
+    """Say why nothing can be found at the checkpoints' place although something is there; "" if nothing is wrong."""
+    if folder.is_symlink() and not folder.exists():
+        return f"is a link to {folder.readlink()}, which is not there; mount it, or remove the link to begin anew"
+    return "is no folder; move it away" if folder.exists() and not folder.is_dir() else ""
+
+
+def progress_of(state: dict[str, Any], path: Path) -> Progress:
+    """Return where a run was when it wrote this state.
+
+    Raises:
+        ConfigError: if the state is not one that this program writes.
+    """
+    kinds: dict[str, type] = dict.fromkeys(("step", "samples", "updates", "skipped"), int)
+    kinds |= {"norms": list, "changes": list, "kernels": dict}
+    wrong = [f"{name} is {state.get(name)!r}" for name, kind in kinds.items() if type(state.get(name)) is not kind]
+    if wrong:
+        raise _refused(f"{path}: the state in it", wrong)
+    return Progress(**{each.name: state[each.name] for each in fields(Progress)})
 
 
 def _refused(source: str, problems: list[str]) -> ConfigError:

@@ -1,6 +1,7 @@
 """What ends a run before its last step, agreed by all ranks at the same step.
 
     SIGTERM, SIGUSR1    write a checkpoint and end cleanly (Slurm sends them before the time is up)
+    SIGINT (Ctrl-C)     the same; a second one ends at once
     SIGUSR2             write a checkpoint and go on
     not a number        end at once, nothing is written: the last good checkpoint stays the newest
     norm spike          leave the update out and go on
@@ -36,13 +37,15 @@ class Signals:
     def __init__(self) -> None:
         """Install the handlers; call in the main thread."""
         self._stop = self._save = False
-        for number in _STOP:
+        for number in (*_STOP, signal.SIGINT):
             signal.signal(number, self._on_stop)
         for number in _SAVE:
             signal.signal(number, self._on_save)
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:
         self._save = True

@@ -51,7 +51,11 @@ def run_file_of(state: dict[str, Any], path: Path) -> RunFile:
     Raises:
         ConfigError: if this version cannot read it.
     """
-    run_file, problems = examine(tomllib.loads(state["run_file"]))
+    try:
+        tables = tomllib.loads(state["run_file"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: the run file in it", [f"is no TOML: {error}"]) from None
+    run_file, problems = examine(tables)
     if run_file is None:
         raise ConfigError(f"{path}: the run file in it", problems)
     return run_file

@@ -101,7 +101,7 @@ class FsdpEngine:
         self._reductions = [CountedReduceScatter() for _ in wrapped]
         self._micro_batches = 0
         for unit, reduction in zip(wrapped, self._reductions, strict=True):
-            unit.set_custom_reduce_scatter(reduction)
+            unit.set_custom_reduce_scatter(reduction)  # type: ignore[arg-type]  # its base class has no public name
         self.parts: dict[str, Part] = {}
         for name, parameter in parameters.items():
             assert isinstance(parameter.data, DTensor)

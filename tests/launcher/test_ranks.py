@@ -87,6 +87,11 @@ def test_threads_come_from_run_file_then_variable_then_cores() -> None:
     cores = len(os.sched_getaffinity(0))
     assert threads_of(who_am_i(TORCHRUN), 3, {"OMP_NUM_THREADS": "7"}) == 3
     assert threads_of(who_am_i(TORCHRUN), 0, {"OMP_NUM_THREADS": "7"}) == 7
+    assert threads_of(who_am_i({}), 0, {"OMP_NUM_THREADS": "4,2"}) == 4  # nested levels, of which there is one
+    for wrong in ("99999999", "0", "abc", "-1"):
+        assert threads_of(who_am_i({}), 3, {"OMP_NUM_THREADS": wrong}) == 3
+        with pytest.raises(ValueError, match=f"OMP_NUM_THREADS = {wrong}: must be from 1 to 1024; unset it"):
+            threads_of(who_am_i({}), 0, {"OMP_NUM_THREADS": wrong})
     assert threads_of(who_am_i({}), 0, {}) == cores
     assert threads_of(who_am_i(TORCHRUN), 0, {}) == max(1, cores // 4)
 

@@ -166,3 +166,8 @@ def test_an_error_that_only_says_that_others_are_gone_is_told_in_one_line() -> N
     assert "timeout_seconds" in (explain(RuntimeError("Timed out waiting 8000ms for recv operation"), info) or "")
     assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), info) is None
     assert explain(RuntimeError("Connection closed by peer"), who_am_i({})) is None
+
+
+def test_a_job_number_that_is_none_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="SLURM_JOB_ID = 'abc': must be a whole number"):
+        slurm_port(SLURM | {"SLURM_JOB_ID": "abc"})

@@ -77,7 +77,9 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_lacks_survive_in_strict_json() -> None:
-    line = encode({"kind": "step", "a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5, "e": None, "f": True})
+    line = encode(
+        {"kind": "step", "step": 1, "a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5, "e": None, "f": True}
+    )
     strict = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert strict["a"] == "NaN"
     record = decode(line)
@@ -85,6 +87,23 @@ def test_numbers_that_json_lacks_survive_in_strict_json() -> None:
     assert math.isnan(float(record["a"] or 0))
     assert (record["b"], record["c"], record["d"], record["e"], record["f"]) == (math.inf, -math.inf, 1.5, None, True)
     assert decode(encode({"kind": "event", "text": "NaN"})) == {"kind": "event", "text": "NaN"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"kind": "step", "step": "x"}',
+        '{"kind": "step", "step": true}',
+        '{"kind": "step"}',
+        '{"kind": "evaluation", "step": -1}',
+        '{"kind": "step", "step": 1, "tokens": "many"}',
+        '{"kind": "other", "step": 1}',
+        "[" * 100_000,
+        "[]",
+    ],
+)
+def test_json_of_another_shape_is_no_record(line: str) -> None:
+    assert decode(line) is None
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
@@ -113,8 +132,10 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     evaluations = [(line["step"], line["validation_loss"]) for line in lines if line["kind"] == "evaluation"]
     assert evaluations == [(3, 1.0), (5, 2.0)]
     events = [line["text"] for line in lines if line["kind"] == "event"]
-    assert events == ["the first start", "metrics.jsonl: dropped 4 lines after step 3, which are made again"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    moved = "metrics.jsonl: 4 lines after step 3 moved to metrics.dropped.jsonl; they are made again"
+    assert events == ["the first start", moved]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["metrics.dropped.jsonl", "metrics.jsonl"]
+    assert [record["loss"] for record in read_records(tmp_path / "metrics.dropped.jsonl")[0][:2]] == [1.0, 1.0]
 
 
 def test_a_kill_while_lines_are_dropped_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,3 +158,8 @@ def test_the_final_table_does_not_flatter() -> None:
     assert "0, 0 skipped" in empty
     for absent in ("loss", "entropy", "mfu", "checkpoint"):
         assert absent not in empty
+
+
+def test_a_record_that_lacks_numbers_ends_no_run() -> None:
+    summary = summarise([step(1, 3.0), {"kind": "step", "step": 2}], FACTS)
+    assert (summary["steps"], summary["final_loss"]) == (2, 3.0)

@@ -62,7 +62,7 @@ def test_micro_batches_that_do_not_divide_the_batch_change_nothing(tmp_path: Pat
         )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path: Path, number: signal.Signals) -> None:
     _signal_at(2, number, tmp_path)
     assert numbers(tmp_path, "step") == [1, 2]

@@ -1,5 +1,6 @@
 """A run that was stopped goes on as if it had not been: bitwise on the same layout, equal on another."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_run import EP2, build, checkpoint_bytes, metrics, numbers, saved_state
 from meshwright.data.prepare import PrepareOptions, prepare
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.parallel.checkpoint import durable, verify
-from meshwright.parallel.checkpoint.durable import FileSeal
+from meshwright.parallel.checkpoint.durable import FileSeal, write_file
 from meshwright.parallel.checkpoint.folder import list_checkpoints, read_manifest
 from meshwright.parallel.mesh import Mesh, Sizes
 
@@ -107,6 +108,46 @@ def test_what_a_run_fell_back_to_stays_until_another_whole_checkpoint_takes_its_
     start(tmp_path, "train.steps=7", *constant)
     assert numbers(tmp_path, "step") == [1, 2, 3, 4, 5, 6, 7]
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == [5, 6, 7]  # 6 was written anew and counts
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("link", "is a link to .*gone, which is not there"), ("file", "is no folder")]
+)
+def test_a_place_of_checkpoints_that_is_none_does_not_begin_the_run_anew(tmp_path: Path, kind: str, told: str) -> None:
+    start(tmp_path, "train.steps=1", "evaluation.every=0")
+    folder = tmp_path / "run" / "checkpoints"
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "gone") if kind == "link" else folder.write_text("")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=told):
+        start(tmp_path, "train.steps=2", "evaluation.every=0")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_steps_of_a_run_that_begins_anew_are_moved_aside(tmp_path: Path) -> None:
+    start(tmp_path, "train.steps=2", "evaluation.every=0")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "moved")
+    start(tmp_path, "train.steps=1", "evaluation.every=0")
+    assert numbers(tmp_path, "step") == [1]
+    aside = (tmp_path / "run" / "metrics.dropped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in aside] == [1, 2]
+
+
+@pytest.mark.parametrize(("name", "value"), [("updates", None), ("step", "six"), ("run_file", "[[["), ("norms", {})])
+def test_a_state_that_was_written_by_another_hand_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    """Sealed again, so that no hash tells."""
+    start(tmp_path, "train.steps=1", "evaluation.every=0")
+    path = tmp_path / "run" / "checkpoints" / "step_00000001"
+    state = json.loads((path / "state.json").read_bytes()) | {name: value}
+    for file in ("state.json", "manifest.json"):
+        (path / file).rename(tmp_path / file)
+    seal = write_file(path / "state.json", json.dumps(state).encode())
+    manifest = json.loads((tmp_path / "manifest.json").read_bytes())["manifest"]
+    manifest["files"]["state.json"] = seal.as_json()
+    whole = {"manifest": manifest, durable.HASH_NAME: durable.hash_bytes(durable.as_json_bytes(manifest)).xxh3_128}
+    write_file(path / "manifest.json", durable.as_json_bytes(whole))
+    with pytest.raises(ConfigError, match=r"step_00000001: the (state|run file) in it"):
+        start(tmp_path, "train.steps=2", "evaluation.every=0")
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_its_steps_are_made_again(tmp_path: Path) -> None:

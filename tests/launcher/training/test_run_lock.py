@@ -59,3 +59,11 @@ def test_all_ranks_hear_the_same(tmp_path: Path) -> None:
     assert first == second
     assert "cannot be written to" in first
     assert run_mesh(Sizes(dp_shard=2), _refused, tmp_path / "run") == ["", ""]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "run.toml"])
+def test_a_folder_in_the_place_of_a_file_is_told_before_anything_is_trained(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    told = f"{name} in it: a file is written there, and it is a folder"
+    with pytest.raises(ConfigError, match=told), run_lock(tmp_path, single_process_mesh()):
+        pass
