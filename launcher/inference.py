@@ -5,7 +5,6 @@ checkpoint folder   the same, of that step
 export folder       sizes from config.json, tokenizer.json in it
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +12,13 @@ import torch
 
 from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.launcher.build import empty_model
-from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.messages import ConfigError, problem
 from meshwright.launcher.weights.read_weights import (
     CheckpointWeights,
     ExportWeights,
     fill_model,
     find_source,
+    read_json,
 )
 from meshwright.launcher.weights.saved_run import read_saved_run
 from meshwright.model.config import ModelConfig
@@ -59,6 +59,8 @@ def load_for_inference(path: Path, device: torch.device | str = "cpu") -> Loaded
             config, tokenizer, end_of_text = weights.config, source.path / TOKENIZER_NAME, _of_export(source.path)
         model = empty_model(config, torch.device(device))
         fill_model(model, weights)
+    except ConfigError:
+        raise  # names its file already
     except ValueError as error:
         raise ConfigError(str(path), str(error).splitlines()) from None
     there = tokenizer if tokenizer.is_file() else None
@@ -66,12 +68,13 @@ def load_for_inference(path: Path, device: torch.device | str = "cpu") -> Loaded
 
 
 def _of_export(folder: Path) -> str | None:
-    """Return the end token that tokenizer_config.json names."""
+    """Return the end token that tokenizer_config.json names; None where it names none."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
-    settings = json.loads(path.read_bytes())
-    token = settings.get("eos_token") if isinstance(settings, dict) else None
+    token = read_json(path).get("eos_token")
     if isinstance(token, dict):  # older folders describe the token instead of naming it
         token = token.get("content")
-    return token if isinstance(token, str) else None
+    if not isinstance(token, str | None):
+        raise ConfigError(str(path), [problem("eos_token", token, "must be text, or null")])
+    return token

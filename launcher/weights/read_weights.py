@@ -22,10 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from meshwright.launcher.runfile.input_file import MOST_NESTED, input_bytes, nesting
+from meshwright.launcher.runfile.messages import ConfigError, shown
 from meshwright.launcher.weights.safetensors_stream import INDEX_NAME
 from meshwright.model.config import ModelConfig
-from meshwright.model.families.choose import config_from_foreign, family_of_foreign
+from meshwright.model.families.choose import ForeignConfigError, config_from_foreign, family_of_foreign
 from meshwright.model.families.family import Row, our_shapes
+from meshwright.model.families.table import fewest_tensors
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.checkpoint.folder import MANIFEST_NAME, read_manifest, read_sealed
 from meshwright.parallel.checkpoint.load import SavedTensor, saved_tensors
@@ -36,6 +39,11 @@ from meshwright.parallel.mesh import Mesh, single_process_mesh
 
 # Beginnings of names in a checkpoint that are no weights.
 NOT_WEIGHTS = ("optimizer.", "buffers.")
+
+# The index of a model of a million tensors has some 100 MB; nothing else in JSON comes near.
+MOST_JSON_BYTES = 2**28
+# As many missing tensors are named one by one, and so many lines are printed.
+MOST_NAMED, MOST_TOLD = 100_000, 40
 
 
 class ModelWeights:
@@ -98,24 +106,31 @@ class ExportWeights:
         """Read config.json and the headers of the files.
 
         Raises:
-            ValueError: if the folder is of a family or configuration that cannot be read, or tensors are missing,
+            ConfigError: if the folder is of a family or configuration that cannot be read, or tensors are missing,
                 left over or of another shape, naming every one.
         """
         self.path = folder
-        foreign = _read_json(folder / "config.json")
+        foreign = read_json(folder / "config.json")
         try:
             self.config: ModelConfig = config_from_foreign(foreign)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{folder / 'config.json'} cannot be read as one of our models: {error}") from None
+        except ForeignConfigError as error:
+            raise ConfigError(str(folder / "config.json"), error.problems) from None
+        self._file_of = _files_of(folder)
+        # Before any row is made: a count that is only a slip would make rows until the memory ends.
+        least, held = fewest_tensors(self.config), len(self._file_of)
+        if least > held + MOST_NAMED:
+            raise ConfigError(
+                str(folder),
+                [f"config.json describes a model of at least {least:,} tensors, and the weight files hold {held:,}"],
+            )
         rows = family_of_foreign(foreign).mapping(self.config)
         self._rows: dict[str, list[Row]] = {}
         for row in rows:
             self._rows.setdefault(row.ours, []).append(row)
         self._shapes = our_shapes(rows)
-        self._file_of = _files_of(folder)
-        problems = self._problems(rows)
-        if problems:
-            raise ValueError(f"{folder} does not hold the model of its config.json:\n  " + "\n  ".join(problems))
+        if problems := self._problems(rows):
+            more = [f"and {len(problems) - MOST_TOLD:,} more"] if len(problems) > MOST_TOLD else []
+            raise ConfigError(f"{folder} does not hold the model of its config.json", [*problems[:MOST_TOLD], *more])
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return every weight's global shape."""
@@ -236,32 +251,55 @@ def _files_of(folder: Path) -> dict[str, Path]:
     """Return in which file each foreign tensor lies.
 
     Raises:
-        ValueError: if a file is missing, no safetensors file, or lacks what the index promises.
+        ConfigError: if a file is missing, no safetensors file, or lacks what the index promises.
     """
-    if (folder / INDEX_NAME).is_file():
-        names = sorted(set(_read_json(folder / INDEX_NAME)["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    index = folder / INDEX_NAME
+    names = _names_in(index) if index.is_file() else ["model.safetensors"]
     found: dict[str, Path] = {}
     for name in names:
         path = folder / name
-        if path.name != name or not path.is_file():
-            raise ValueError(f"{path} is missing")
+        if not path.is_file():
+            raise ConfigError(str(path), ["is missing"])
         try:
             with safe_open(path, framework="pt") as file:
                 found |= dict.fromkeys(file.keys(), path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+            raise ConfigError(str(path), [f"is damaged: {error}"]) from None
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _names_in(index: Path) -> list[str]:
+    """Return the file names that an index gives."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ConfigError(str(index), ["weight_map: must be an object that names the file of each tensor"])
+    wrong = [
+        f"weight_map: {shown(name)} is in the file {shown(file)}: must be the name of a file in the same folder"
+        for name, file in weight_map.items()
+        if not isinstance(file, str) or "\0" in file or Path(file).name != file
+    ]
+    if wrong:
+        more = [f"and {len(wrong) - MOST_TOLD:,} more"] if len(wrong) > MOST_TOLD else []
+        raise ConfigError(str(index), [*wrong[:MOST_TOLD], *more])
+    return sorted(set(weight_map.values()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file that came from another hand.
+
+    Raises:
+        ConfigError: if the file cannot be read, or holds no object.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(input_bytes(path, MOST_JSON_BYTES))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
+    except RecursionError:
+        raise ConfigError(str(path), ["is damaged: lists or objects are nested too deep"]) from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: not JSON ({error})") from None
+        raise ConfigError(str(path), [f"is damaged: not JSON ({error})"]) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: not a JSON object")
+        raise ConfigError(str(path), ["is damaged: not a JSON object"])
+    if nesting(content) > MOST_NESTED:
+        raise ConfigError(str(path), ["is damaged: lists or objects are nested too deep"])
     return content

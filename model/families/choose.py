@@ -11,14 +11,26 @@ else the class asks for is its own list of reasons.
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family
+from meshwright.model.families.foreign_keys import key_problems, shown, size_problems
 from meshwright.model.families.llama import LLAMA
 from meshwright.model.families.mixtral import MIXTRAL
 from meshwright.model.families.qwen3 import QWEN3
 from meshwright.model.families.qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)}
+
+
+class ForeignConfigError(ValueError):
+    """A foreign configuration cannot be read as one of our models; `problems` says why."""
+
+    def __init__(self, problems: list[str]) -> None:
+        """Keep the problems apart, so that a command can print one on a line."""
+        super().__init__("\n  ".join(problems))
+        self.problems = problems
 
 
 class NotRepresentableError(ValueError):
@@ -56,11 +68,13 @@ def family_of_foreign(foreign: Mapping[str, Any]) -> Family:
     """Return the family that a foreign config.json names.
 
     Raises:
-        ValueError: if it is none of those that can be read.
+        ForeignConfigError: if it is none of those that can be read.
     """
-    model_type = foreign.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type = {model_type!r}: must be one of {sorted(FAMILIES)}")
+    if "model_type" not in foreign:
+        raise ForeignConfigError([f"model_type: is missing; must be one of {sorted(FAMILIES)}"])
+    model_type = foreign["model_type"]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ForeignConfigError([f"model_type = {shown(model_type)}: must be one of {sorted(FAMILIES)}"])
     return FAMILIES[model_type]
 
 
@@ -68,6 +82,19 @@ def config_from_foreign(foreign: Mapping[str, Any]) -> ModelConfig:
     """Return our configuration of the model that a foreign config.json describes.
 
     Raises:
-        ValueError: if the class cannot be read, or its configuration asks for what we do not compute.
+        ForeignConfigError: if the class cannot be read, its configuration is damaged, or it asks for what we do not
+            compute; with every key at fault.
     """
-    return ModelConfig(**family_of_foreign(foreign).to_ours(foreign))
+    family = family_of_foreign(foreign)
+    if problems := key_problems(foreign, family.needed):
+        raise ForeignConfigError(problems)
+    try:
+        config = ModelConfig(**family.to_ours(foreign))
+    except ValidationError as error:  # what passed the rules of single keys and no size of ours is
+        lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors(include_url=False)]
+        raise ForeignConfigError(lines) from None
+    except ValueError as error:
+        raise ForeignConfigError(str(error).split("; ")) from None
+    if problems := size_problems(config):
+        raise ForeignConfigError(problems)
+    return config

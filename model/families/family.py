@@ -46,6 +46,8 @@ class Family:
     """The configuration as the foreign library writes it, in its new and its old spelling."""
     to_ours: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Keys of our [model] table from a foreign configuration; raises ValueError with all that we lack."""
+    needed: tuple[str, ...]
+    """The foreign keys that must be there; for any other one that is missing the class has a default."""
 
 
 def our_shapes(rows: Iterable[Row]) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family, Row
 from meshwright.model.families.table import (
+    NEEDED,
     attention_bias_parts,
     attention_bias_reasons,
     common_keys,
@@ -61,4 +62,4 @@ def _feedforward_rows(config: ModelConfig, n: int, kinds: LayerKinds) -> list[Ro
     return mlp_rows(config, f"layers.{n}.feedforward.part", f"model.layers.{n}.mlp")
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", reasons_against, mapping, to_foreign, to_ours)
+LLAMA = Family("llama", "LlamaForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED)

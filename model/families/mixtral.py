@@ -13,6 +13,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family, Row
 from meshwright.model.families.table import (
     ATTENTION_BIASES,
+    NEEDED,
     common_keys,
     common_keys_to_ours,
     common_reasons,
@@ -92,4 +93,4 @@ def _feedforward_rows(config: ModelConfig, n: int, kinds: LayerKinds) -> list[Ro
     return expert_rows(config, f"layers.{n}.feedforward.part", f"model.layers.{n}.block_sparse_moe", EXPERT_NAMES)
 
 
-MIXTRAL = Family("mixtral", "MixtralForCausalLM", reasons_against, mapping, to_foreign, to_ours)
+MIXTRAL = Family("mixtral", "MixtralForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED)

@@ -10,6 +10,7 @@ from typing import Any
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family, Row
 from meshwright.model.families.table import (
+    NEEDED,
     attention_bias_parts,
     attention_bias_reasons,
     common_keys,
@@ -66,4 +67,4 @@ def _feedforward_rows(config: ModelConfig, n: int, kinds: LayerKinds) -> list[Ro
     return mlp_rows(config, f"layers.{n}.feedforward.part", f"model.layers.{n}.mlp")
 
 
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM", reasons_against, mapping, to_foreign, to_ours)
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED)

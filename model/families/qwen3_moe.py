@@ -17,6 +17,7 @@ from meshwright.model.families.family import Family, Row
 from meshwright.model.families.qwen3 import no_sliding_window
 from meshwright.model.families.table import (
     MLP_NAMES,
+    NEEDED,
     attention_bias_parts,
     attention_bias_reasons,
     common_keys,
@@ -98,4 +99,12 @@ def _feedforward_rows(config: ModelConfig, n: int, kinds: LayerKinds) -> list[Ro
     return expert_rows(config, ours, theirs, MLP_NAMES)
 
 
-QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", reasons_against, mapping, to_foreign, to_ours)
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    reasons_against,
+    mapping,
+    to_foreign,
+    to_ours,
+    (*NEEDED, "moe_intermediate_size"),
+)

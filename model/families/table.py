@@ -25,6 +25,8 @@ ATTENTION_BIASES = ("q", "k", "v", "output")
 ATTENTION_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "output": "o_proj"}
 MLP_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
 FeedforwardRows = Callable[[ModelConfig, int, LayerKinds], list[Row]]
 
 
@@ -42,6 +44,12 @@ def stack_rows(config: ModelConfig, feedforward_rows: FeedforwardRows) -> list[R
     if not config.tie_embeddings:
         rows.append(Row("output.weight", None, "lm_head.weight", (v, h)))
     return rows
+
+
+def fewest_tensors(config: ModelConfig) -> int:
+    """Return a number that `stack_rows` has at least as many rows as, without making any."""
+    experts = config.moe.num_experts * 3 * config.num_moe_layers if config.moe is not None else 0
+    return config.num_layers + experts
 
 
 def attention_rows(config: ModelConfig, ours: str, theirs: str) -> list[Row]:

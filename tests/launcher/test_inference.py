@@ -50,6 +50,24 @@ def test_the_end_token_of_an_export_is_what_its_settings_say(tmp_path: Path, eos
     assert inference._of_export(tmp_path) == found
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[[", "is damaged: not JSON (Expecting value"),
+        ("[]", "is damaged: not a JSON object"),
+        ('{"eos_token": 3}', "eos_token = 3: must be text, or null"),
+        ('{"eos_token": {"content": [1]}}', "eos_token = [1]: must be text, or null"),
+    ],
+)
+def test_broken_settings_of_a_tokenizer_are_told_with_their_file(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        inference._of_export(tmp_path)
+    assert caught.value.source == str(tmp_path / "tokenizer_config.json")
+    assert caught.value.problems[0].startswith(told)
+    assert len(caught.value.problems) == 1
+
+
 def bytes_only() -> Tokenizer:
     """A tokenizer whose tokens are single bytes, so that most characters are several tokens."""
     codec = Tokenizer(models.BPE())

@@ -241,7 +241,7 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
         pytest.param("a." * 100 + "b = 1", "has lists or tables nested too deep", id="deep table"),
         pytest.param("a = " + "9" * 5000, "has a number of more than 4,300 digits", id="digits"),
         pytest.param("a." * 20_000 + "b = 1", "line 15 has 20,000 dots; a key has at most 64 names", id="dots"),
-        pytest.param("#" * 2**18, "has 262,3", id="bytes"),
+        pytest.param("#" * 2**18, "has 262,293 bytes; at most 262,144 would fit", id="bytes"),
     ],
 )
 def test_what_would_end_the_parser_is_told(tmp_path: Path, line: str, told: str) -> None:

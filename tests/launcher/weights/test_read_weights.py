@@ -1,6 +1,7 @@
 """Any rows of any weight are read by our name, from a checkpoint of any layout and from an exported folder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_exports import CONFIGS, tiny_model, write_tiny_export, write_tiny_run, write_tiny_store
 
 from meshwright.data.store import TokenStore
+from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.weights.read_weights import (
     CheckpointWeights,
     ExportWeights,
@@ -147,20 +149,47 @@ def other_class(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
 
 
+def with_config(**changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return damage
+
+
+def with_index(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
+        (
+            with_config(num_hidden_layers=10**9),
+            r"config\.json.*\n  num_hidden_layers = 1000000000: must be .* to 16384",
+        ),
+        (with_config(num_experts=2**24), r"config\.json describes a model of at least 50,331,650 tensors, "),
+        (with_config(num_hidden_layers=5000), r"\n  and [0-9,]+ more$"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), r"config\.json.*\n.*nested too deep"),
+        (with_config(x=json.loads("[" * 100 + "]" * 100)), r"config\.json.*\n.*nested too deep"),
+        (with_index("{}"), r"index\.json.*\n  weight_map: must be an object"),
+        (with_index('{"weight_map": [1, 2]}'), r"index\.json.*\n  weight_map: must be an object"),
+        (
+            with_index('{"weight_map": {"a": 3}}'),
+            r'index\.json.*\n  weight_map: "a" is in the file 3: must be the name',
+        ),
+        (with_index('{"weight_map": {"a": "../b"}}'), r'weight_map: "a" is in the file "../b": must be the name'),
         (drop, r"model\.norm\.weight is missing"),
         (add, "extra has no place in the class"),
         (reshape, r"model\.norm\.weight is \[17\], config\.json says \[16\]"),
-        (cut_short, r"model\.safetensors is damaged"),
+        (cut_short, r"model\.safetensors: 1 problem.*\n  is damaged"),
         (other_class, "model_type = 'gpt2': must be one of"),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
-        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is damaged: not JSON"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors: 1 problem.*\n  is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: 1 problem.*\n  is damaged: not JSON"),
     ],
 )
 def test_a_damaged_export_is_refused_by_name(damage: object, problem: str, tmp_path: Path) -> None:
     write_tiny_export(tmp_path, tiny_model(CONFIG), CONFIG)
     damage(tmp_path)  # type: ignore[operator]
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(ConfigError, match=problem):
         ExportWeights(tmp_path)

@@ -1,12 +1,21 @@
 """Each configuration goes to the class that is exactly it; what none can be is refused by key, with a way out."""
 
 from math import prod
+from typing import Any
 
 import pytest
 
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.costs import parameter_count
-from meshwright.model.families.choose import NotRepresentableError, choose_family, config_from_foreign
+from meshwright.model.families.choose import (
+    FAMILIES,
+    ForeignConfigError,
+    NotRepresentableError,
+    choose_family,
+    config_from_foreign,
+)
+from meshwright.model.families.family import Family
+from meshwright.model.families.foreign_keys import KINDS
 from meshwright.model.presets import PRESETS, preset
 
 MOE = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 16}
@@ -131,3 +140,66 @@ def test_a_foreign_config_that_computes_otherwise_is_refused(change: dict[str, o
     foreign = {"model_type": "qwen3"} | choose_family(ours).to_foreign(ours)
     with pytest.raises(ValueError, match=problem):
         config_from_foreign(foreign | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"model_type": ["x"]}, "model_type = ['x']: must be one of ['llama',"),
+        ({"rope_parameters": [1]}, "rope_parameters = [1]: must be an object, or null"),
+        (
+            {"rope_parameters": {"rope_theta": "1e4"}},
+            "rope_parameters.rope_theta = '1e4': must be a finite number above 0",
+        ),
+        ({"hidden_size": "64"}, "hidden_size = '64': must be a whole number of 1 to 16777216"),
+        ({"hidden_size": True}, "hidden_size = True: must be a whole number of 1 to 16777216"),
+        ({"hidden_size": 10**5000}, "hidden_size = a number of many digits: must be a whole number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000: must be a whole number of 1 to 16384"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads = 0: must be a whole number of 1 to 16777216, or null"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan: must be a finite number above 0"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no': must be true or false"),
+        ({"hidden_act": ["silu"] * 99}, "hidden_act = ['silu', 'silu',"),
+        ({"head_dim": 7}, "head_dim = 7: must be even, because RoPE turns pairs; 6 or 8 would fit"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3: must divide num_attention_heads = 2;"),
+    ],
+)
+def test_a_damaged_foreign_config_is_told_by_its_own_key(change: dict[str, object], problem: str) -> None:
+    ours = config(qk_norm=True)
+    foreign = {"model_type": "qwen3"} | choose_family(ours).to_foreign(ours)
+    with pytest.raises(ForeignConfigError) as caught:
+        config_from_foreign(foreign | change)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(problem)
+    assert len(caught.value.problems[0]) < 300
+
+
+def test_every_missing_and_wrong_key_of_a_foreign_config_is_told_at_once() -> None:
+    with pytest.raises(ForeignConfigError) as caught:
+        config_from_foreign({"model_type": "qwen3_moe", "mlp_only_layers": [-1], "num_experts": None})
+    keys = [line.partition(" ")[0].rstrip(":") for line in caught.value.problems]
+    needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+    assert keys == [*needed, "intermediate_size", "moe_intermediate_size", "num_experts", "mlp_only_layers"]
+
+
+# qwen3 copies what it reads, so that its reads are not seen; what it reads is a part of what qwen3_moe does.
+@pytest.mark.parametrize("family", [family for name, family in FAMILIES.items() if name != "qwen3"])
+def test_every_key_that_a_family_reads_has_its_rule(family: Family) -> None:
+    """A key without one would be taken as it stands, whatever it holds."""
+
+    class Seen(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            read.add(key)
+            return super().__getitem__(key)
+
+        def get(self, key: str, default: Any = None) -> Any:
+            read.add(key)
+            return super().get(key, default)
+
+    read: set[str] = set()
+    sizes = dict.fromkeys(family.needed, 2)
+    family.to_ours(Seen(sizes))
+    assert {"hidden_size", "rope_theta"} <= read
+    assert read <= KINDS.keys()
+    for key in family.needed:
+        with pytest.raises(KeyError):
+            family.to_ours({name: size for name, size in sizes.items() if name != key})
