@@ -20,6 +20,9 @@ from torch import Tensor
 
 from meshwright.parallel.counter_rng import uniform_at
 
+# No vocabulary is larger; a count that no tensor can be cut at would end in a traceback.
+MOST_TOP_K = 2**24
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,8 +44,8 @@ class Sampling:
         problems = []
         if not 0.0 <= self.temperature < float("inf"):
             problems.append(f"temperature = {self.temperature}: must be 0 (greedy) or a positive number")
-        if self.top_k < 0:
-            problems.append(f"top_k = {self.top_k}: must be 0 (off) or a count of tokens")
+        if not 0 <= self.top_k <= MOST_TOP_K:
+            problems.append(f"top_k = {self.top_k}: must be 0 (off) or a count of tokens, at most {MOST_TOP_K}")
         if not 0.0 < self.top_p <= 1.0:
             problems.append(f"top_p = {self.top_p}: must be above 0 and at most 1 (off)")
         if problems:

@@ -50,7 +50,7 @@ def export(
         overwrite=overwrite,
         text=text,
         end_of_text=end_of_text,
-        max_shard_bytes=int(max_file_gb * 1e9),
+        max_file_gb=max_file_gb,
     )
     if problems := request.problems():
         raise ConfigError("meshwright export", problems)

@@ -18,7 +18,9 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 is off, 20 to 100 are usual.")] = 50,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share; 1 is off.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    samples: Annotated[int, typer.Option(min=1, help="How many texts to make; more than 1 are not streamed.")] = 1,
+    samples: Annotated[
+        int, typer.Option(min=1, max=1024, help="How many texts to make; more than 1 are not streamed.")
+    ] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json, where none lies with the model.")] = None,
 ) -> None:

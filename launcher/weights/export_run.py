@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from meshwright.data.store import TokenStore
 from meshwright.data.tokenizer import load_tokenizer
 from meshwright.launcher.build import empty_model
+from meshwright.launcher.runfile.input_file import input_bytes
 from meshwright.launcher.weights.export_report import REPORT_PAGE, ExportReport, write_report
 from meshwright.launcher.weights.hf_writer import (
     EXPORT_DTYPES,
@@ -41,6 +42,9 @@ from meshwright.model.families.choose import choose_family
 
 MIN_SAMPLES, TOKENS = 2, 1024
 LONGEST_SAMPLE = 512
+MOST_FILE_GB = 1e6
+# Of a longer text only the beginning would be used.
+MOST_TEXT_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,17 @@ class ExportRequest:
     """Text to verify on; None: the validation split of the run's store."""
     end_of_text: str = ""
     """The token that ends a document; "": the one that the run recorded."""
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
+    max_file_gb: float = DEFAULT_MAX_SHARD_BYTES / 1e9
+    """Largest weight file, in 10^9 bytes."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the request in itself, one line each."""
         found = []
         if self.dtype not in EXPORT_DTYPES:
             found.append(f'--dtype "{self.dtype}": one of {", ".join(EXPORT_DTYPES)} would fit')
-        if self.max_shard_bytes <= 0:
-            found.append(f"--max-file-gb {self.max_shard_bytes / 1e9:g}: must be above 0; 2 to 5 are usual")
+        if not 0.0 < self.max_file_gb <= MOST_FILE_GB:  # false for nan too
+            rule = f"must be above 0 and at most {MOST_FILE_GB:g}; 2 to 5 are usual"
+            found.append(f"--max-file-gb {self.max_file_gb:g}: {rule}")
         return found
 
 
@@ -150,7 +156,7 @@ def _settings(request: ExportRequest, saved: SavedRun) -> ExportSettings:
         end_token=tokenizer.end_of_text,
         max_positions=saved.run_file.data.seq_len,
         dtype=request.dtype,
-        max_shard_bytes=request.max_shard_bytes,
+        max_shard_bytes=max(1, int(request.max_file_gb * 1e9)),
     )
 
 
@@ -205,13 +211,15 @@ def _verification_text(request: ExportRequest, saved: SavedRun, settings: Export
 
 def _text_of_file(path: Path, settings: ExportSettings, length: int) -> VerificationText:
     try:
-        ids = Tokenizer.from_str(settings.tokenizer_json).encode(path.read_text(encoding="utf-8")).ids
+        ids = Tokenizer.from_str(settings.tokenizer_json).encode(input_bytes(path, MOST_TEXT_BYTES).decode()).ids
     except OSError as error:
         raise ValueError(f"--text {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(
             f"--text {path}: is no UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
         ) from None
+    except ValueError as error:
+        raise ValueError(f"--text {path}: {error}") from None
     if len(ids) < 2:
         raise ValueError(f"--text {path}: has {len(ids)} tokens; at least 2 are needed, and a page is better")
     samples = max(1, min(TOKENS, len(ids)) // length)

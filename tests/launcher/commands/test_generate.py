@@ -115,4 +115,6 @@ def test_options_that_cannot_be_honoured_are_told(trained: Path) -> None:
     generate(trained, "--device", "tpu").told(2, "one of auto, cpu, cuda, mps would fit")
     generate(trained, "--device", "mps").told(2, "no Apple GPU")
     run("generate", trained, "--max-new-tokens", 10**13).told(2, "--max-new-tokens")
+    run("generate", trained, "--samples", 10**11).told(2, "--samples", "1024")
+    generate(trained, "--top-k", 10**20).told(2, "top_k = 1", "at most 16777216")
     generate(trained, "-p", "a\udcff").told(2, "--prompt is not UTF-8")

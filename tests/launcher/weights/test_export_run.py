@@ -133,6 +133,10 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(
     ("arguments", "told"),
     [
         (["--dtype", "fp16"], '--dtype "fp16": one of fp32, bf16 would fit'),
+        (["--max-file-gb", "nan", "--dtype", "x"], "--max-file-gb nan: must be above 0"),
+        (["--max-file-gb", "inf"], "--max-file-gb inf: must be above 0"),
+        (["--max-file-gb", "nan", "--dtype", "x"], '--dtype "x": one of'),
+        (["--text", "/dev/zero"], "--text /dev/zero: is a pipe, a socket or a device"),
         (["--max-file-gb", "0"], "--max-file-gb 0: must be above 0"),
         (["--text", "absent.txt"], "--text absent.txt: cannot be read"),
         (["--end-of-text", "</s>"], "</s>"),
