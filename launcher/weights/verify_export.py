@@ -232,10 +232,14 @@ def _their_logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _generate(model: Any, tokens: Tensor, new_tokens: int) -> Tensor:
-    """Return the first half of the first sample with what the class generates after it, [s, 1]."""
+    """Return the first half of the first sample with what the class generates after it, [s, 1].
+
+    No more than the class has positions for: beyond them transformers only warns.
+    """
     prompt = tokens[: len(tokens) // 2, :1].T
+    room = model.config.max_position_embeddings - prompt.shape[1]
     generated: Tensor = model.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=min(new_tokens, room), do_sample=False
     )
     return generated.T
 
