@@ -47,9 +47,10 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
 def _name_problems(run_file: RunFile) -> list[str]:
     """Refuse a name that no file system takes, once it has endings of our own."""
     name = run_file.run.name
-    if len(name) <= LONGEST_NAME:
+    size = len(name.encode())
+    if size <= LONGEST_NAME:
         return []
-    return [problem("run.name", name, f"has {len(name)} letters", f"at most {LONGEST_NAME} would fit")]
+    return [problem("run.name", name, f"has {size} bytes", f"at most {LONGEST_NAME} would fit")]
 
 
 def _expert_problems(run_file: RunFile) -> list[str]:

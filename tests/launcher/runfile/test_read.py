@@ -152,7 +152,7 @@ def test_the_message_counts_and_names_the_file(sound: Path) -> None:
         ("model.d_model=64", "model.d_model: no such key; did you mean model.hidden_size?"),
         ("train.seq_len=64", "train.seq_len: no such key; did you mean data.seq_len?"),
         ("data=3", "data=3: data is a table; its keys are set one by one, such as data.store=...; [data] has: store,"),
-        (f"run.name={'a' * 201}", f'run.name = "{"a" * 76}...: has 201 letters; at most 200 would fit'),
+        (f"run.name={'a' * 201}", f'run.name = "{"a" * 76}...: has 201 bytes; at most 200 would fit'),
         ("model.preset=llama3", 'model.preset = "llama3": there is no such preset; the presets are: tiny,'),
         ("run.name=a/b", 'run.name = "a/b": does not have the form; Name of the run'),
     ],
