@@ -40,7 +40,7 @@ _POLL_SECONDS = 0.05
 # After a rank died: how long the others may take to end by themselves, then how long to answer SIGTERM.
 _SETTLE_SECONDS, _TERM_SECONDS = 1.0, 4.0
 # After a rank refused what the user gave: every rank will, on a busy machine not at the same moment.
-_REFUSED, _REFUSAL_SECONDS = 2, 10.0
+_REFUSED, _REFUSAL_SECONDS = 2, 4.0
 _PASSED_ON = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGTERM,

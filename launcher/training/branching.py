@@ -32,6 +32,9 @@ def begin_from(run: Run, source: Path, events: list[str]) -> Progress:
             events.append(f"passed over {path}: {'; '.join(why)}")
         _check_tokenizer(run, found, events)
         updates = _fill_from_checkpoint(run, found) if found.is_checkpoint else _fill_from_export(run, found)
+    except ConfigError as error:  # names the file in the source
+        problems = [f"{error.source}: {problem}" for problem in error.problems]
+        raise ConfigError(f"init.from = {source}", problems, is_same_on_all_ranks=True) from None
     except (ValueError, CheckpointError) as error:
         raise ConfigError(f"init.from = {source}", str(error).splitlines(), is_same_on_all_ranks=True) from None
     run.optimizer.set_updates(updates)

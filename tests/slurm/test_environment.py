@@ -99,6 +99,7 @@ def test_it_is_made_once_and_again_only_when_the_pins_change(clone: Path, bare: 
     assert (use(clone, bare).returncode, builds(clone)) == (0, 2)
 
 
+@pytest.mark.slow
 def test_a_set_up_that_failed_is_not_trusted_and_begun_anew(clone: Path, bare: dict[str, str]) -> None:
     (clone / "broken").touch()
     failed = use(clone, bare)
@@ -110,6 +111,7 @@ def test_a_set_up_that_failed_is_not_trusted_and_begun_anew(clone: Path, bare: d
     assert not (clone / ".venv" / "left-over").exists()
 
 
+@pytest.mark.slow
 def test_a_set_up_that_was_killed_is_begun_anew(clone: Path, bare: dict[str, str]) -> None:
     slow = subprocess.Popen(
         ["bash", "-c", USE],

@@ -144,7 +144,7 @@ def test_a_run_begins_from_an_export_on_one_rank_and_with_experts_on_two(tmp_pat
     other.told(2, "experts.gate is [4, 12, 16], the run file has [4, 20, 16]")
     run("train", fresh, f"init.from={tmp_path / 'none'}").told(2, "init.from = ", "there is no such folder")
     (Path(source.partition("=")[2]) / "model.safetensors").write_bytes(b"cut")
-    run("train", fresh, plain, source).told(2, "model.safetensors is damaged")
+    run("train", fresh, plain, source).told(2, "init.from = ", "1 problem", "model.safetensors: is damaged")
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
