@@ -6,6 +6,8 @@ In a process of its own: the checks of shapes that the test run puts around ever
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import torch
 
@@ -53,6 +55,7 @@ for choices, autocast in cases:
 """
 
 
+@pytest.mark.slow
 def test_compiled_kernels_are_the_eager_ones() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.split() == ["same"] * 3, done.stderr[-3000:]

@@ -89,6 +89,7 @@ def builds(clone: Path) -> int:
     return len((clone / "builds").read_text().splitlines()) if (clone / "builds").exists() else 0
 
 
+@pytest.mark.slow
 def test_it_is_made_once_and_again_only_when_the_pins_change(clone: Path, bare: dict[str, str]) -> None:
     first = use(clone, bare)
     assert (first.returncode, first.stdout) == (0, f"PYTHON {clone}/.venv/bin/python\n"), first.stderr

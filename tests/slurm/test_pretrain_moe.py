@@ -27,7 +27,11 @@ def test_by_hand_it_trains_exports_verifies_and_samples(
 
 @pytest.mark.slurm
 @pytest.mark.parametrize(
-    ("ranks", "arguments"), [("2 ranks on 2 nodes", ["--ntasks-per-node=1"]), ("4 ranks on 2 nodes", [])]
+    ("ranks", "arguments"),
+    [
+        pytest.param("2 ranks on 2 nodes", ["--ntasks-per-node=1"], marks=pytest.mark.slow),
+        ("4 ranks on 2 nodes", []),
+    ],
 )
 def test_two_nodes_give_the_losses_of_one_machine(
     cluster: VirtualSlurm,

@@ -26,7 +26,7 @@ def stop_and_go_on(folder: Path, *overrides: str) -> None:
     "overrides",
     [
         ("learning_rate.schedule=constant",),
-        ("learning_rate.schedule=constant", "train.precision=bf16"),
+        pytest.param(("learning_rate.schedule=constant", "train.precision=bf16"), marks=pytest.mark.slow),
         ("learning_rate.schedule=constant", "checkpoint.asynchronous=true", "train.skip_norm_spike=1.0"),
     ],
 )
@@ -205,7 +205,7 @@ def hashed_on(mesh: Mesh, folder: Path, overrides: list[str]) -> list[str]:
     return hashed
 
 
-@pytest.mark.parametrize("source", ["run", "run/checkpoints/step_00000001"])
+@pytest.mark.parametrize("source", ["run", pytest.param("run/checkpoints/step_00000001", marks=pytest.mark.slow)])
 def test_a_branch_reads_each_file_of_its_source_once_over_the_ranks(tmp_path: Path, source: str) -> None:
     (tmp_path / "first").mkdir()
     start(tmp_path / "first", "train.steps=1", "evaluation.every=0")
