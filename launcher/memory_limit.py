@@ -26,8 +26,9 @@ def check_memory(run_file: RunFile, device: torch.device, world_size: int, local
     if device.type == "cuda":
         limit, where = float(torch.cuda.get_device_properties(device).total_memory), "on its GPU"
     else:
-        limit = host_bytes() / local_ranks
-        where = f"({host_bytes() / _GIB:.1f} GiB for {local_ranks} rank{'s' if local_ranks > 1 else ''})"
+        host = host_bytes()
+        limit = host / local_ranks
+        where = f"({host / _GIB:.1f} GiB for {local_ranks} rank{'s' if local_ranks > 1 else ''})"
     needs = state_bytes(run_file, world_size).total
     if needs <= limit:
         return

@@ -23,7 +23,7 @@ BiasPlace = Literal["q", "k", "v", "output", "ffn"]
 ALIGNMENT = 64
 
 # No model comes near these bounds: what is beyond them is a slip of the keyboard, and would only end without memory.
-MAX_SIZE = 2**24
+MAX_SIZE, MAX_LAYERS = 2**24, 2**14
 Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 SizeOrZero = Annotated[int, Field(ge=0, le=MAX_SIZE)]
 
@@ -69,7 +69,7 @@ class ModelConfig(BaseModel):
     """Name of a public or prepared shape, such as "llama3-8b"; keys that are written beside it win."""
     pattern: str = "*-"
     """One period of layers: `*` attention, `-` MLP, `E` MoE, `2(*-)6(*E)` repeats; repeated up to num_layers."""
-    num_layers: Annotated[int, Field(gt=0, le=2**14)]
+    num_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     """Layers of the stack; a layer is a mixer (attention) with the feed-forward that follows it. 12 to 126."""
     hidden_size: Size
     """Width of the residual stream; 768 (small) to 16384 (the largest public dense model)."""

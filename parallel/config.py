@@ -20,8 +20,9 @@ NOT_YET = {
     "dp_replicate": "hybrid sharding",
 }
 
-Degree = Annotated[int, Field(gt=0, le=2**20)]
-"""Ranks along an axis: more than any cluster has is a slip of the keyboard."""
+# More ranks than any cluster has: beyond it is a slip of the keyboard.
+MAX_RANKS = 2**20
+Degree = Annotated[int, Field(gt=0, le=MAX_RANKS)]
 SavedOp = Literal["attention", "matmul"]
 
 
@@ -42,7 +43,7 @@ class ParallelConfig(BaseModel):
     """Expert tensor parallel: splits each expert's matrices. Only 1 in this version."""
     dp_replicate: Degree = 1
     """Copies of the sharded state (hybrid sharding). Only 1 in this version."""
-    dp_shard: Annotated[int, Field(ge=0, le=2**20)] = 0
+    dp_shard: Annotated[int, Field(ge=0, le=MAX_RANKS)] = 0
     """Data-parallel ranks that ZeRO shards over; 0 = all ranks that the other axes leave."""
 
     def dp_shard_in(self, world_size: int) -> int:

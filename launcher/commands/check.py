@@ -15,6 +15,7 @@ from meshwright.launcher.training.learning_rate import warmup_length
 from meshwright.model.config import ModelConfig
 from meshwright.model.costs import active_parameter_count, parameter_count, training_flops_per_token
 from meshwright.model.presets import PRESETS
+from meshwright.parallel.config import MAX_RANKS
 
 
 def check(
@@ -26,7 +27,7 @@ def check(
     world_size: Annotated[
         int,
         typer.Option(
-            "--world-size", "-n", min=1, max=2**20, help="Ranks (processes) the run is meant for: one for each GPU."
+            "--world-size", "-n", min=1, max=MAX_RANKS, help="Ranks (processes) the run is meant for: one for each GPU."
         ),
     ] = 1,
 ) -> None:

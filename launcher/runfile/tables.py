@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 
 from meshwright.data.config import DataConfig
+from meshwright.launcher.ranks import MAX_THREADS
 from meshwright.model.config import ModelConfig
 from meshwright.parallel.config import ParallelConfig, RecomputeConfig, ZeroConfig
 
@@ -81,7 +82,7 @@ class TrainConfig(BaseModel):
     """Skip, and count, a step whose norm exceeds this multiple of the median of the last 64; 0 = off, 5 to 20 usual."""
     compile: bool = False
     """Compile the layers with torch.compile; pays on a GPU in runs that are longer than a few minutes."""
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
     """CPU threads of each rank; 0 = this machine's cores divided by its ranks."""
 
 

@@ -129,8 +129,7 @@ class ExportWeights:
             self._rows.setdefault(row.ours, []).append(row)
         self._shapes = our_shapes(rows)
         if problems := self._problems(rows):
-            more = [f"and {len(problems) - MOST_TOLD:,} more"] if len(problems) > MOST_TOLD else []
-            raise ConfigError(f"{folder} does not hold the model of its config.json", [*problems[:MOST_TOLD], *more])
+            raise ConfigError(f"{folder} does not hold the model of its config.json", _first(problems))
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return every weight's global shape."""
@@ -279,9 +278,14 @@ def _names_in(index: Path) -> list[str]:
         if not isinstance(file, str) or "\0" in file or Path(file).name != file
     ]
     if wrong:
-        more = [f"and {len(wrong) - MOST_TOLD:,} more"] if len(wrong) > MOST_TOLD else []
-        raise ConfigError(str(index), [*wrong[:MOST_TOLD], *more])
+        raise ConfigError(str(index), _first(wrong))
     return sorted(set(weight_map.values()))
+
+
+def _first(problems: list[str]) -> list[str]:
+    """Return as many problems as are told, and how many more there are."""
+    more = [f"and {len(problems) - MOST_TOLD:,} more"] if len(problems) > MOST_TOLD else []
+    return [*problems[:MOST_TOLD], *more]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,13 +6,13 @@ run folder/
 """
 
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.overrides import parse_toml
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.weights.read_weights import Source
@@ -52,9 +52,9 @@ def run_file_of(state: dict[str, Any], path: Path) -> RunFile:
         ConfigError: if this version cannot read it.
     """
     try:
-        tables = tomllib.loads(state["run_file"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: the run file in it", [f"is no TOML: {error}"]) from None
+        tables = parse_toml(state["run_file"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: the run file in it", [str(error)]) from None
     run_file, problems = examine(tables)
     if run_file is None:
         raise ConfigError(f"{path}: the run file in it", problems)

@@ -13,9 +13,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from meshwright.model.config import MAX_SIZE, ModelConfig
+from meshwright.model.config import MAX_LAYERS, MAX_SIZE, ModelConfig
 
-MOST_LAYERS = 2**14
 MOST_SHOWN = 80
 MOST_IN_LINE = 300
 
@@ -54,15 +53,15 @@ OBJECT_OR_NULL = may_be_null(Kind("an object", _is_object))
 ANY_SIZE_OR_NULL = may_be_null(whole(2**53, least=0))
 LAYER_NUMBERS_OR_NULL = may_be_null(
     Kind(
-        f"a list of whole numbers of 0 to {MOST_LAYERS - 1}",
-        lambda value: isinstance(value, list) and all(type(it) is int and 0 <= it < MOST_LAYERS for it in value),
+        f"a list of whole numbers of 0 to {MAX_LAYERS - 1}",
+        lambda value: isinstance(value, list) and all(type(it) is int and 0 <= it < MAX_LAYERS for it in value),
     )
 )
 
 KINDS = {
     "vocab_size": SIZE,
     "hidden_size": SIZE,
-    "num_hidden_layers": whole(MOST_LAYERS),
+    "num_hidden_layers": whole(MAX_LAYERS),
     "num_attention_heads": SIZE,
     "num_key_value_heads": may_be_null(SIZE),
     "head_dim": may_be_null(SIZE),
@@ -71,7 +70,7 @@ KINDS = {
     "num_experts": SIZE,
     "num_local_experts": SIZE,
     "num_experts_per_tok": SIZE,
-    "decoder_sparse_step": whole(MOST_LAYERS),
+    "decoder_sparse_step": whole(MAX_LAYERS),
     "mlp_only_layers": LAYER_NUMBERS_OR_NULL,
     "rms_norm_eps": POSITIVE,
     "initializer_range": POSITIVE,
