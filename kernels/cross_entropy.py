@@ -10,7 +10,7 @@ the chunk's part of both gradients, in the forward pass; then the next chunk ove
 
 so the backward only multiplies both gradients by what arrives from above. Sums are made in at least fp32, in the
 order of the tokens. A chunk is as large as stays in the processor's cache on a CPU, and large enough to fill a GPU.
-This file knows one vocabulary; a vocabulary in parts is `parallel/`'s.
+This file knows one vocabulary; a vocabulary in parts is `parallel/vocabulary.py`'s.
 """
 
 from typing import Any
@@ -35,13 +35,19 @@ def linear_cross_entropy(
     x: Float[Tensor, "t h"], weight: Float[Tensor, "v h"], targets: Int[Tensor, " t"], *, divisor: float
 ) -> Float[Tensor, ""]:
     """Return the sum of the counted tokens' cross entropy, over `divisor`; targets of -100 are not counted."""
-    dtype = result_dtype(x)
-    if dtype == torch.bfloat16 and x.device.type == "cpu" and uses_own_products(x, dtype):
-        dtype = torch.float32
+    dtype = products_dtype(x)
     if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
         return _loss_and_gradients(x, weight, targets, divisor, dtype, wants_gradients=False)[0]
     loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, divisor, dtype)  # type: ignore[no-untyped-call]
     return loss
+
+
+def products_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that the output layer multiplies in: autocast's, but fp32 where a CPU's bf16 goes that way."""
+    dtype = result_dtype(x)
+    if dtype == torch.bfloat16 and x.device.type == "cpu" and uses_own_products(x, dtype):
+        return torch.float32
+    return dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -16,13 +16,13 @@ from meshwright.model.block import Block, Layer
 from meshwright.model.config import ModelConfig
 from meshwright.model.feedforward.mlp import Mlp
 from meshwright.model.feedforward.moe import Experts, Moe
-from meshwright.model.mixers.attention import Attention
+from meshwright.model.mixers.attention import Attention, copies_of_kv_heads
 from meshwright.model.norms import RMSNorm
 from meshwright.model.routers.topk import TopKRouter
 from meshwright.model.stack import LanguageModel
 from meshwright.parallel.initialise import InitPolicy, fill, init_rules
 from meshwright.parallel.mesh import Mesh, single_process_mesh
-from meshwright.parallel.placement import placement_table
+from meshwright.parallel.placement import placement_table, without_padding
 
 MakePart = Callable[[ModelConfig, int, Mesh, InitPolicy], nn.Module]
 
@@ -38,27 +38,30 @@ def make_attention(config: ModelConfig, number: int, mesh: Mesh, init: InitPolic
         qk_norm_eps=config.norm_eps if config.qk_norm else None,
         bias=frozenset(config.bias),
         init=init,
+        tp=mesh.tp,
+        kv_copies=mesh.neighbours(copies_of_kv_heads(config.num_kv_heads, mesh.tp.size)),
     )
 
 
 def make_mlp(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy) -> nn.Module:
     """Return the dense feed-forward."""
-    return Mlp(config.hidden_size, config.ffn_hidden_size, bias="ffn" in config.bias, init=init)
+    return Mlp(config.hidden_size, config.ffn_hidden_size, bias="ffn" in config.bias, init=init, tp=mesh.tp)
 
 
 def make_moe(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy) -> nn.Module:
-    """Return the mixture of experts, of which this rank holds 1/ep."""
+    """Return the mixture of experts, of which this rank holds 1/(ep * etp)."""
     moe, h, bias = config.moe, config.hidden_size, "ffn" in config.bias
     assert moe is not None, "the checks let no E pass without a [model.moe]"
-    shared = Mlp(h, moe.shared_hidden_size, bias=bias, init=init) if moe.num_shared_experts else None
+    shared = Mlp(h, moe.shared_hidden_size, bias=bias, init=init, tp=mesh.tp) if moe.num_shared_experts else None
     return Moe(
-        TopKRouter(h, moe.num_experts, moe.top_k, normalise=moe.normalise_top_k, init=init),
-        Experts(h, moe.expert_hidden_size, moe.num_experts, ep=mesh.ep, bias=bias, init=init),
+        TopKRouter(h, moe.num_experts, moe.top_k, normalise=moe.normalise_top_k, init=init, tp=mesh.tp),
+        Experts(h, moe.expert_hidden_size, moe.num_experts, ep=mesh.ep, etp=mesh.etp, bias=bias, init=init),
         name=f"layers.{number}",
         shared=shared,
         load_balancing=moe.load_balancing,
         load_balancing_weight=moe.load_balancing_weight,
         z_loss_weight=moe.z_loss_weight,
+        token=mesh.token,
     )
 
 
@@ -98,7 +101,8 @@ def initialise(module: nn.Module, seed: int = 0) -> None:
     for name, parameter in module.named_parameters():
         shape, placement = tuple(parameter.shape), table[name]
         whole, offset = placement.global_shape(shape), placement.offset(shape)
-        fill(parameter.detach(), rules[name], seed=seed, name=name, global_shape=whole, offset=offset)
+        held = without_padding(parameter.detach().zero_(), whole, offset)
+        fill(held, rules[name], seed=seed, name=name, global_shape=whole, offset=offset)
     reset_buffers(module)
 
 
@@ -117,7 +121,7 @@ def _assemble(config: ModelConfig, mesh: Mesh) -> LanguageModel:
     def block(table: dict[str, MakePart], kind: str | None, number: int) -> Block | None:
         if kind is None:
             return None
-        norm = RMSNorm(config.hidden_size, config.norm_eps)
+        norm = RMSNorm(config.hidden_size, config.norm_eps, tp=mesh.tp)
         return Block(norm, table[kind](config, number, mesh, init))
 
     layers = {
@@ -126,9 +130,10 @@ def _assemble(config: ModelConfig, mesh: Mesh) -> LanguageModel:
     }
     return LanguageModel(
         layers,
-        RMSNorm(config.hidden_size, config.norm_eps),
+        RMSNorm(config.hidden_size, config.norm_eps, tp=mesh.tp),
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         tie_embeddings=config.tie_embeddings,
         init=init,
+        tp=mesh.tp,
     )

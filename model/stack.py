@@ -1,6 +1,6 @@
 """A decoder: embedding, layers after a pattern, final norm, and the language head.
 
-    tokens [s, b] --embedding--> [s, b, h] --layers--> [s, b, h] --norm, output--> logits [s, b, v], or the loss
+    tokens [s, b] --embedding--> [s/tp, b, h] --layers--> [s/tp, b, h] --norm, output--> logits [s, b, v/tp], or the loss
 
 Layers carry their global number in their name (`layers.17.mixer.part.q.weight`), whichever stage holds them.
 Called with targets the model returns the loss; without, the logits. It is an ordinary `nn.Module`.
@@ -12,10 +12,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from meshwright.model.block import Layer
-from meshwright.model.heads import Embedding, next_token_logits, next_token_loss
-from meshwright.parallel.initialise import InitPolicy, InitRule
-from meshwright.parallel.linear import Linear
+from meshwright.parallel.initialise import InitPolicy
+from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.tally import Tally
+from meshwright.parallel.vocabulary import Embedding, VocabularyRows, next_token_logits, next_token_loss
 from meshwright.parallel.where import Where, where_of_plain_tokens
 
 
@@ -31,20 +31,21 @@ class LanguageModel(nn.Module):
         hidden_size: int,
         tie_embeddings: bool = False,
         init: InitPolicy | None = None,
+        tp: Axis = NO_TP,
     ) -> None:
         """Compose layers, by their global number, with the two ends; tied, the embedding is the output matrix too."""
         super().__init__()
         init = init or InitPolicy()
-        self.embedding = Embedding(vocab_size, hidden_size, init=init)
+        self.embedding = Embedding(vocab_size, hidden_size, init=init, tp=tp)
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
         self.final_norm = final_norm
-        rule: InitRule = init.matrix(hidden_size, vocab_size)
-        self.output = None if tie_embeddings else Linear(hidden_size, vocab_size, rule=rule)
+        rule = init.matrix(hidden_size, vocab_size)
+        self.output = None if tie_embeddings else VocabularyRows(vocab_size, hidden_size, rule=rule, tp=tp)
 
     @property
-    def output_weight(self) -> Float[Tensor, "v h"]:
+    def output_rows(self) -> VocabularyRows:
         """Return the matrix that turns vectors into logits."""
-        return self.embedding.weight if self.output is None else self.output.weight
+        return self.embedding if self.output is None else self.output
 
     def forward(
         self,
@@ -53,15 +54,19 @@ class LanguageModel(nn.Module):
         where: Where | None = None,
         tally: Tally | None = None,
     ) -> Float[Tensor, ""] | Float[Tensor, "s b v"]:
-        """Return the loss of the targets (their sum divided by `where.step_tokens`), or the logits without targets."""
+        """Return the loss of the targets (their sum divided by `where.step_tokens`), or the logits without targets.
+
+        Where a sample lies on several ranks, `tokens` and `targets` are those that a mixer sees ([s/cp, b]), and the
+        loss is this rank's share: the shares of all ranks add up to it. Logits are of this rank's part of the vocabulary.
+        """
         where = where or where_of_plain_tokens(tokens)
         x = self.embedding(tokens)
         for layer in self.layers.values():
             x = layer(x, where, tally)
         x = self.final_norm(x)
         if targets is None:
-            return next_token_logits(x, self.output_weight)
-        return next_token_loss(x, self.output_weight, targets, where.step_tokens)
+            return next_token_logits(x, self.output_rows)
+        return next_token_loss(x, self.output_rows, targets, where.step_tokens)
 
     def initial_state(self, batch: int, max_len: int) -> list[Any]:
         """Return every layer's state before the first token, with room for `max_len` tokens."""
@@ -72,7 +77,7 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         for layer, layer_state in zip(self._layers(), state, strict=True):
             x = layer.step(x, layer_state)
-        return next_token_logits(self.final_norm(x), self.output_weight)
+        return next_token_logits(self.final_norm(x), self.output_rows)
 
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.layers.values() if isinstance(layer, Layer)]

@@ -60,6 +60,7 @@ def fill_initial_weights(model: nn.Module, engine: ZeroEngine, seed: int) -> Non
     """Give every part its initial weights, each element by its global name and index, and publish them."""
     rules = init_rules(model)
     for name, part in engine.parts.items():
-        held = part.parameter.detach()
+        part.parameter.detach().zero_()
+        held = part.real(part.parameter.detach())
         fill(held, rules[name], seed=seed, name=name, global_shape=part.global_shape, offset=part.offset)
     engine.publish_weights()

@@ -1,5 +1,7 @@
 """Every collective that moves tensors, in one place: with gradients (layers) and without (state).
 
+    gather           x [s/n, ...] on each rank      ->  [s, ...]              backward: reduce-scatter
+    scatter_sum      x [s, ...], a part of a sum    ->  [s/n, ...]            backward: all-gather
     exchange_rows    x [sum(send), h] on each rank  ->  [sum(receive), h]     rows by destination, by source
     reduce_scatter   [n * part] on each rank        ->  [part]                the sum of everyone's piece for me
     all_gather       [part] on each rank            ->  [n * part]            everyone's piece, in axis order
@@ -45,6 +47,12 @@ def all_reduce(x: Tensor, axis: Axis, *, asynchronous: bool = False) -> Pending:
     return dist.all_reduce(x, group=axis.group, async_op=asynchronous) or DONE
 
 
+def all_reduce_max(x: Tensor, axis: Axis) -> None:
+    """Take the largest of the ranks' values, element by element, in place."""
+    if axis.is_split:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
+
+
 def reduce_scatter(out: Shaped[Tensor, " part"], x: Shaped[Tensor, " n_part"], axis: Axis) -> Pending:
     """Give each rank along the axis the sum of everyone's piece for it; asynchronous."""
     if not axis.is_split:
@@ -59,6 +67,56 @@ def all_gather(out: Shaped[Tensor, " n_part"], x: Shaped[Tensor, " part"], axis:
         out.copy_(x)
         return DONE
     return _all_gather_flat(out, x, group=axis.group, async_op=True) or DONE
+
+
+def gather(x: Shaped[Tensor, "s_local *rest"], axis: Axis) -> Shaped[Tensor, "s *rest"]:
+    """Put every rank's rows after each other, in axis order; each rank's gradient is a part of the sum."""
+    if not axis.is_split:
+        return x
+    gathered: Tensor = _Gather.apply(x, axis)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def scatter_sum(x: Shaped[Tensor, "s *rest"], axis: Axis) -> Shaped[Tensor, "s_local *rest"]:
+    """Sum the ranks' `x` and give each its stretch of rows, in axis order."""
+    if not axis.is_split:
+        return x
+    scattered: Tensor = _ScatterSum.apply(x, axis)  # type: ignore[no-untyped-call]
+    return scattered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _gather_rows(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _scatter_sum_of_rows(grads[0], ctx.axis), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _scatter_sum_of_rows(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather_rows(grads[0], ctx.axis), None
+
+
+def _gather_rows(x: Tensor, axis: Axis) -> Tensor:
+    out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
+    _all_gather_flat(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def _scatter_sum_of_rows(x: Tensor, axis: Axis) -> Tensor:
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    reduce_scatter_flat(out, x.contiguous(), group=axis.group)
+    return out
 
 
 def exchange_counts(counts: Shaped[Tensor, "n *rest"], axis: Axis) -> Shaped[Tensor, "n *rest"]:

@@ -7,6 +7,10 @@ by expert once more, and the experts see one stretch of rows each:
     x [t, h]  --sort-->  rows [t*k, h] by expert  --exchange-->  by (source, expert)  --sort-->  by expert
     y [t, h]  <--weighted sum of a token's k rows--  rows [t*k, h]  <--exchange--  <--unsort--
 
+Where experts are also cut over etp, what arrived is shared among its ranks, padded to the largest number of rows:
+
+    rows [r, h]  --share_rows-->  everyone's rows [R, h], by expert    --experts-->  partial sums  --return_rows-->  [r, h]
+
 Nothing is added by scatter: a token's rows are gathered and summed in the order of its choices, so the result
 is bitwise the same at every run, on every device. This file knows no router and no expert.
 """
@@ -18,7 +22,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from meshwright.parallel.collectives import exchange_counts, exchange_rows
+from meshwright.parallel.collectives import exchange_counts, exchange_rows, gather, scatter_sum
 from meshwright.parallel.mesh import Axis
 
 
@@ -79,6 +83,51 @@ def combine(rows: Float[Tensor, "r h"], weight: Float[Tensor, "t k"], plan: Disp
     return (of_token * weight[..., None].to(of_token.dtype)).sum(1)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """The rows of all ranks of etp, sorted by expert, and how they lie in the exchanged, padded stretches."""
+
+    rows: Float[Tensor, "R h"]
+    counts: Int64[Tensor, " e_local"]
+    place: Int64[Tensor, " R"] | None
+    """Where each row stands among the etp stretches of `padded` rows each; None where nothing was shared."""
+    own: int
+    padded: int
+
+
+def share_rows(rows: Float[Tensor, "r h"], counts: Int64[Tensor, " e_local"], etp: Axis) -> Shared:
+    """Gather the rows of all ranks of etp, which are sorted by expert, and sort them all by expert."""
+    own = rows.shape[0]
+    if not etp.is_split:
+        return Shared(rows, counts, None, own, own)
+    of_ranks = gather(counts[None], etp)
+    lengths = of_ranks.sum(1).tolist()
+    padded = max(1, *lengths)
+    everyone = gather(torch.nn.functional.pad(rows, (0, 0, 0, padded - own)), etp)
+    expert = torch.arange(counts.shape[0], device=rows.device).repeat(etp.size).repeat_interleave(of_ranks.flatten())
+    stands = [torch.arange(padded * rank, padded * rank + n, device=rows.device) for rank, n in enumerate(lengths)]
+    place = torch.cat(stands)[torch.argsort(expert, stable=True)]
+    return Shared(_take_rows(everyone, place), of_ranks.sum(0), place, own, padded)
+
+
+def return_rows(partial: Float[Tensor, "R h"], shared: Shared, etp: Axis) -> Float[Tensor, "r h"]:
+    """Sum the ranks' partial rows and give each rank its own back, in the order in which it gave them."""
+    if shared.place is None:
+        return partial
+    whole = _put_rows(partial, shared.place, shared.padded * etp.size)
+    return scatter_sum(whole, etp)[: shared.own]
+
+
+def _take_rows(x: Tensor, place: Tensor) -> Tensor:
+    taken: Tensor = _TakeRows.apply(x, place)  # type: ignore[no-untyped-call]
+    return taken
+
+
+def _put_rows(x: Tensor, place: Tensor, size: int) -> Tensor:
+    put: Tensor = _PutRows.apply(x, place, size)  # type: ignore[no-untyped-call]
+    return put
+
+
 def _permute_copies(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     permuted: Tensor = _PermuteCopies.apply(x, order, inverse, top_k)  # type: ignore[no-untyped-call]
     return permuted
@@ -119,3 +168,36 @@ class _PermuteRows(torch.autograd.Function):
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
         return grads[0].index_select(0, inverse), None
+
+
+class _TakeRows(torch.autograd.Function):
+    """Row i of the result is row place[i], each at most once; rows that are not taken get the gradient zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.size = x.shape[0]
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        return _put(grads[0], place, ctx.size), None
+
+
+class _PutRows(torch.autograd.Function):
+    """Row place[i] of the result is row i, the others are zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(place)
+        return _put(x, place, size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return grads[0].index_select(0, place), None, None
+
+
+def _put(x: Tensor, place: Tensor, size: int) -> Tensor:
+    return x.new_zeros((size, *x.shape[1:])).index_copy_(0, place, x)

@@ -10,7 +10,9 @@ norms and embeddings, the second for experts. With dp_shard = 4, tp = 2, ep = 4,
     expert   (edp, ep)         0:(0,0) 1:(0,1) 2:(0,2) 3:(0,3) 4:(1,0) 5:(1,1) 6:(1,2) 7:(1,3)
 
 Some axes are products of others: `dp` (who gets which samples), `data` (over what a dense gradient is
-summed), `zero` (over what dense state is sharded), `world`. A layer takes an `Axis`, never a mesh.
+summed), `zero` (over what dense state is sharded), `token` (who holds pieces of one sequence), `world`. Others
+are pieces of tp: where tp exceeds the key and value heads, `copies` neighbouring ranks hold the same head and are
+an axis of their own (`neighbours`). A layer takes an `Axis`, never a mesh.
 """
 
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ PRODUCT_AXES: dict[str, tuple[str, ...]] = {
     "dp": ("dp_replicate", "dp_shard"),
     "data": ("dp_replicate", "dp_shard", "cp"),
     "zero": ("dp_shard", "cp"),
+    "token": ("cp", "tp"),
 }
 
 
@@ -47,6 +50,10 @@ class Axis:
     def is_split(self) -> bool:
         """Say whether there is more than one rank along this axis."""
         return self.size > 1
+
+
+# What a layer takes that is built without a mesh.
+NO_TP, NO_CP, NO_EP, NO_ETP = (Axis(name) for name in ("tp", "cp", "ep", "etp"))
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,19 @@ class Mesh:
         self.dp_replicate, self.dp_shard = axes["dp_replicate"], axes["dp_shard"]
         self.edp, self.ep, self.etp = axes["edp"], axes["ep"], axes["etp"]
         self.dp, self.data, self.zero, self.world = axes["dp"], axes["data"], axes["zero"], axes["world"]
+        self.token = axes["token"]
+
+    def neighbours(self, copies: int) -> Axis:
+        """Return the axis over the `copies` neighbouring ranks of tp that hold the same part.
+
+        Raises:
+            ValueError: if `copies` does not divide tp.
+        """
+        if copies == 1:
+            return Axis(_neighbours_name(1))
+        if self.tp.size % copies != 0:
+            raise ValueError(f"copies = {copies} does not divide tp = {self.tp.size}")
+        return self.axes[_neighbours_name(copies)]
 
 
 def single_process_mesh() -> Mesh:
@@ -120,6 +140,10 @@ def build_mesh(sizes: Sizes, timeout: timedelta | None = None) -> Mesh:
     wanted += [(name, expert, (name,)) for name in EXPERT_DIMS if name != "pp"]
     wanted += [(name, dense, dims) for name, dims in PRODUCT_AXES.items()]
     wanted += [("world", dense, DENSE_DIMS)]
+    for copies in range(2, sizes.tp + 1):
+        if sizes.tp % copies == 0:
+            split_tp = {**dense, "tp": sizes.tp // copies, "copies": copies}
+            wanted += [(_neighbours_name(copies), split_tp, ("copies",))]
 
     groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     axes: dict[str, Axis] = {}
@@ -131,6 +155,10 @@ def build_mesh(sizes: Sizes, timeout: timedelta | None = None) -> Mesh:
             if rank in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(rank), groups.get(ranks), ranks)
     return Mesh(sizes, axes, rank)
+
+
+def _neighbours_name(copies: int) -> str:
+    return f"tp/{copies}"
 
 
 def rank_groups(factors: dict[str, int], dims: tuple[str, ...]) -> Iterator[tuple[int, ...]]:

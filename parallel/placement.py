@@ -5,14 +5,17 @@ what all modules say, by global name. Initialisation, gradient reduction, the no
 and export read this table and nothing else. It is a table and no attribute of the tensors, because
 `to_empty` and `fully_shard` replace the tensors and drop what was attached to them.
 
-    global [8, 512, 384]   Split(0, ep=2)   rank 1 holds [4:8]   Placement.offset -> (4, 0, 0)
+    global [8, 512, 384]   Split(0, ep=2)             rank 1 holds [4:8]        Placement.offset -> (4, 0, 0)
+    global [37, 512]       Split(0, tp=2, size=37)    rank 1 holds [19:37] and one row of padding
+
+Padding is zeros at the end of a part; nothing but the layer that padded ever sees it.
 """
 
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from meshwright.parallel.mesh import Axis, Mesh
 
@@ -24,6 +27,8 @@ class Split:
     dim: int
     axis: Axis
     copies: int = 1
+    size: int = 0
+    """Global length of the dim where it does not divide, so that the last parts end in padding; 0 = it divides."""
 
     @property
     def parts(self) -> int:
@@ -47,19 +52,19 @@ class Placement:
     """`expert`: replicated over edp, not over dp x cp; one of the two factorisations of the mesh."""
 
     def global_shape(self, local_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape that one device would hold (every split even)."""
+        """Return the shape that one device would hold."""
         shape = list(local_shape)
-        for split in self.splits:
-            shape[split.dim] *= split.parts
+        for split in reversed(self.splits):
+            shape[split.dim] = split.size or shape[split.dim] * split.parts
         return tuple(shape)
 
     def offset(self, local_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return where this rank's part begins in the global tensor, for each dim."""
+        """Return where this rank's part begins in the global tensor, for each dim; its end if all of it is padding."""
         start, size = [0] * len(local_shape), list(local_shape)
         for split in reversed(self.splits):  # of two cuts of one dim the first is the outer one
             start[split.dim] += split.index * size[split.dim]
             size[split.dim] *= split.parts
-        return tuple(start)
+        return tuple(min(begin, whole) for begin, whole in zip(start, self.global_shape(local_shape), strict=True))
 
     def data_axes(self, mesh: Mesh) -> tuple[Axis, ...]:
         """Return the axes over which different samples gave this gradient, those of state sharding last."""
@@ -73,6 +78,19 @@ class Placement:
 
 
 WHOLE = Placement()
+
+
+def partial_over(*axes: Axis) -> tuple[Axis, ...]:
+    """Return those of the axes that have more than one rank, as a placement's `grad_sum`."""
+    return tuple(axis for axis in axes if axis.is_split)
+
+
+def without_padding(tensor: Tensor, global_shape: tuple[int, ...], offset: tuple[int, ...]) -> Tensor:
+    """Return the elements of a part that are in the global tensor, as a view."""
+    for dim, (begin, whole) in enumerate(zip(offset, global_shape, strict=True)):
+        if begin + tensor.shape[dim] > whole:
+            tensor = tensor.narrow(dim, 0, whole - begin)
+    return tensor
 
 
 def placement_table(model: nn.Module) -> dict[str, Placement]:

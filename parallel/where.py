@@ -1,7 +1,13 @@
 """Where the tokens of a micro-batch stand in the run: step, sample, position, document.
 
-Every layer receives it; none derives a position from its rank, so that the same token is the same token
-in every layout. Letters: s positions of this rank, b samples of the micro-batch.
+Every layer receives it; none derives a position from its rank, so that the same token is the same token in every
+layout. A sample lies on cp x tp ranks:
+
+    the whole sample       [s]           every rank knows its documents and how many of its tokens count
+    what a mixer sees      [s/cp]        the same on all ranks of tp, which hold other heads
+    held between layers    [s/(cp*tp)]   this rank's stretch of it
+
+Letters: s positions of a sample, b samples of the micro-batch.
 """
 
 from collections.abc import Callable
@@ -11,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from meshwright.parallel.mesh import NO_TP, Axis
 
 T = TypeVar("T")
 
@@ -22,16 +30,20 @@ class Where:
     step: int
     sample: Int[Tensor, " b"]
     """Global sample index: a count from the beginning of the run."""
-    position: Int[Tensor, " s"]
-    """Position in the sample, in the order of this rank's tokens."""
-    document: Int[Tensor, "s b"]
-    """Document that the token comes from."""
-    counted: Bool[Tensor, "s b"]
-    """Whether the token's prediction counts in the loss; padding does not."""
+    position: Int[Tensor, " s_held"]
+    """Position in the sample of each token held between layers."""
+    position_mixed: Int[Tensor, " s_mixed"]
+    """Position of each token that a mixer sees; those held are a stretch of them."""
+    counted: Bool[Tensor, "s_held b"]
+    """Whether the prediction of a held token counts in the loss; padding does not."""
+    document_whole: Int[Tensor, "s b"]
+    """Document that each token of the whole sample comes from, by position."""
+    sequence_tokens: Int[Tensor, " b"]
+    """Counted tokens of each whole sample."""
     step_tokens: float
     """Counted tokens of the whole step on all ranks: what every sum over tokens is divided by."""
-    seq_len: int
-    """Tokens of a whole sample, over all ranks that share it."""
+    seed: int = 0
+    """The run's, for random numbers."""
     mask_documents: bool = False
     """Whether a token attends only to its own document."""
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -60,16 +72,37 @@ class Where:
         return replace(self, decisions={})
 
 
+def place(
+    sample: Int[Tensor, " b"],
+    document: Int[Tensor, "s b"],
+    counted: Bool[Tensor, "s b"],
+    position_mixed: Int[Tensor, " s_mixed"],
+    tp: Axis,
+    *,
+    step: int,
+    step_tokens: float,
+    **more: Any,
+) -> Where:
+    """Return the place of a micro-batch of whole samples, of which a mixer of this rank sees `position_mixed`."""
+    held = position_mixed.chunk(tp.size)[tp.rank]
+    return Where(
+        step=step,
+        sample=sample,
+        position=held,
+        position_mixed=position_mixed,
+        counted=counted[held],
+        document_whole=document,
+        sequence_tokens=counted.sum(0),
+        step_tokens=step_tokens,
+        **more,
+    )
+
+
 def where_of_plain_tokens(tokens: Int[Tensor, "s b"]) -> Where:
     """Return the place of tokens that come from no run: one step, samples 0 to b-1, every token counted."""
     s, b = tokens.shape
     device = tokens.device
-    return Where(
-        step=0,
-        sample=torch.arange(b, device=device),
-        position=torch.arange(s, device=device),
-        document=torch.zeros(s, b, dtype=torch.int64, device=device),
-        counted=torch.ones(s, b, dtype=torch.bool, device=device),
-        step_tokens=float(s * b),
-        seq_len=s,
-    )
+    document = torch.zeros(s, b, dtype=torch.int64, device=device)
+    counted, position = document == 0, torch.arange(s, device=device)
+    sample = torch.arange(b, device=device)
+    return place(sample, document, counted, position, NO_TP, step=0, step_tokens=float(s * b))

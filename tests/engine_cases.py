@@ -5,6 +5,7 @@ No size divides by another, so that every cut is uneven: a norm of 6 over four r
 """
 
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from meshwright.parallel.grad_norm import clip_gradients, gradient_norm
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.placement import placement_table
 from meshwright.parallel.tally import Tally, declared_entries
-from meshwright.parallel.where import Where
+from meshwright.parallel.where import place
 from meshwright.parallel.zero.engine import ZeroEngine
 from meshwright.parallel.zero.part import Part
 
@@ -125,17 +126,18 @@ def forward_backward(run: Run, step: int, micro_batch: int) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for begin in starts:
         some = slice(begin, begin + micro_batch)
-        where = Where(
+        where = place(
+            torch.arange(begin, begin + micro_batch),
+            torch.zeros(SEQ, micro_batch, dtype=torch.int64),
+            targets[:, some] != -100,
+            torch.arange(SEQ),
+            run.mesh.tp,
             step=step,
-            sample=torch.arange(begin, begin + micro_batch),
-            position=torch.arange(SEQ),
-            document=torch.zeros(SEQ, micro_batch, dtype=torch.int64),
-            counted=targets[:, some] != -100,
             step_tokens=float((targets != -100).sum()),
-            seq_len=SEQ,
         )
+        mine = where.position_mixed
         run.engine.start_micro_batch(is_first=begin == starts[0], is_last=begin == starts[-1])
-        loss = run.model(tokens[:, some], targets[:, some], where, run.tally)
+        loss = run.model(tokens[mine, some], targets[mine, some], where, run.tally)
         loss.backward()
         total += loss.detach().double()
     run.engine.finish_gradients()
@@ -145,8 +147,9 @@ def forward_backward(run: Run, step: int, micro_batch: int) -> Tensor:
 def gather(part: Part, held: Tensor) -> Tensor:
     """Return the global tensor of which `held` is this rank's part."""
     whole = torch.zeros(part.global_shape, dtype=torch.float64)
-    cut = tuple(slice(begin, begin + size) for begin, size in zip(part.offset, held.shape, strict=True))
-    whole[cut] = held.detach().double()
+    real = part.real(held).shape
+    cut = tuple(slice(begin, begin + size) for begin, size in zip(part.offset, real, strict=True))
+    whole[cut] = part.real(held.detach()).double()
     for axis in part.split_axes:
         all_reduce(whole, axis)
-    return whole
+    return whole / prod(split.copies for split in part.placement.splits)

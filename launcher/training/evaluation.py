@@ -46,10 +46,10 @@ def evaluate(run: Run, held_out: HeldOut, step: int) -> tuple[float, int]:
             inputs = _padded(held_out, mine[number * size : (number + 1) * size], size, run)
             with autocast(run):
                 where = where_of(run, inputs, slice(None), step, 1.0)
-                loss = run.model(inputs.tokens, inputs.targets, where, None)
-            sums += torch.stack((loss.detach().to(sums), inputs.counted.sum().to(sums)))
-    for axis in (run.mesh.dp_replicate, run.mesh.zero):
-        all_reduce(sums, axis)
+                tokens, targets = (whole[where.position_mixed] for whole in (inputs.tokens, inputs.targets))
+                loss = run.model(tokens, targets, where, None)
+            sums += torch.stack((loss.detach().to(sums), where.counted.sum().to(sums)))
+    all_reduce(sums, run.mesh.world)  # each rank has the loss and the number of the tokens that it holds
     run.model.train()
     return float(sums[0] / sums[1]), int(sums[1])
 

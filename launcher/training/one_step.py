@@ -20,7 +20,7 @@ from meshwright.launcher.observe.metrics import memory_in_use
 from meshwright.launcher.training.stopping import Signals, SpikeGuard, is_finite
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.grad_norm import clip_gradients, gradient_norm
-from meshwright.parallel.where import Where
+from meshwright.parallel.where import Where, place
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ def to_device(batch: Batch, device: torch.device) -> Inputs:
 def count_over_data(run: Run, counted: Tensor) -> float:
     """Return the counted tokens of all ranks' batches together."""
     count = counted.sum()
-    for axis in (run.mesh.dp_replicate, run.mesh.zero):
-        all_reduce(count, axis)
+    all_reduce(count, run.mesh.dp)
     return float(count.item())
 
 
@@ -109,23 +108,24 @@ def forward_backward(run: Run, inputs: Inputs, step: int, step_tokens: float) ->
         part = slice(start, start + size)
         with autocast(run):
             where = where_of(run, inputs, part, step, step_tokens)
-            loss = run.model(inputs.tokens[:, part], inputs.targets[:, part], where, run.tally)
+            tokens, targets = (whole[where.position_mixed, part] for whole in (inputs.tokens, inputs.targets))
+            loss = run.model(tokens, targets, where, run.tally)
         loss.backward()
         total += loss.detach()
     return float(total.item())
 
 
 def where_of(run: Run, inputs: Inputs, part: slice, step: int, step_tokens: float) -> Where:
-    """Return the place of a micro-batch's tokens."""
-    length = inputs.tokens.shape[0]
-    return Where(
+    """Return the place of a micro-batch's tokens; of the samples, which are whole, each rank takes its positions."""
+    return place(
+        inputs.sample[part],
+        inputs.document[:, part],
+        inputs.counted[:, part],
+        torch.arange(inputs.tokens.shape[0], device=run.device),
+        run.mesh.tp,
         step=step,
-        sample=inputs.sample[part],
-        position=torch.arange(length, device=run.device),
-        document=inputs.document[:, part],
-        counted=inputs.counted[:, part],
         step_tokens=step_tokens,
-        seq_len=length,
+        seed=run.run_file.run.seed,
         mask_documents=run.run_file.data.mask_documents,
     )
 

@@ -31,9 +31,9 @@ def held_tensors(run: Run, *, optimizer: bool = True) -> dict[str, HeldPart]:
     """Return what this rank holds of every tensor that a checkpoint has."""
     tensors: dict[str, HeldPart] = {}
     for name, part in run.engine.parts.items():
-        tensors[name] = HeldPart(part.parameter.detach(), part.global_shape, part.offset)
+        tensors[name] = HeldPart(part.real(part.parameter.detach()), part.global_shape, part.offset)
         for moment in MOMENTS if optimizer else ():
-            held = run.optimizer.moment(name, moment)
+            held = part.real(run.optimizer.moment(name, moment))
             tensors[f"optimizer.{moment}.{name}"] = HeldPart(held, part.global_shape, part.offset)
     for name, buffer in run.buffers().items():
         tensors[f"buffers.{name}"] = HeldPart(buffer, tuple(buffer.shape), (0,) * buffer.dim())

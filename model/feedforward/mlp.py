@@ -1,11 +1,16 @@
-"""The gated feed-forward: SwiGLU (Shazeer 2020), down(silu(gate x) * up x)."""
+"""The gated feed-forward: SwiGLU (Shazeer 2020), down(silu(gate x) * up x).
+
+    x [s/tp, b, h] --gather--> [s, b, h] --gate, up--> [s, b, f/tp] --down, sum--> [s/tp, b, h]
+"""
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from meshwright.kernels.swiglu import swiglu
+from meshwright.parallel.collectives import gather
 from meshwright.parallel.initialise import InitPolicy
-from meshwright.parallel.linear import Linear
+from meshwright.parallel.linear import ColumnLinear, RowLinear
+from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 
@@ -14,21 +19,28 @@ class Mlp(nn.Module):
     """A SwiGLU feed-forward of inner width `ffn_hidden_size`."""
 
     def __init__(
-        self, hidden_size: int, ffn_hidden_size: int, *, bias: bool = False, init: InitPolicy | None = None
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        *,
+        bias: bool = False,
+        init: InitPolicy | None = None,
+        tp: Axis = NO_TP,
     ) -> None:
         """Take global sizes; `bias` gives all three products one."""
         super().__init__()
-        init = init or InitPolicy()
+        self.tp, init = tp, init or InitPolicy()
         inward = init.matrix(hidden_size, ffn_hidden_size)
-        self.gate = Linear(hidden_size, ffn_hidden_size, rule=inward, bias=bias)
-        self.up = Linear(hidden_size, ffn_hidden_size, rule=inward, bias=bias)
+        self.gate = ColumnLinear(hidden_size, ffn_hidden_size, rule=inward, bias=bias, tp=tp)
+        self.up = ColumnLinear(hidden_size, ffn_hidden_size, rule=inward, bias=bias, tp=tp)
         outward = init.matrix(ffn_hidden_size, hidden_size, to_residual=True)
-        self.down = Linear(ffn_hidden_size, hidden_size, rule=outward, bias=bias)
+        self.down = RowLinear(ffn_hidden_size, hidden_size, rule=outward, bias=bias, tp=tp)
 
     def forward(
         self, x: Float[Tensor, "*tokens h"], where: Where | None = None, tally: Tally | None = None
     ) -> Float[Tensor, "*tokens h"]:
         """Compute each token by itself."""
+        x = gather(x, self.tp)
         return self.down(swiglu(self.gate(x), self.up(x)))  # type: ignore[no-any-return]
 
     def initial_state(self, batch: int, max_len: int) -> None:

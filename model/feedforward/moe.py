@@ -4,7 +4,10 @@
     rows --grouped SwiGLU--> rows --combine--> y [s, b, h] (+ shared expert(x))
 
 Dropless: every token reaches each of its experts, however uneven the load. A rank holds e/ep neighbouring
-experts, stacked; one grouped product serves all of them.
+experts, stacked; one grouped product serves all of them. With expert tensor parallelism it holds f/etp of each, and
+the ranks of etp compute each other's rows:
+
+    rows [r, h] --share_rows--> everyone's rows [R, h] --gate, up, down--> partial sums [R, h] --return_rows--> [r, h]
 """
 
 import torch
@@ -21,18 +24,20 @@ from meshwright.model.routers.balance import (
     z_loss,
 )
 from meshwright.model.routers.topk import Routing, TopKRouter
-from meshwright.parallel.experts import combine, dispatch
+from meshwright.parallel.collectives import all_reduce
+from meshwright.parallel.experts import combine, dispatch, return_rows, share_rows
 from meshwright.parallel.initialise import ZEROS, InitPolicy, InitRule
-from meshwright.parallel.mesh import Axis
-from meshwright.parallel.placement import Placement, Split
+from meshwright.parallel.linear import divide
+from meshwright.parallel.mesh import NO_EP, NO_ETP, NO_TP, Axis
+from meshwright.parallel.placement import Placement, Split, partial_over
 from meshwright.parallel.tally import Tally, attach_loss
 from meshwright.parallel.where import Where
 
-NO_AXIS = Axis("ep")
+NO_TOKEN = Axis("token")
 
 
 class Experts(nn.Module):
-    """This rank's experts, each a SwiGLU feed-forward; matrices of one kind are stacked [e/ep, out, in]."""
+    """This rank's experts, each a SwiGLU feed-forward; matrices of one kind are stacked, gate and up [e/ep, f/etp, h]."""
 
     def __init__(
         self,
@@ -40,22 +45,22 @@ class Experts(nn.Module):
         expert_hidden_size: int,
         num_experts: int,
         *,
-        ep: Axis = NO_AXIS,
+        ep: Axis = NO_EP,
+        etp: Axis = NO_ETP,
         bias: bool = False,
         init: InitPolicy | None = None,
     ) -> None:
-        """Take global sizes; hold 1/ep of the experts.
+        """Take global sizes; hold 1/ep of the experts, and 1/etp of each.
 
         Raises:
-            ValueError: if ep does not divide the experts.
+            ValueError: if ep does not divide the experts, or etp their width.
         """
         super().__init__()
-        if num_experts % ep.size != 0:
-            raise ValueError(f"num_experts = {num_experts} does not divide by ep = {ep.size}")
-        e_local, h, f = num_experts // ep.size, hidden_size, expert_hidden_size
-        self.ep, init = ep, init or InitPolicy()
-        self.rules = {"gate": init.matrix(h, f), "up": init.matrix(h, f)}
-        self.rules["down"] = init.matrix(f, h, to_residual=True)
+        e_local = divide(num_experts, ep.size, what="num_experts", by=ep.name)
+        h, f = hidden_size, divide(expert_hidden_size, etp.size, what="expert_hidden_size", by=etp.name)
+        self.ep, self.etp, init = ep, etp, init or InitPolicy()
+        inward = init.matrix(h, expert_hidden_size)
+        self.rules = {"gate": inward, "up": inward, "down": init.matrix(expert_hidden_size, h, to_residual=True)}
         self.gate = nn.Parameter(torch.empty(e_local, f, h))
         self.up = nn.Parameter(torch.empty(e_local, f, h))
         self.down = nn.Parameter(torch.empty(e_local, h, f))
@@ -66,8 +71,13 @@ class Experts(nn.Module):
             self.rules |= {"gate_bias": ZEROS, "up_bias": ZEROS, "down_bias": ZEROS}
 
     def placements(self) -> dict[str, Placement]:
-        """Say that every stack is cut over ep, along the experts."""
-        return {name: Placement((Split(0, self.ep),), factorisation="expert") for name in self.rules}
+        """Say that every stack is cut over ep, along the experts, and over etp, along their inner width."""
+        of_experts = Split(0, self.ep)
+        wide = Placement((of_experts, Split(1, self.etp)), factorisation="expert")
+        table = dict.fromkeys(("gate", "up", "gate_bias", "up_bias"), wide)
+        table["down"] = Placement((of_experts, Split(2, self.etp)), factorisation="expert")
+        table["down_bias"] = Placement((of_experts,), grad_sum=partial_over(self.etp), factorisation="expert")
+        return table
 
     def init_rules(self) -> dict[str, InitRule]:
         """Say how each parameter begins."""
@@ -75,9 +85,11 @@ class Experts(nn.Module):
 
     def forward(self, rows: Float[Tensor, "r h"], counts: Int64[Tensor, " e_local"]) -> Float[Tensor, "r h"]:
         """Apply each expert to its stretch of rows."""
-        gate = _add_bias(grouped_linear(rows, self.gate, counts), self.gate_bias, counts)
-        up = _add_bias(grouped_linear(rows, self.up, counts), self.up_bias, counts)
-        return _add_bias(grouped_linear(swiglu(gate, up), self.down, counts), self.down_bias, counts)
+        shared = share_rows(rows, counts, self.etp)
+        gate = _add_bias(grouped_linear(shared.rows, self.gate, shared.counts), self.gate_bias, shared.counts)
+        up = _add_bias(grouped_linear(shared.rows, self.up, shared.counts), self.up_bias, shared.counts)
+        y = return_rows(grouped_linear(swiglu(gate, up), self.down, shared.counts), shared, self.etp)
+        return _add_bias(y, self.down_bias, counts)  # after the sum over etp, so once
 
 
 class Moe(nn.Module):
@@ -95,12 +107,16 @@ class Moe(nn.Module):
         load_balancing: str = "sequence",
         load_balancing_weight: float = 0.0,
         z_loss_weight: float = 0.0,
+        token: Axis = NO_TOKEN,
     ) -> None:
-        """Compose the parts; `name` is the layer's global name, under which load and losses are tallied."""
+        """Compose the parts; `name` is the layer's global name, under which load and losses are tallied.
+
+        `token` is the axis over which the tokens of one sequence lie, cp and tp together.
+        """
         super().__init__()
         self.name, self.num_experts = name, router.weight.shape[0]
         self.router, self.experts, self.shared = router, experts, shared
-        self.load_balancing = load_balancing
+        self.load_balancing, self.token = load_balancing, token
         self.load_balancing_weight, self.z_loss_weight = load_balancing_weight, z_loss_weight
         if load_balancing == "step":
             self.register_buffer("previous_share", torch.empty(self.num_experts))
@@ -153,13 +169,30 @@ class Moe(nn.Module):
                 loss = step_balance_loss(probability, self.previous_share, where.counted, step_tokens=where.step_tokens)
             else:
                 loss = sequence_balance_loss(
-                    probability, choices, where.counted, top_k=self.router.top_k, step_tokens=where.step_tokens
+                    probability,
+                    self._of_whole_sequences(choices, where),
+                    where.counted,
+                    sequence_tokens=where.sequence_tokens,
+                    top_k=self.router.top_k,
+                    step_tokens=where.step_tokens,
                 )
             tally.add(f"{self.name}.balance", loss)
             tokens = attach_loss(tokens, loss * self.load_balancing_weight)
         z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=where.step_tokens)
         tally.add(f"{self.name}.z", z)
         return attach_loss(tokens, z * self.z_loss_weight)
+
+    def _of_whole_sequences(self, choices: Tensor, where: Where) -> Tensor:
+        """Return how often each expert was chosen in each sequence, over all ranks that share it."""
+        if not self.token.is_split:
+            return choices
+
+        def summed() -> Tensor:
+            whole = choices.clone()
+            all_reduce(whole, self.token)
+            return whole
+
+        return where.decide(f"choices/{id(self)}", summed)
 
 
 def _add_bias(rows: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:

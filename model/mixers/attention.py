@@ -2,6 +2,11 @@
 
 q [s, b, n, d]     n heads, in groups that share one of the k key and value heads (GQA: k < n, MQA: k = 1)
 k, v [s, b, k, d]  queries and keys are normalised per head (by key), then turned by their position
+
+Under tensor parallelism a rank has n/tp query heads and the k/tp key heads that they share; where k < tp, the
+neighbouring ranks whose queries share a key head hold copies of it:
+
+    x [s/tp, b, h] --gather--> [s, b, h] --q, k, v--> heads of this rank --output, sum--> [s/tp, b, h]
 """
 
 from dataclasses import dataclass
@@ -14,8 +19,10 @@ from meshwright.kernels.attention import attention, cached_attention
 from meshwright.kernels.rope import apply_rope
 from meshwright.model.norms import RMSNorm
 from meshwright.model.positions import rotary_angles
+from meshwright.parallel.collectives import gather
 from meshwright.parallel.initialise import InitPolicy
-from meshwright.parallel.linear import Linear
+from meshwright.parallel.linear import NO_COPIES, ColumnLinear, RowLinear, divide
+from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 
@@ -43,39 +50,50 @@ class Attention(nn.Module):
         qk_norm_eps: float | None = None,
         bias: frozenset[str] = frozenset(),
         init: InitPolicy | None = None,
+        tp: Axis = NO_TP,
+        kv_copies: Axis = NO_COPIES,
     ) -> None:
         """Take global sizes; `qk_norm_eps` switches the norm of queries and keys on, `bias` names q, k, v, output.
 
+        `kv_copies` are the neighbouring ranks of `tp` that hold the same key and value head (`copies_of_kv_heads`).
+
         Raises:
-            ValueError: if the key heads do not divide the query heads.
+            ValueError: if the key heads do not divide the query heads, or tp does not divide either.
         """
         super().__init__()
         if num_heads % num_kv_heads != 0:
             raise ValueError(f"num_heads = {num_heads} does not divide by num_kv_heads = {num_kv_heads}")
         init = init or InitPolicy()
-        self.head_dim, self.rope_base, self.num_kv_heads = head_dim, rope_base, num_kv_heads
+        divide(num_heads, tp.size, what="num_heads", by=tp.name)
+        divide(num_kv_heads * kv_copies.size, tp.size, what="num_kv_heads * copies", by=tp.name)
+        self.head_dim, self.rope_base, self.tp = head_dim, rope_base, tp
         width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
-        self.q = Linear(hidden_size, width, rule=init.matrix(hidden_size, width), bias="q" in bias)
-        self.k = Linear(hidden_size, kv_width, rule=init.matrix(hidden_size, kv_width), bias="k" in bias)
-        self.v = Linear(hidden_size, kv_width, rule=init.matrix(hidden_size, kv_width), bias="v" in bias)
+        inward, kv_inward = init.matrix(hidden_size, width), init.matrix(hidden_size, kv_width)
+        self.q = ColumnLinear(hidden_size, width, rule=inward, bias="q" in bias, tp=tp)
+        self.k = ColumnLinear(hidden_size, kv_width, rule=kv_inward, bias="k" in bias, tp=tp, copies=kv_copies)
+        self.v = ColumnLinear(hidden_size, kv_width, rule=kv_inward, bias="v" in bias, tp=tp, copies=kv_copies)
         to_residual = init.matrix(width, hidden_size, to_residual=True)
-        self.output = Linear(width, hidden_size, rule=to_residual, bias="output" in bias)
-        self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
-        self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
+        self.output = RowLinear(width, hidden_size, rule=to_residual, bias="output" in bias, tp=tp)
+        self.q_norm = RMSNorm(head_dim, qk_norm_eps, tp=tp) if qk_norm_eps is not None else None
+        self.k_norm = RMSNorm(head_dim, qk_norm_eps, tp=tp) if qk_norm_eps is not None else None
 
-    def forward(self, x: Float[Tensor, "s b h"], where: Where, tally: Tally | None) -> Float[Tensor, "s b h"]:
+    def forward(
+        self, x: Float[Tensor, "s_local b h"], where: Where, tally: Tally | None
+    ) -> Float[Tensor, "s_local b h"]:
         """Let each token attend to those before it in its sample (in its document, where `where` says so)."""
         key = f"rope/{self.head_dim}/{self.rope_base}"
-        cos, sin = where.derive(key, lambda: rotary_angles(where.position, self.head_dim, self.rope_base, x.dtype))
-        q, k, v = self._heads(x, cos, sin)
-        document = where.document if where.mask_documents else None
+        cos, sin = where.derive(
+            key, lambda: rotary_angles(where.position_mixed, self.head_dim, self.rope_base, x.dtype)
+        )
+        q, k, v = self._heads(gather(x, self.tp), cos, sin)
+        document = where.document_whole if where.mask_documents else None
         mixed = attention(q, k, v, is_causal=True, document=document)
         return self.output(mixed.flatten(2))  # type: ignore[no-any-return]
 
     def initial_state(self, batch: int, max_len: int) -> KeyValueCache:
         """Return an empty cache with room for `max_len` tokens of `batch` samples."""
         weight = self.k.weight
-        shape = (max_len, batch, self.num_kv_heads, self.head_dim)
+        shape = (max_len, batch, weight.shape[0] // self.head_dim, self.head_dim)
         return KeyValueCache(weight.new_empty(shape), weight.new_empty(shape))
 
     def step(self, x: Float[Tensor, "s b h"], state: KeyValueCache) -> Float[Tensor, "s b h"]:
@@ -101,3 +119,14 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+def copies_of_kv_heads(num_kv_heads: int, tp_size: int) -> int:
+    """Return on how many neighbouring ranks of tp each key and value head lies.
+
+    Raises:
+        ValueError: if neither divides the other.
+    """
+    if num_kv_heads % tp_size == 0:
+        return 1
+    return divide(tp_size, num_kv_heads, what="tp", by="num_kv_heads")

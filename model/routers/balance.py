@@ -31,12 +31,17 @@ def sequence_balance_loss(
     choices: Int64[Tensor, "b e"],
     counted: Bool[Tensor, "s b"],
     *,
+    sequence_tokens: Int64[Tensor, " b"],
     top_k: int,
     step_tokens: float,
 ) -> Float[Tensor, ""]:
-    """Return the sum over sequences of (its tokens / the step's tokens) * e * sum(f * P)."""
+    """Return the sum over sequences of (its tokens / the step's tokens) * e * sum(f * P).
+
+    `choices` and `sequence_tokens` are of the whole sequence; of a sequence that lies on several ranks each returns the
+    share of the tokens that it holds.
+    """
     num_experts = probability.shape[-1]
-    tokens = counted.sum(0).to(probability.dtype)
+    tokens = sequence_tokens.to(probability.dtype)
     summed = (probability * counted[..., None]).sum(0)
     # (n / N) * e * sum(c / (n k) * S / n), where c are choices and S summed probabilities, is this:
     per_sequence = (choices.to(probability.dtype) * summed).sum(-1) / tokens.clamp(min=1)

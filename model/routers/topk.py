@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from meshwright.kernels.precision import at_least_fp32
 from meshwright.parallel.initialise import InitPolicy, InitRule
+from meshwright.parallel.mesh import NO_TP, Axis
+from meshwright.parallel.placement import Placement, partial_over
 
 
 class Routing(NamedTuple):
@@ -44,8 +46,9 @@ class TopKRouter(nn.Module):
         *,
         normalise: bool = True,
         init: InitPolicy | None = None,
+        tp: Axis = NO_TP,
     ) -> None:
-        """Take global sizes.
+        """Take global sizes; each rank of `tp` routes other tokens.
 
         Raises:
             ValueError: if a token would go to more experts than there are.
@@ -53,9 +56,13 @@ class TopKRouter(nn.Module):
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k = {top_k} must be from 1 to num_experts = {num_experts}")
-        self.top_k, self.normalise = top_k, normalise
+        self.top_k, self.normalise, self.tp = top_k, normalise, tp
         self.rule = (init or InitPolicy()).matrix(hidden_size, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def placements(self) -> dict[str, Placement]:
+        """Say that the weight is whole, and its gradient the sum of the ranks'."""
+        return {"weight": Placement(grad_sum=partial_over(self.tp))}
 
     def init_rules(self) -> dict[str, InitRule]:
         """Say how each parameter begins."""

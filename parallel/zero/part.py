@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from meshwright.parallel.mesh import Axis, Mesh
-from meshwright.parallel.placement import Placement, chunk_bounds
+from meshwright.parallel.placement import Placement, chunk_bounds, without_padding
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Part:
     split_axes: tuple[Axis, ...]
     """The axes over which different ranks hold different elements."""
 
+    def real(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the elements of a tensor of this part's shape that are in the global tensor: all but padding."""
+        return without_padding(tensor, self.global_shape, self.offset)
+
 
 def make_part(
     tensor: torch.Tensor, local_shape: tuple[int, ...], placement: Placement, mesh: Mesh, *, is_zero_part: bool
@@ -38,7 +42,8 @@ def make_part(
     if is_zero_part:
         zero = placement.zero_axis(mesh)
         begin, _ = chunk_bounds(local_shape[0], zero.size, zero.rank)
-        offset = (offset[0] + begin, *offset[1:])
+        whole = placement.global_shape(local_shape)
+        offset = (min(offset[0] + begin, whole[0]), *offset[1:])
         axes.append(zero)
     return Part(
         parameter=nn.Parameter(tensor.detach(), requires_grad=False),

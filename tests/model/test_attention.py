@@ -35,9 +35,9 @@ def x_of(s: int = S) -> Tensor:
 
 def where(start: int = 0, document: Tensor | None = None) -> Where:
     plain = where_of_plain_tokens(torch.zeros(S, B, dtype=torch.int64))
-    changes = {"position": plain.position + start, "derived": {}}
+    changes = {"position_mixed": plain.position_mixed + start, "derived": {}}
     if document is not None:
-        changes |= {"document": document, "mask_documents": True}
+        changes |= {"document_whole": document, "mask_documents": True}
     return Where(**{**vars(plain), **changes})
 
 
@@ -70,11 +70,11 @@ def by_loop(part: Attention, x: Tensor, place: Where) -> Tensor:
             heads = []
             for n in range(N):
                 kv = n // (N // K)
-                q = head("q", x[i, b], n, int(place.position[i]))
+                q = head("q", x[i, b], n, int(place.position_mixed[i]))
                 seen = [
-                    j for j in range(i + 1) if not place.mask_documents or place.document[j, b] == place.document[i, b]
+                    j for j in range(i + 1) if not place.mask_documents or place.document_whole[j, b] == place.document_whole[i, b]
                 ]
-                k = torch.stack([head("k", x[j, b], kv, int(place.position[j])) for j in seen])
+                k = torch.stack([head("k", x[j, b], kv, int(place.position_mixed[j])) for j in seen])
                 v = torch.stack([project("v", x[j, b])[kv * D : (kv + 1) * D] for j in seen])
                 heads.append((k @ q / math.sqrt(D)).softmax(0) @ v)
             rows[i, b] = project("output", torch.cat(heads))

@@ -48,7 +48,7 @@ def llama_of(model: LanguageModel) -> LlamaForCausalLM:
     pairs: list[tuple[nn.Parameter, nn.Parameter]] = [
         (llama.model.embed_tokens.weight, model.embedding.weight),
         (llama.model.norm.weight, model.final_norm.weight),
-        (llama.lm_head.weight, model.output_weight),
+        (llama.lm_head.weight, model.output_rows.weight),
     ]
     for theirs, ours in zip(llama.model.layers, model.layers.values(), strict=True):
         mixer, mlp = ours.mixer.part, ours.feedforward.part
@@ -117,7 +117,7 @@ def test_samples_of_one_prompt_differ_from_each_other_and_from_step_to_step() ->
 def test_every_step_and_sequence_draws_a_number_of_its_own() -> None:
     model = model_of()
     with torch.no_grad():
-        model.output_weight.zero_()  # every token is as likely, whatever came before
+        model.output_rows.weight.zero_()  # every token is as likely, whatever came before
     found = tokens_of(model, prompt(b=8), 40, sampling=FREE)
     for row in [*found, *found.T]:
         assert len(set(row.tolist())) > len(row) / 2

@@ -74,8 +74,8 @@ def test_a_masked_document_is_computed_as_if_it_stood_alone() -> None:
     model, tokens = built(CONFIGS["dense"]), tokens_of()
     document = (torch.arange(S) >= 4).long()[:, None].expand(S, B)
     plain = where_of_plain_tokens(tokens)
-    masked = Where(**{**vars(plain), "document": document, "mask_documents": True, "derived": {}})
-    unmasked = Where(**{**vars(plain), "document": document, "derived": {}})
+    masked = Where(**{**vars(plain), "document_whole": document, "mask_documents": True, "derived": {}})
+    unmasked = Where(**{**vars(plain), "document_whole": document, "derived": {}})
     with torch.no_grad():
         together, alone, whole = model(tokens, None, masked), model(tokens[4:]), model(tokens)
         torch.testing.assert_close(together[4:], alone)
@@ -124,9 +124,9 @@ def test_a_sample_of_padding_gives_an_exact_zero_that_goes_backward() -> None:
 def test_a_tied_model_has_one_matrix_for_both_ends() -> None:
     tied, untied = build_model(CONFIGS["dense"]), build_model(CONFIGS["moe"])
     assert tied.output is None
-    assert tied.output_weight is tied.embedding.weight
+    assert tied.output_rows is tied.embedding
     assert "output.weight" not in dict(tied.named_parameters())
-    assert untied.output_weight is dict(untied.named_parameters())["output.weight"]
+    assert untied.output_rows.weight is dict(untied.named_parameters())["output.weight"]
 
 
 def test_layers_carry_their_global_number() -> None:
