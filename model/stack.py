@@ -1,6 +1,6 @@
 """A decoder: embedding, layers after a pattern, final norm, and the language head.
 
-    tokens [s, b] --embedding--> [s/tp, b, h] --layers--> [s/tp, b, h] --norm, output--> logits [s, b, v/tp], or the loss
+    tokens [s, b] --embedding--> [s/tp, b, h] --layers--> [s/tp, b, h] --norm, output--> logits [s, b, v/tp], or loss
 
 Layers carry their global number in their name (`layers.17.mixer.part.q.weight`), whichever stage holds them.
 Called with targets the model returns the loss; without, the logits. It is an ordinary `nn.Module`.
@@ -57,7 +57,7 @@ class LanguageModel(nn.Module):
         """Return the loss of the targets (their sum divided by `where.step_tokens`), or the logits without targets.
 
         Where a sample lies on several ranks, `tokens` and `targets` are those that a mixer sees ([s/cp, b]), and the
-        loss is this rank's share: the shares of all ranks add up to it. Logits are of this rank's part of the vocabulary.
+        loss is this rank's share: the shares of all ranks add up to it. Logits are of its part of the vocabulary.
         """
         where = where or where_of_plain_tokens(tokens)
         x = self.embedding(tokens)

@@ -13,11 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # Axes that have their keys, so that run files keep their form, but that this version does not split.
 NOT_YET = {
-    "tp": "tensor parallelism",
     "pp": "pipeline parallelism",
     "cp": "context parallelism",
-    "etp": "expert tensor parallelism",
-    "dp_replicate": "hybrid sharding",
 }
 
 # More ranks than any cluster has: beyond it is a slip of the keyboard.
@@ -32,17 +29,20 @@ class ParallelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     tp: Degree = 1
-    """Tensor parallel: splits each weight matrix. Only 1 in this version."""
+    """Tensor parallel, with sequence parallel: splits each weight matrix, and the tokens between them. 1 to 8: it talks
+    most, so keep it within a node. Must divide the heads and the inner widths; a vocabulary is padded."""
     pp: Degree = 1
     """Pipeline parallel: splits the stack into stages. Only 1 in this version."""
     cp: Degree = 1
     """Context parallel: splits the sequence. Only 1 in this version."""
     ep: Degree = 1
-    """Expert parallel: splits the experts of each MoE layer over ranks that also share the data. 1 to num_experts."""
+    """Expert parallel: splits the experts of each MoE layer over ranks that also share the data. 1 to num_experts.
+    ep * etp divides dp * cp * tp: experts lie on the ranks of a stage in a way of their own."""
     etp: Degree = 1
-    """Expert tensor parallel: splits each expert's matrices. Only 1 in this version."""
+    """Expert tensor parallel: splits each expert's matrices; for experts that are too wide for a rank. 1 is usual."""
     dp_replicate: Degree = 1
-    """Copies of the sharded state (hybrid sharding). Only 1 in this version."""
+    """Copies of the sharded state (hybrid sharding): ZeRO shards over dp_shard ranks and repeats that so often, so that
+    weights are gathered within a node or a few. 1 is usual; the experts' state is shared by all."""
     dp_shard: Annotated[int, Field(ge=0, le=MAX_RANKS)] = 0
     """Data-parallel ranks that ZeRO shards over; 0 = all ranks that the other axes leave."""
 

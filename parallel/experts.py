@@ -9,7 +9,7 @@ by expert once more, and the experts see one stretch of rows each:
 
 Where experts are also cut over etp, what arrived is shared among its ranks, padded to the largest number of rows:
 
-    rows [r, h]  --share_rows-->  everyone's rows [R, h], by expert    --experts-->  partial sums  --return_rows-->  [r, h]
+    rows [r, h]  --share_rows-->  everyone's rows [R, h]  --experts-->  partial sums [R, h]  --return_rows-->  [r, h]
 
 Nothing is added by scatter: a token's rows are gathered and summed in the order of its choices, so the result
 is bitwise the same at every run, on every device. This file knows no router and no expert.
@@ -115,7 +115,8 @@ def return_rows(partial: Float[Tensor, "R h"], shared: Shared, etp: Axis) -> Flo
     if shared.place is None:
         return partial
     whole = _put_rows(partial, shared.place, shared.padded * etp.size)
-    return scatter_sum(whole, etp)[: shared.own]
+    # Not a view: FSDP2 hangs its hooks on the result, and a view could lose them.
+    return scatter_sum(whole, etp)[: shared.own].clone()
 
 
 def _take_rows(x: Tensor, place: Tensor) -> Tensor:

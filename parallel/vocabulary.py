@@ -61,9 +61,7 @@ class VocabularyRows(nn.Module):
 class Embedding(VocabularyRows):
     """A vector for each token id."""
 
-    def __init__(
-        self, vocab_size: int, hidden_size: int, *, init: InitPolicy | None = None, tp: Axis = NO_TP
-    ) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, *, init: InitPolicy | None = None, tp: Axis = NO_TP) -> None:
         """Take global sizes."""
         rule = (init or InitPolicy()).embedding(vocab_size, hidden_size)
         super().__init__(vocab_size, hidden_size, rule=rule, tp=tp)

@@ -50,11 +50,11 @@ class Run:
 
 def dense_config(**changes: object) -> ModelConfig:
     sizes = {"pattern": "*-", "num_layers": 2, "hidden_size": 22, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
-    return ModelConfig(**{**sizes, "ffn_hidden_size": 50, "vocab_size": VOCAB, **changes})
+    return ModelConfig(**{**sizes, "ffn_hidden_size": 52, "vocab_size": VOCAB, **changes})
 
 
 def moe_config(**changes: object) -> ModelConfig:
-    moe = {"num_experts": 6, "top_k": 2, "expert_hidden_size": 19, "num_shared_experts": 1}
+    moe = {"num_experts": 6, "top_k": 2, "expert_hidden_size": 20, "num_shared_experts": 1}
     moe |= {key: changes.pop(key) for key in list(changes) if key in MoeConfig.model_fields}
     return dense_config(**{"pattern": "*E", "qk_norm": True, "moe": MoeConfig(**moe), **changes})
 

@@ -5,10 +5,10 @@ wrong with one value alone is found when its table is made; what needs only one 
 (`ModelConfig.problems`, `ParallelConfig.problems`). Nothing here loads torch: it is checked before a rank is started.
 """
 
+from meshwright.launcher.runfile.layout_checks import layout_problems
 from meshwright.launcher.runfile.messages import problem
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.learning_rate import learning_rate_problems
-from meshwright.model.config import divisors, nearest
 
 # File systems take 255 bytes; what remains is for endings.
 LONGEST_NAME = 200
@@ -34,7 +34,7 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
         *_name_problems(run_file),
         *run_file.model.problems(),
         *run_file.parallel.refusals(),
-        *_expert_problems(run_file),
+        *layout_problems(run_file),
         *run_file.recompute.problems(run_file.model.num_layers),
         *_ramp_problems(run_file),
         *_learning_rate_problems(run_file),
@@ -51,21 +51,6 @@ def _name_problems(run_file: RunFile) -> list[str]:
     if size <= LONGEST_NAME:
         return []
     return [problem("run.name", name, f"has {size} bytes", f"at most {LONGEST_NAME} would fit")]
-
-
-def _expert_problems(run_file: RunFile) -> list[str]:
-    ep, moe = run_file.parallel.ep, run_file.model.moe
-    if ep == 1:
-        return []
-    if moe is None:
-        return [
-            problem("parallel.ep", ep, "splits experts, and the model has none (no table [model.moe])", "1 would fit")
-        ]
-    if moe.num_experts % ep != 0:
-        fits = nearest(divisors(moe.num_experts), ep)
-        rule = f"must divide model.moe.num_experts = {moe.num_experts}"
-        return [problem("parallel.ep", ep, rule, f"one of {fits} would fit")]
-    return []
 
 
 def _compile_problems(run_file: RunFile) -> list[str]:

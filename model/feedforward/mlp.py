@@ -1,6 +1,6 @@
 """The gated feed-forward: SwiGLU (Shazeer 2020), down(silu(gate x) * up x).
 
-    x [s/tp, b, h] --gather--> [s, b, h] --gate, up--> [s, b, f/tp] --down, sum--> [s/tp, b, h]
+x [s/tp, b, h] --gather--> [s, b, h] --gate, up--> [s, b, f/tp] --down, sum--> [s/tp, b, h]
 """
 
 from jaxtyping import Float

@@ -28,7 +28,7 @@ from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.experts import combine, dispatch, return_rows, share_rows
 from meshwright.parallel.initialise import ZEROS, InitPolicy, InitRule
 from meshwright.parallel.linear import divide
-from meshwright.parallel.mesh import NO_EP, NO_ETP, NO_TP, Axis
+from meshwright.parallel.mesh import NO_EP, NO_ETP, Axis
 from meshwright.parallel.placement import Placement, Split, partial_over
 from meshwright.parallel.tally import Tally, attach_loss
 from meshwright.parallel.where import Where
@@ -37,7 +37,7 @@ NO_TOKEN = Axis("token")
 
 
 class Experts(nn.Module):
-    """This rank's experts, each a SwiGLU feed-forward; matrices of one kind are stacked, gate and up [e/ep, f/etp, h]."""
+    """This rank's experts, each a SwiGLU feed-forward; matrices of one kind are stacked, [e/ep, f/etp, h]."""
 
     def __init__(
         self,

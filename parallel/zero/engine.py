@@ -64,12 +64,14 @@ def shard(
     the model itself comes last. `compute_dtype` is the weights' type where it is narrower than their masters'.
 
     Raises:
-        ValueError: if a parameter has no dims to cut, or needs a sum that FSDP2 would not make.
+        ValueError: if a parameter has no dims to cut.
     """
     parameters = dict(model.named_parameters())
     local_shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     by_fsdp = {name for name in parameters if stage >= 2 and table[name].zero_axis(mesh).is_split}
-    _refuse_what_would_go_wrong(local_shapes, by_fsdp, table, mesh)
+    for name, shape in local_shapes.items():
+        if not shape:
+            raise ValueError(f"{name} has no dims, and state is cut along dim 0; give it the shape [1]")
     for name, parameter in parameters.items():
         if name not in by_fsdp and compute_dtype is not None:
             parameter.data = parameter.data.to(compute_dtype)
@@ -86,19 +88,3 @@ def shard(
         sharded = {name: placed[name] for name in placed if name in by_fsdp}
         engines.append(FsdpEngine(sharded, wrapped, local_shapes, table, mesh))
     return ZeroEngine(engines, list(placed))
-
-
-def _refuse_what_would_go_wrong(
-    shapes: dict[str, tuple[int, ...]], by_fsdp: set[str], table: dict[str, Placement], mesh: Mesh
-) -> None:
-    for name, shape in shapes.items():
-        if not shape:
-            raise ValueError(f"{name} has no dims, and state is cut along dim 0; give it the shape [1]")
-    for name in sorted(by_fsdp):
-        others = (*table[name].grad_sum, *table[name].data_axes(mesh)[:-1])
-        unsummed = [axis.name for axis in others if axis.is_split]
-        if unsummed:
-            raise ValueError(
-                f"{name}: its gradient must be summed over {', '.join(unsummed)} too, which ZeRO-2 and ZeRO-3 do not"
-                " do; ZeRO-1 would fit"
-            )

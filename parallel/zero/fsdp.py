@@ -6,6 +6,10 @@
 Under both, weights, gradients and moments lie in dim-0 parts between steps. Gradients are summed with a divide
 factor of 1: any other would be applied twice on a shard group of one rank (checked against the source,
 `foreach_reduce`), and gloo lacks the operation that it needs.
+
+FSDP2 sums over the axis that it shards over. What else must be summed (copies of the sharded state in hybrid
+sharding, norms and routers under tensor parallelism) is summed by us once a step, when each rank is left with its
+part: that is 1/n of the bytes, however many micro-batches there were.
 """
 
 from collections.abc import Sequence
@@ -18,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from meshwright.parallel.collectives import reduce_scatter_flat
+from meshwright.parallel.collectives import all_reduce, reduce_scatter_flat
 from meshwright.parallel.mesh import Axis, Mesh
 from meshwright.parallel.placement import Placement
 from meshwright.parallel.zero.part import Part, make_part
@@ -97,7 +101,7 @@ class FsdpEngine:
         mesh: Mesh,
     ) -> None:
         """Take the sharded parameters, the modules that gather them, and the shapes that they had before."""
-        self.parameters, self.wrapped = parameters, wrapped
+        self.parameters, self.wrapped, self.mesh = parameters, wrapped, mesh
         self._reductions = [CountedReduceScatter() for _ in wrapped]
         self._micro_batches = 0
         for unit, reduction in zip(wrapped, self._reductions, strict=True):
@@ -127,6 +131,24 @@ class FsdpEngine:
             gradient = parameter.grad
             assert isinstance(gradient, DTensor), f"{name} got no gradient in this step"
             self.parts[name].parameter.grad = gradient.to_local()
+        for axes, gradients in self._also_summed():
+            flat = torch.cat([gradient.view(-1) for gradient in gradients])
+            for axis in axes:
+                all_reduce(flat, axis)
+            for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    def _also_summed(self) -> list[tuple[tuple[Axis, ...], list[Tensor]]]:
+        """Return the gradients that must be summed over more axes than the one of their shards, by these axes."""
+        groups: dict[tuple[tuple[int, ...], ...], tuple[tuple[Axis, ...], list[Tensor]]] = {}
+        for part in self.parts.values():
+            *others, _ = (*part.placement.grad_sum, *part.placement.data_axes(self.mesh))
+            axes = tuple(axis for axis in others if axis.is_split)
+            gradient = part.parameter.grad
+            assert gradient is not None
+            if axes:
+                groups.setdefault(tuple(axis.ranks for axis in axes), (axes, []))[1].append(gradient)
+        return list(groups.values())
 
     def publish_weights(self) -> None:
         """Let go of gathered weights, which ZeRO-2 keeps after a forward pass without a backward.

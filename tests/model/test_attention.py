@@ -72,7 +72,9 @@ def by_loop(part: Attention, x: Tensor, place: Where) -> Tensor:
                 kv = n // (N // K)
                 q = head("q", x[i, b], n, int(place.position_mixed[i]))
                 seen = [
-                    j for j in range(i + 1) if not place.mask_documents or place.document_whole[j, b] == place.document_whole[i, b]
+                    j
+                    for j in range(i + 1)
+                    if not place.mask_documents or place.document_whole[j, b] == place.document_whole[i, b]
                 ]
                 k = torch.stack([head("k", x[j, b], kv, int(place.position_mixed[j])) for j in seen])
                 v = torch.stack([project("v", x[j, b])[kv * D : (kv + 1) * D] for j in seen])

@@ -41,7 +41,9 @@ def test_choices_are_counted_for_each_sequence_and_padding_is_not() -> None:
 def test_the_sequence_loss_is_its_formula() -> None:
     probability, expert = routed(scores_of())
     choices = choices_per_sequence(expert, COUNTED, E)
-    loss = sequence_balance_loss(probability, choices, COUNTED, sequence_tokens=COUNTED.sum(0), top_k=K, step_tokens=TOKENS)
+    loss = sequence_balance_loss(
+        probability, choices, COUNTED, sequence_tokens=COUNTED.sum(0), top_k=K, step_tokens=TOKENS
+    )
     expected = 0.0
     for b in range(B):
         mine = [s for s in range(S) if COUNTED[s, b]]
@@ -58,7 +60,9 @@ def test_the_sequence_loss_is_one_where_all_experts_are_equal() -> None:
     probability = torch.full((S, 1, E), 1 / E, dtype=torch.float64)
     choices = torch.full((1, E), S * K // E)
     all_counted = torch.ones(S, 1, dtype=torch.bool)
-    loss = sequence_balance_loss(probability, choices, all_counted, sequence_tokens=all_counted.sum(0), top_k=K, step_tokens=float(S))
+    loss = sequence_balance_loss(
+        probability, choices, all_counted, sequence_tokens=all_counted.sum(0), top_k=K, step_tokens=float(S)
+    )
     assert loss.item() == pytest.approx(choices.sum().item() / (S * K))
 
 
@@ -69,7 +73,9 @@ def test_it_is_the_loss_of_transformers_up_to_top_k() -> None:
     probability, expert = routed(scores)
     counted = torch.ones(S, 1, dtype=torch.bool)
     choices = choices_per_sequence(expert, counted, E)
-    ours = sequence_balance_loss(probability, choices, counted, sequence_tokens=counted.sum(0), top_k=K, step_tokens=float(S))
+    ours = sequence_balance_loss(
+        probability, choices, counted, sequence_tokens=counted.sum(0), top_k=K, step_tokens=float(S)
+    )
     theirs = load_balancing_loss_func((scores.flatten(0, 1),), num_experts=E, top_k=K)
     assert ours.item() * K == pytest.approx(theirs.item(), rel=1e-6)
 
@@ -100,7 +106,9 @@ def all_losses(scores: Tensor, part: slice = slice(None)) -> Tensor:
     choices = choices_per_sequence(expert, counted, E)
     share = torch.full((E,), 0.2, dtype=torch.float64)
     return (
-        sequence_balance_loss(probability, choices, counted, sequence_tokens=counted.sum(0), top_k=K, step_tokens=TOKENS)
+        sequence_balance_loss(
+            probability, choices, counted, sequence_tokens=counted.sum(0), top_k=K, step_tokens=TOKENS
+        )
         + 3 * step_balance_loss(probability, share, counted, step_tokens=TOKENS)
         + 7 * z_loss(scores[:, part], counted, step_tokens=TOKENS)
     )

@@ -39,7 +39,15 @@ def where(length: int = S, step_tokens: float = float(S * B)) -> Where:
     plain = where_of_plain_tokens(torch.zeros(S, B, dtype=torch.int64))
     counted = plain.counted.clone()
     counted[length:, 1] = False
-    return Where(**{**vars(plain), "counted": counted, "sequence_tokens": counted.sum(0), "step_tokens": step_tokens, "derived": {}})
+    return Where(
+        **{
+            **vars(plain),
+            "counted": counted,
+            "sequence_tokens": counted.sum(0),
+            "step_tokens": step_tokens,
+            "derived": {},
+        }
+    )
 
 
 def one_expert(part: Moe, e: int, x: Tensor) -> Tensor:

@@ -4,26 +4,9 @@ import re
 from typing import Any
 
 import pytest
+from runfile_cases import MOE, run_file
 
 from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
-from meshwright.launcher.runfile.tables import RunFile
-from meshwright.model.presets import with_preset
-
-MOE = {"preset": "moe-tiny", "moe": {"num_experts": 12}}
-
-
-def run_file(**tables: dict[str, Any]) -> RunFile:
-    """Return a sound run file with some keys changed, table by table."""
-    sound: dict[str, dict[str, Any]] = {
-        "run": {"name": "x"},
-        "model": {"preset": "tiny"},
-        "data": {"store": "s", "seq_len": 64},
-        "train": {"steps": 100, "global_batch_size": 24},
-        "learning_rate": {"peak": 1e-3},
-    }
-    merged = {name: {**sound.get(name, {}), **tables.get(name, {})} for name in {*sound, *tables}}
-    merged["model"] = with_preset(merged["model"])
-    return RunFile.model_validate(merged)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -86,7 +69,6 @@ def test_experts_on_ranks_that_divide_them_have_no_problems() -> None:
             'init.load = "weights+optimizer": needs a checkpoint to load, and init.from is empty;'
             " name a folder in init.from, or leave it out",
         ),
-        ({"parallel": {"tp": 2}}, 2, "parallel.tp = 2: tensor parallelism is not in this version; 1 would fit"),
         ({"run": {"device": "mps"}}, 2, 'run.device = "mps": is for one process, and the world size is 2; 1 would fit'),
         (
             {"run": {"device": "mps"}, "train": {"precision": "fp64"}},
@@ -134,7 +116,7 @@ def test_what_one_table_finds_is_told_too(tables: dict[str, Any], begins: str) -
 
 def test_a_batch_is_held_against_the_ranks_though_the_other_axes_leave_none() -> None:
     found = check(run_file(train={"global_batch_size": 7}, parallel={"tp": 8}), 4)
-    assert found[0].startswith("parallel.tp = 8: tensor parallelism is not in this version; 1 would fit")
+    assert "tp * pp * cp * dp_replicate = 8 must divide the world size 4" in found
     assert found[-1].startswith("train.global_batch_size = 7: must be a multiple of the 4 data-parallel ranks")
 
 
@@ -152,8 +134,8 @@ def test_what_is_on_mps_is_refused_by_name_all_at_once() -> None:
 
 
 def test_without_a_world_only_what_no_layout_could_mend_is_told() -> None:
-    odd = run_file(train={"global_batch_size": 7}, parallel={"dp_shard": 5, "tp": 2})
-    assert check_on_any_world(odd) == ["parallel.tp = 2: tensor parallelism is not in this version; 1 would fit"]
+    odd = run_file(train={"global_batch_size": 7}, parallel={"dp_shard": 5, "tp": 16})
+    assert all(line.startswith("parallel.tp = 16: must divide model.") for line in check_on_any_world(odd))
     assert len(check(odd, 4)) > 1
 
 

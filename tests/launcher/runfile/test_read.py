@@ -165,12 +165,12 @@ def test_a_wrong_value_is_told_with_its_rule(sound: Path, override: str, line: s
 
 def test_a_missing_key_is_told_with_its_meaning_and_the_rest_is_checked(tmp_path: Path) -> None:
     text = SOUND.replace("steps = 100\n", "").replace('[run]\nname = "x"', "")
-    found = problems(write(tmp_path, text), "parallel.tp=2", "model.num_kv_heads=3")
+    found = problems(write(tmp_path, text), "parallel.ep=2", "model.num_kv_heads=3")
     assert found == (
         "[run]: the table is missing; it needs name",
         "train.steps: is missing; Updates of the weights in the whole run.",
         "model.num_kv_heads = 3: must divide model.num_heads = 4; one of [1, 2, 4] would fit",
-        "parallel.tp = 2: tensor parallelism is not in this version; 1 would fit",
+        "parallel.ep = 2: splits experts, and the model has none (no table [model.moe]); 1 would fit",
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from meshwright.model.parts import build_model
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.grad_norm import gradient_norm
-from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
+from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.placement import Placement
 from meshwright.parallel.zero.engine import shard
 
@@ -177,36 +177,17 @@ def test_a_reduction_that_is_left_out_or_made_twice_is_found(stage: int) -> None
         assert found == "in 2 micro-batches the units were reduced [3, 3] times"
 
 
-def refusal(mesh: Mesh, stage: int, grad_sum: tuple[Axis, ...]) -> str:
-    model = torch.nn.Linear(4, 4, bias=False, device="meta")
-    table = {"weight": Placement(grad_sum=tuple(mesh.axes[name] for name in grad_sum))}
-    try:
-        shard(model, [model], table, mesh, stage=stage, device=torch.device("cpu"))
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_sums_that_fsdp_would_leave_out_are_refused(stage: int) -> None:
-    sizes = Sizes(dp_replicate=2, dp_shard=2)
-    text = "weight: its gradient must be summed over dp_replicate too, which ZeRO-2 and ZeRO-3 do not do; ZeRO-1"
-    assert all(found.startswith(text) for found in run_mesh(sizes, refusal, stage, ()))
-    assert run_mesh(sizes, refusal, 1, ()) == [""] * 4
-    partial = run_mesh(Sizes(dp_shard=2, tp=2), refusal, stage, ("tp",))
-    assert all("must be summed over tp too" in found for found in partial)
-
-
-def partial_sum(mesh: Mesh) -> list[float]:
+def partial_sum(mesh: Mesh, stage: int) -> list[float]:
     model = torch.nn.Linear(3, 1, bias=False, device="meta")
     table = {"weight": Placement(grad_sum=(mesh.tp,))}
-    engine = shard(model, [model], table, mesh, stage=1, device=torch.device("cpu"))
+    engine = shard(model, [model], table, mesh, stage=stage, device=torch.device("cpu"))
     engine.start_micro_batch(is_first=True, is_last=True)
     model(torch.full((1, 3), 10.0**mesh.rank)).sum().backward()
     engine.finish_gradients()
     return engine.parts["weight"].parameter.grad.flatten().tolist()
 
 
-def test_a_gradient_that_is_a_part_on_each_rank_is_summed_over_its_axes_too() -> None:
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_gradient_that_is_a_part_on_each_rank_is_summed_over_its_axes_too(stage: int) -> None:
     # One row over dp_shard = 2: the ranks 0 and 1 (tp) of the first dp rank hold it, the others hold nothing.
-    assert run_mesh(Sizes(dp_shard=2, tp=2), partial_sum) == [[1111.0] * 3] * 2 + [[]] * 2
+    assert run_mesh(Sizes(dp_shard=2, tp=2), partial_sum, stage) == [[1111.0] * 3] * 2 + [[]] * 2

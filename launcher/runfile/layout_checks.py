@@ -1,0 +1,87 @@
+"""What the axes of [parallel] ask of the model and the samples: which sizes must divide, and which sizes would.
+
+    tp      num_heads, ffn_hidden_size, the shared expert's width; num_kv_heads divides tp or is divided by it
+    cp, tp  the tokens of a sample
+    ep      num_experts          etp     expert_hidden_size
+
+A vocabulary need not divide: it is padded. Nothing here loads torch.
+"""
+
+from meshwright.launcher.runfile.messages import problem
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.model.config import divisors, nearest
+from meshwright.model.pattern import LayerKinds
+
+
+def layout_problems(run_file: RunFile) -> list[str]:
+    """Return every size of the model and of the samples that the axes do not divide."""
+    return [
+        *_head_problems(run_file),
+        *_width_problems(run_file),
+        *_token_problems(run_file),
+        *_expert_problems(run_file),
+    ]
+
+
+def _head_problems(run_file: RunFile) -> list[str]:
+    tp, model = run_file.parallel.tp, run_file.model
+    if not any(kinds.mixer == "attention" for kinds in _layers(run_file)):
+        return []
+    heads, kv_heads = model.num_heads, model.num_kv_heads
+    fits = [size for size in divisors(heads) if kv_heads % size == 0 or size % kv_heads == 0]
+    if heads % tp != 0:
+        rule = f"must divide model.num_heads = {heads}"
+    elif kv_heads % tp != 0 and tp % kv_heads != 0:
+        rule = f"must divide model.num_kv_heads = {kv_heads}, or be a multiple of it"
+    else:
+        return []
+    return [problem("parallel.tp", tp, rule, f"one of {nearest(fits, tp)} would fit")]
+
+
+def _width_problems(run_file: RunFile) -> list[str]:
+    tp, model = run_file.parallel.tp, run_file.model
+    kinds = {layer.feedforward for layer in _layers(run_file)}
+    widths = {"model.ffn_hidden_size": model.ffn_hidden_size} if "mlp" in kinds else {}
+    if "moe" in kinds and model.moe is not None and model.moe.num_shared_experts:
+        widths["model.moe.num_shared_experts * expert_hidden_size"] = model.moe.shared_hidden_size
+    return [
+        problem("parallel.tp", tp, f"must divide {name} = {size}", f"one of {nearest(divisors(size), tp)} would fit")
+        for name, size in widths.items()
+        if size % tp != 0
+    ]
+
+
+def _token_problems(run_file: RunFile) -> list[str]:
+    """Refuse samples whose tokens cannot be cut evenly between layers."""
+    parallel, seq_len = run_file.parallel, run_file.data.seq_len
+    if seq_len % parallel.tp == 0:
+        return []
+    below = seq_len // parallel.tp * parallel.tp
+    fits = [size for size in (below, below + parallel.tp) if size > 0]
+    rule = f"must be a multiple of parallel.tp = {parallel.tp}, whose ranks share its tokens between layers"
+    return [problem("data.seq_len", seq_len, rule, f"one of {fits} would fit")]
+
+
+def _expert_problems(run_file: RunFile) -> list[str]:
+    parallel, moe = run_file.parallel, run_file.model.moe
+    axes = {"ep": parallel.ep, "etp": parallel.etp}
+    if moe is None:
+        rule = "splits experts, and the model has none (no table [model.moe])"
+        return [problem(f"parallel.{key}", size, rule, "1 would fit") for key, size in axes.items() if size > 1]
+    sizes = {"ep": ("model.moe.num_experts", moe.num_experts)}
+    sizes["etp"] = ("model.moe.expert_hidden_size", moe.expert_hidden_size)
+    return [
+        problem(
+            f"parallel.{key}",
+            axes[key],
+            f"must divide {name} = {size}",
+            f"one of {nearest(divisors(size), axes[key])} would fit",
+        )
+        for key, (name, size) in sizes.items()
+        if size % axes[key] != 0
+    ]
+
+
+def _layers(run_file: RunFile) -> tuple[LayerKinds, ...]:
+    """Return the layers' kinds; none where the pattern is no pattern, which is told elsewhere."""
+    return () if run_file.model.problems() else run_file.model.layers

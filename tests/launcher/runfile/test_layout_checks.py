@@ -1,0 +1,83 @@
+"""Sizes that the axes do not divide are named with sizes that would fit; and those sizes do fit."""
+
+import re
+from typing import Any
+
+import pytest
+from runfile_cases import MOE, run_file
+
+from meshwright.launcher.runfile.cross_checks import check
+
+WIDE = {**MOE, "moe": {"num_experts": 12, "expert_hidden_size": 40, "num_shared_experts": 1}}
+
+
+@pytest.mark.parametrize(
+    ("tables", "world_size", "lines"),
+    [
+        (
+            {"parallel": {"tp": 3}, "data": {"seq_len": 66}, "train": {"global_batch_size": 24}},
+            3,
+            ["parallel.tp = 3: must divide model.num_heads = 4; one of [1, 2, 4] would fit"],
+        ),
+        (
+            {"parallel": {"tp": 4}, "model": {"num_heads": 12, "num_kv_heads": 6, "head_dim": 8}},
+            4,
+            [
+                "parallel.tp = 4: must divide model.num_kv_heads = 6, or be a multiple of it;"
+                " one of [1, 2, 3, 6, 12] would fit"
+            ],
+        ),
+        (
+            {"parallel": {"tp": 4}, "model": {"ffn_hidden_size": 106}},
+            4,
+            ["parallel.tp = 4: must divide model.ffn_hidden_size = 106; one of [1, 2, 53, 106] would fit"],
+        ),
+        (
+            {"parallel": {"tp": 4}, "data": {"seq_len": 66}},
+            4,
+            [
+                "data.seq_len = 66: must be a multiple of parallel.tp = 4, whose ranks share its tokens between"
+                " layers; one of [64, 68] would fit"
+            ],
+        ),
+        (
+            {"parallel": {"etp": 3}, "model": WIDE},
+            3,
+            [
+                "parallel.etp = 3: must divide model.moe.expert_hidden_size = 40;"
+                " one of [1, 2, 4, 5, 8, 10, 20, 40] would fit"
+            ],
+        ),
+        (
+            {"parallel": {"ep": 2, "etp": 2}},
+            4,
+            [
+                "parallel.ep = 2: splits experts, and the model has none (no table [model.moe]); 1 would fit",
+                "parallel.etp = 2: splits experts, and the model has none (no table [model.moe]); 1 would fit",
+            ],
+        ),
+    ],
+)
+def test_a_size_that_an_axis_does_not_divide_is_named(
+    tables: dict[str, Any], world_size: int, lines: list[str]
+) -> None:
+    assert check(run_file(**tables), world_size) == lines
+
+
+@pytest.mark.parametrize("key", ["tp", "etp"])
+@pytest.mark.parametrize("size", [3, 5, 6, 7, 16])
+def test_a_size_of_an_axis_that_is_said_to_fit_fits(key: str, size: int) -> None:
+    def lines(size: int) -> list[str]:
+        sizes = {"num_heads": 12, "num_kv_heads": 6, "head_dim": 8, "hidden_size": 96}
+        tables = {"model": {**WIDE, **sizes}, "parallel": {key: size}, "data": {"seq_len": 5040}}
+        return check(run_file(train={"global_batch_size": 5040}, **tables), size)
+
+    for line in lines(size):
+        fits = [int(text) for text in re.findall(r"\d+", line.partition("one of [")[2].partition("]")[0])]
+        assert fits
+        assert any(not [found for found in lines(fit) if found.startswith(line.partition(":")[0][:12])] for fit in fits)
+
+
+def test_more_ranks_than_key_heads_and_an_uneven_vocabulary_fit() -> None:
+    assert check(run_file(parallel={"tp": 4}, model={"num_kv_heads": 1, "vocab_size": 1001}), 8) == []
+    assert check(run_file(parallel={"dp_replicate": 2, "tp": 2}, zero={"stage": 3}), 8) == []
