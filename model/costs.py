@@ -23,8 +23,25 @@ machine's. MFU = training operations per second / the device's dense peak.
 Counts of parameters are whole numbers, operations floats.
 """
 
+from typing import NamedTuple
+
 from meshwright.model.config import ModelConfig
 from meshwright.model.pattern import LayerKinds
+
+
+class WeightCounts(NamedTuple):
+    """Numbers of weights by what cuts them; their sum is all."""
+
+    whole: int = 0
+    """Nothing: norms, routers, biases that are added after a sum."""
+    tp: int = 0
+    kv_heads: int = 0
+    """tp, as far as there are key and value heads; beyond that neighbours hold copies."""
+    experts: int = 0
+    """ep and etp."""
+    expert_biases: int = 0
+    """ep: the biases of the experts' outputs."""
+
 
 # The backward computes a gradient for the input and one for the weight of each product.
 TRAINING_TO_FORWARD = 3.0
@@ -53,7 +70,13 @@ def embedding_parameters(config: ModelConfig) -> int:
 
 def layer_parameters(config: ModelConfig, kinds: LayerKinds) -> int:
     """Return the number of weights in one layer, the norms before its parts included."""
-    return _mixer_parameters(config, kinds) + _feedforward_parameters(config, kinds)
+    return sum(layer_weights(config, kinds))
+
+
+def layer_weights(config: ModelConfig, kinds: LayerKinds) -> WeightCounts:
+    """Return the weights of one layer by which axes cut them."""
+    parts = (_mixer_weights(config, kinds), _feedforward_weights(config, kinds))
+    return WeightCounts(*(sum(column) for column in zip(*parts, strict=True)))
 
 
 def layer_forward_flops(config: ModelConfig, kinds: LayerKinds, seq_len: int, *, causal: bool = True) -> float:
@@ -78,27 +101,37 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool 
     return TRAINING_TO_FORWARD * forward_flops_per_token(config, seq_len, causal=causal)
 
 
-def _mixer_parameters(config: ModelConfig, kinds: LayerKinds) -> int:
+def _mixer_weights(config: ModelConfig, kinds: LayerKinds) -> WeightCounts:
     if kinds.mixer is None:
-        return 0
+        return WeightCounts()
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    widths = {"q": queries, "k": keys, "v": keys, "output": config.hidden_size}
-    biases = sum(width for place, width in widths.items() if place in config.bias)
-    norms = config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
-    return _mixer_products(config) + biases + norms
+    kv_biases = ("k" in config.bias) + ("v" in config.bias)
+    return WeightCounts(
+        whole=config.hidden_size * (1 + ("output" in config.bias)) + (2 * config.head_dim if config.qk_norm else 0),
+        tp=2 * config.hidden_size * queries + (queries if "q" in config.bias else 0),
+        kv_heads=2 * config.hidden_size * keys + kv_biases * keys,
+    )
 
 
-def _feedforward_parameters(config: ModelConfig, kinds: LayerKinds) -> int:
-    norm = config.hidden_size
+def _feedforward_weights(config: ModelConfig, kinds: LayerKinds) -> WeightCounts:
+    h, has_bias = config.hidden_size, "ffn" in config.bias
     if kinds.feedforward == "mlp":
-        return norm + _mlp(config, config.ffn_hidden_size)
+        return WeightCounts(whole=h * (1 + has_bias), tp=_cut_of_mlp(config, config.ffn_hidden_size))
     if kinds.feedforward == "moe":
         assert config.moe is not None, "the checks see to it that E has its table"
-        moe = config.moe
-        router = moe.num_experts * config.hidden_size
-        shared = _mlp(config, moe.shared_hidden_size) if moe.num_shared_experts else 0
-        return norm + router + shared + _experts(config, moe.num_experts)
-    return 0
+        moe, shared = config.moe, config.moe.num_shared_experts > 0
+        return WeightCounts(
+            whole=h * (1 + moe.num_experts + (shared and has_bias)),
+            tp=_cut_of_mlp(config, moe.shared_hidden_size),
+            experts=moe.num_experts * _cut_of_mlp(config, moe.expert_hidden_size),
+            expert_biases=moe.num_experts * h * has_bias,
+        )
+    return WeightCounts()
+
+
+def _cut_of_mlp(config: ModelConfig, width: int) -> int:
+    """Return the weights of one gated MLP that are cut along its inner width: all but the last bias."""
+    return 3 * config.hidden_size * width + (2 * width if "ffn" in config.bias else 0)
 
 
 def _mixer_products(config: ModelConfig) -> int:

@@ -8,14 +8,17 @@
     2       c*N       m*N/d               m*N/d       2*m*N/d        the weights are gathered for each pass
     3       -         m*N/d               m*N/d       2*m*N/d        one layer at a time is gathered, not counted
 
-Dense weights have d = dp_shard * cp; routed experts are N/ep on a rank, and d = edp. With d = 1 stages 1 to 3 are
-stage 0. Activations, the layer that is gathered, send buffers and the library's own memory come on top.
+Dense weights have d = dp_shard * cp, and N is what tp leaves of them: matrices are cut, key and value heads as far as
+there are heads, a vocabulary in equal rows with padding; norms and routers are whole. Routed experts are cut by ep and
+etp, and d = edp. With d = 1 stages 1 to 3 are stage 0. Dims that do not divide by d are cut like torch.chunk: the first
+ranks hold up to a row more of each than these averages say. Activations, the layer that is gathered, send buffers and
+the library's own memory come on top.
 """
 
 from typing import NamedTuple
 
 from meshwright.launcher.runfile.tables import RunFile
-from meshwright.model.costs import parameter_count, routed_parameter_count
+from meshwright.model.costs import WeightCounts, layer_weights
 
 COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "fp64": 8}
 UPDATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 4, "fp64": 8}
@@ -40,12 +43,22 @@ def state_bytes(run_file: RunFile, world_size: int) -> StateBytes:
 
     With `model.vocab_size` = 0 the embedding is not counted: nobody knows its size yet.
     """
-    parallel, model = run_file.parallel, run_file.model
-    routed = routed_parameter_count(model)
-    dense = (float(parameter_count(model) - routed), parallel.dp_shard_in(world_size) * parallel.cp)
-    experts = (routed / parallel.ep, parallel.edp_in(world_size))
-    parts = [_bytes_of(*held, run_file.zero.stage, run_file.train.precision) for held in (dense, experts)]
+    parallel = run_file.parallel
+    dense, experts = held_weights(run_file)
+    cut = ((dense, parallel.dp_shard_in(world_size) * parallel.cp), (experts, parallel.edp_in(world_size)))
+    parts = [_bytes_of(float(held), d, run_file.zero.stage, run_file.train.precision) for held, d in cut]
     return StateBytes(*(sum(column) for column in zip(*parts, strict=True)))
+
+
+def held_weights(run_file: RunFile) -> tuple[int, int]:
+    """Return how many weights one rank computes with: dense ones, and those of its experts."""
+    parallel, model = run_file.parallel, run_file.model
+    counts = [layer_weights(model, kinds) for kinds in model.layers]
+    layers = WeightCounts(*(sum(column) for column in zip(*counts, strict=True)))
+    rows = -(-model.vocab_size // parallel.tp) * (1 if model.tie_embeddings else 2)
+    dense = layers.whole + layers.tp // parallel.tp + layers.kv_heads // min(parallel.tp, model.num_kv_heads)
+    dense += model.hidden_size * (1 + rows)
+    return dense, layers.experts // (parallel.ep * parallel.etp) + layers.expert_biases // parallel.ep
 
 
 def _bytes_of(number: float, shards: int, stage: int, precision: str) -> StateBytes:

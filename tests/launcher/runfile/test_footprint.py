@@ -2,10 +2,12 @@
 
 import pytest
 
-from meshwright.launcher.runfile.footprint import StateBytes, state_bytes
+from meshwright.launcher.runfile.footprint import StateBytes, held_weights, state_bytes
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.model.costs import parameter_count, routed_parameter_count
+from meshwright.model.parts import build_model
+from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
 
 
 def run_file(*overrides: str) -> RunFile:
@@ -56,3 +58,27 @@ def test_experts_without_a_copy_are_held_whole() -> None:
     held = EXPERTS / 4
     expected = StateBytes(4 * held, 4 * dense, 4 * (dense + held), 8 * (dense + held))
     assert state_bytes(run_file("zero.stage=3", "parallel.ep=4"), 4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes"),
+    [
+        (["parallel.tp=2"], Sizes(tp=2)),
+        (["parallel.tp=4", "model.vocab_size=325"], Sizes(tp=4)),
+        (
+            ["parallel.tp=4", "parallel.ep=2", "parallel.etp=2", "model.moe.num_shared_experts=2"],
+            Sizes(tp=4, ep=2, etp=2),
+        ),
+        (["parallel.tp=2", 'model.bias=["q","k","v","output","ffn"]', "model.qk_norm=true"], Sizes(tp=2)),
+        (["parallel.etp=4", 'model.bias=["ffn"]', "model.tie_embeddings=true"], Sizes(dp_shard=4, etp=4)),
+    ],
+)
+def test_the_weights_of_a_rank_are_those_that_a_model_holds(overrides: list[str], sizes: Sizes) -> None:
+    # The axes without groups: a model on the meta device communicates nothing.
+    names = single_process_mesh().axes
+    axes = {name: Axis(name, getattr(sizes, name, 1)) for name in names}
+    axes |= {f"tp/{copies}": Axis(f"tp/{copies}", copies) for copies in (2, 4)}
+    config = run_file(*overrides).model
+    model = build_model(config, mesh=Mesh(sizes, axes, rank=0), device="meta")
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert held_weights(run_file(*overrides)) == (sum(p.numel() for p in model.parameters()) - experts, experts)
