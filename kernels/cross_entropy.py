@@ -100,6 +100,6 @@ def _chunk(x: Tensor, weight: Tensor, targets: Tensor, divisor: float) -> tuple[
     p = torch.softmax(logits, 1, out=logits)  # each row is read before it is written; nobody needs the logits again
     # The largest probability is exp(0) / sum, so the logarithm of the sum costs one more look at p and no exp.
     log_sum = top - p.amax(1, keepdim=True).log()
-    share = (counted / divisor).to(p.dtype)[:, None]
+    share = (counted.to(p.dtype) / divisor)[:, None]  # not counted / divisor: that is in fp32
     loss = torch.where(counted[:, None], log_sum - of_target, 0).sum() / divisor
     return loss, p.scatter_add_(1, own, p.new_full((1, 1), -1.0).expand_as(own)), share

@@ -159,4 +159,4 @@ def _chunk(
     p /= sums[:, :1]
     p.scatter_add_(1, column, -is_own[:, None].to(p.dtype))
     loss = torch.where(counted, sums[:, 0].log() - sums[:, 1], 0.0)
-    return loss, p, (counted / n).to(p.dtype)[:, None]
+    return loss, p, (counted.to(p.dtype) / n)[:, None]

@@ -55,7 +55,13 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
     """Return what the run will be, as named lines; the run file must have passed its checks."""
     model, parallel, train = run_file.model, run_file.parallel, run_file.train
     dp = parallel.dp_in(world_size)
-    layout = f"dp {dp}" + (f", ep {parallel.ep} x edp {parallel.edp_in(world_size)}" if model.moe else "")
+    layout = f"dp {dp}" + (f" ({parallel.dp_replicate} copies)" if parallel.dp_replicate > 1 else "")
+    layout += "".join(
+        f", {name} {getattr(parallel, name)}" for name in ("tp", "pp", "cp") if getattr(parallel, name) > 1
+    )
+    if model.moe:
+        layout += f", ep {parallel.ep} x edp {parallel.edp_in(world_size)}"
+        layout += f" x etp {parallel.etp}" if parallel.etp > 1 else ""
     batches = BatchRamp.of(train)
     per_rank = train.global_batch_size // dp
     at_once = min(per_rank, train.micro_batch_size)

@@ -5,7 +5,7 @@ import torch
 from rank_pool import run_mesh
 from torch import Tensor
 
-from meshwright.parallel.experts import combine, dispatch
+from meshwright.parallel.experts import combine, dispatch, return_rows, share_rows
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
 
 T, K, E, H = 7, 2, 4, 3
@@ -120,3 +120,26 @@ def test_weights_of_another_type_keep_the_rows_type() -> None:
     x, expert, weight = inputs("uneven", 0)
     rows, plan = dispatch(x.bfloat16(), expert, E, Axis("ep"))
     assert combine(rows, weight.to(torch.float32), plan, Axis("ep")).dtype == torch.bfloat16
+
+
+def shared_and_back(mesh: Mesh, counts_by_rank: list[list[int]]) -> tuple[float, float, list[int]]:
+    """Square every row on both ranks of etp, each giving half of the sum."""
+    etp, counts = mesh.etp, torch.tensor(counts_by_rank[mesh.etp.rank])
+    generator = torch.Generator().manual_seed(mesh.etp.rank)
+    rows = torch.randn(int(counts.sum()), 3, dtype=torch.float64, generator=generator).requires_grad_()
+    shared = share_rows(rows, counts, etp)
+    y = return_rows(shared.rows.square() / etp.size, shared, etp)
+    above = torch.randn(rows.shape, dtype=torch.float64, generator=generator)
+    y.backward(above)
+    assert rows.grad is not None
+    of_gradient = (rows.grad - 2 * rows.detach() * above).abs().max() if len(rows) else torch.zeros(())
+    of_y = (y - rows.square()).abs().max() if len(rows) else torch.zeros(())
+    return of_y.item(), of_gradient.item(), shared.counts.tolist()
+
+
+@pytest.mark.parametrize("counts", [[[2, 0, 3], [1, 4, 0]], [[0, 0, 0], [2, 2, 2]], [[0, 0, 0], [0, 0, 0]]])
+def test_rows_shared_over_etp_come_back_to_their_rank(counts: list[list[int]]) -> None:
+    # The gather is padded to the longest rank: what stands behind the shorter one's rows reaches nobody (S7).
+    for of_y, of_gradient, together in run_mesh(Sizes(dp_shard=2, etp=2), shared_and_back, counts):
+        assert max(of_y, of_gradient) < 1e-12
+        assert together == [sum(of_expert) for of_expert in zip(*counts, strict=True)]
