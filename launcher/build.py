@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from meshwright.data.store import TokenStore
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.stages import layers_held, stages_of
 from meshwright.launcher.training.optimizer import Optimizer
 from meshwright.launcher.training.stopping import FLAGS
 from meshwright.model.config import ModelConfig
 from meshwright.model.parts import build_model, reset_buffers
 from meshwright.model.stack import LanguageModel
+from meshwright.model.stage import HeldStages, stage_parts
 from meshwright.parallel.apply import Plan, apply, fill_initial_weights
 from meshwright.parallel.mesh import Mesh, Sizes
+from meshwright.parallel.pipeline.adapter import Pipeline
 from meshwright.parallel.placement import placement_table
-from meshwright.parallel.tally import Tally, declared_entries
+from meshwright.parallel.tally import Tally, declared_entries, everyones_entries, everyones_names
 from meshwright.parallel.zero.engine import ZeroEngine
 
 
@@ -42,6 +45,8 @@ class Run:
     engine: ZeroEngine
     optimizer: Optimizer
     tally: Tally
+    pipeline: Pipeline | None
+    """What runs the model's stages; None where every rank holds the whole model."""
 
     @property
     def folder(self) -> Path:
@@ -62,16 +67,22 @@ class Run:
 
 def build_run(run_file: RunFile, store: TokenStore, mesh: Mesh, device: torch.device) -> Run:
     """Build the model with its initial weights, its optimizer and its tally, as this rank holds them."""
-    model = build_model(run_file.model, mesh=mesh, device="meta", dtype=held_dtype(run_file))
+    stages = stages_of(run_file)
+    held = HeldStages(layers_held(run_file, mesh.pp.rank), stages.count)
+    model = build_model(run_file.model, mesh=mesh, device="meta", dtype=held_dtype(run_file), held=held)
     table = placement_table(model)
     ranks = {f"memory.{rank}": 1 for rank in range(mesh.world.size)}
-    tally = Tally({"loss": 1, **FLAGS, **ranks, **declared_entries(model)}, device)
+    entries = everyones_entries(declared_entries(model), mesh.pp)
+    tally = Tally({"loss": 1, **FLAGS, **ranks, **entries}, device)
     layers = list(model.layers.values())
-    engine = apply(model, layers, [*_experts(layers), *layers, model], table, mesh, tally, plan_of(run_file), device)
+    parts = stage_parts(model, held) if mesh.pp.is_split else {}
+    units = [*_experts(layers), *layers, *(parts.values() or [model])]
+    engine = apply(model, layers, units, table, mesh, tally, plan_of(run_file), device)
     fill_initial_weights(model, engine, run_file.run.seed)
     reset_buffers(model)
-    optimizer = Optimizer(engine.parts, run_file.optimizer)
-    return Run(run_file, store, mesh, device, model, engine, optimizer, tally)
+    optimizer = Optimizer(engine.parts, run_file.optimizer, everyones_names(engine.parts, mesh.pp))
+    pipeline = Pipeline(parts, stages, mesh.pp, device, activation_dtype(run_file)) if parts else None
+    return Run(run_file, store, mesh, device, model, engine, optimizer, tally, pipeline)
 
 
 def _experts(layers: list[nn.Module]) -> list[nn.Module]:
@@ -88,12 +99,20 @@ def plan_of(run_file: RunFile) -> Plan:
         recompute_every=run_file.recompute.every,
         recompute_save=tuple(run_file.recompute.save),
         compile=run_file.train.compile,
+        schedule=("split backward" if stages_of(run_file).splits_backward else "whole backward")
+        if run_file.parallel.pp > 1
+        else "none",
     )
 
 
 def held_dtype(run_file: RunFile) -> torch.dtype:
     """Return the type of the weights that the optimizer updates."""
     return torch.float64 if run_file.train.precision == "fp64" else torch.float32
+
+
+def activation_dtype(run_file: RunFile) -> torch.dtype:
+    """Return the type of what goes from layer to layer, under autocast too: sums of branches stay wide."""
+    return torch.bfloat16 if run_file.train.precision == "bf16" else held_dtype(run_file)
 
 
 def sizes_of(run_file: RunFile, world_size: int) -> Sizes:

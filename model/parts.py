@@ -20,6 +20,7 @@ from meshwright.model.mixers.attention import Attention, copies_of_kv_heads
 from meshwright.model.norms import RMSNorm
 from meshwright.model.routers.topk import TopKRouter
 from meshwright.model.stack import LanguageModel
+from meshwright.model.stage import HeldStages
 from meshwright.parallel.initialise import InitPolicy, fill, init_rules
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import placement_table, without_padding
@@ -76,8 +77,11 @@ def build_model(
     mesh: Mesh | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    held: HeldStages | None = None,
 ) -> LanguageModel:
     """Return the model with its initial weights; on `device="meta"` without weights, to be placed and filled later.
+
+    `held`: only these stages of it, as a rank of a pipeline holds them.
 
     Raises:
         ValueError: naming every reason why the config makes no model.
@@ -87,7 +91,7 @@ def build_model(
         raise ValueError("\n".join(problems))
     mesh = mesh or single_process_mesh()
     with torch.device(device):
-        model = _assemble(config, mesh)
+        model = _assemble(config, mesh, held or HeldStages({0: range(config.num_layers)}, 1))
         for parameter in model.parameters():  # not `model.to`: buffers keep their type
             parameter.data = parameter.data.to(dtype)
     if torch.device(device).type != "meta":
@@ -114,7 +118,7 @@ def reset_buffers(model: nn.Module) -> None:
             reset()
 
 
-def _assemble(config: ModelConfig, mesh: Mesh) -> LanguageModel:
+def _assemble(config: ModelConfig, mesh: Mesh, held: HeldStages) -> LanguageModel:
     depth = 2 * config.num_layers if config.init_depth_scaled else 0
     init = InitPolicy(config.init, config.init_std, residual_depth=depth)
 
@@ -127,13 +131,14 @@ def _assemble(config: ModelConfig, mesh: Mesh) -> LanguageModel:
     layers = {
         number: Layer(block(MIXERS, kinds.mixer, number), block(FEEDFORWARDS, kinds.feedforward, number))
         for number, kinds in enumerate(config.layers)
+        if number in held.layers
     }
-    return LanguageModel(
-        layers,
-        RMSNorm(config.hidden_size, config.norm_eps, tp=mesh.tp),
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        tie_embeddings=config.tie_embeddings,
-        init=init,
-        tp=mesh.tp,
-    )
+    v, h, tied = config.vocab_size, config.hidden_size, config.tie_embeddings
+    embedding = output = None
+    if held.has_first or (held.has_last and tied):
+        has_copy = tied and held.has_first != held.has_last
+        embedding = Embedding(v, h, init=init, tp=mesh.tp, copies=mesh.ends if has_copy else None)
+    if held.has_last and not tied:
+        output = VocabularyRows(v, h, rule=init.matrix(h, v), tp=mesh.tp)
+    final_norm = RMSNorm(h, config.norm_eps, tp=mesh.tp) if held.has_last else None
+    return LanguageModel(layers, embedding=embedding, final_norm=final_norm, output=output)

@@ -2,8 +2,10 @@
 
     tokens [s, b] --embedding--> [s/tp, b, h] --layers--> [s/tp, b, h] --norm, output--> logits [s, b, v/tp], or loss
 
-Layers carry their global number in their name (`layers.17.mixer.part.q.weight`), whichever stage holds them.
-Called with targets the model returns the loss; without, the logits. It is an ordinary `nn.Module`.
+Layers carry their global number in their name (`layers.17.mixer.part.q.weight`), whichever rank holds them. Called with
+targets the model returns the loss; without, the logits. It is an ordinary `nn.Module`.
+
+A rank of a pipeline holds the layers of its stages, and the ends that these have; `model/stage.py` runs them.
 """
 
 from typing import Any
@@ -12,8 +14,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from meshwright.model.block import Layer
-from meshwright.parallel.initialise import InitPolicy
-from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.vocabulary import Embedding, VocabularyRows, next_token_logits, next_token_loss
 from meshwright.parallel.where import Where, where_of_plain_tokens
@@ -25,27 +25,28 @@ class LanguageModel(nn.Module):
     def __init__(
         self,
         layers: dict[int, Layer],
-        final_norm: nn.Module,
         *,
-        vocab_size: int,
-        hidden_size: int,
-        tie_embeddings: bool = False,
-        init: InitPolicy | None = None,
-        tp: Axis = NO_TP,
+        embedding: Embedding | None,
+        final_norm: nn.Module | None,
+        output: VocabularyRows | None,
     ) -> None:
-        """Compose layers, by their global number, with the two ends; tied, the embedding is the output matrix too."""
+        """Compose layers, by their global number, with the two ends; without `output` the embedding is that too (tied).
+
+        Of a pipeline's ranks, those without the first stage have no embedding (but for the copy of a tied one), those
+        without the last no norm and no output.
+        """
         super().__init__()
-        init = init or InitPolicy()
-        self.embedding = Embedding(vocab_size, hidden_size, init=init, tp=tp)
+        self.embedding = embedding
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
         self.final_norm = final_norm
-        rule = init.matrix(hidden_size, vocab_size)
-        self.output = None if tie_embeddings else VocabularyRows(vocab_size, hidden_size, rule=rule, tp=tp)
+        self.output = output
 
     @property
     def output_rows(self) -> VocabularyRows:
         """Return the matrix that turns vectors into logits."""
-        return self.embedding if self.output is None else self.output
+        rows = self.embedding if self.output is None else self.output
+        assert rows is not None, "the last stage has an output"
+        return rows
 
     def forward(
         self,
@@ -60,9 +61,22 @@ class LanguageModel(nn.Module):
         loss is this rank's share: the shares of all ranks add up to it. Logits are of its part of the vocabulary.
         """
         where = where or where_of_plain_tokens(tokens)
-        x = self.embedding(tokens)
+        x = self.begin(tokens)
         for layer in self.layers.values():
             x = layer(x, where, tally)
+        return self.end(x, targets, where)
+
+    def begin(self, tokens: Int64[Tensor, "s b"]) -> Float[Tensor, "s_local b h"]:
+        """Return what the first layer takes."""
+        assert self.embedding is not None, "the first stage has an embedding"
+        x: Tensor = self.embedding(tokens)
+        return x
+
+    def end(
+        self, x: Float[Tensor, "s_local b h"], targets: Int64[Tensor, "s b"] | None, where: Where
+    ) -> Float[Tensor, ""] | Float[Tensor, "s b v"]:
+        """Return the loss of what the last layer gives, or the logits without targets."""
+        assert self.final_norm is not None, "the last stage has a norm"
         x = self.final_norm(x)
         if targets is None:
             return next_token_logits(x, self.output_rows)
@@ -74,7 +88,7 @@ class LanguageModel(nn.Module):
 
     def step(self, tokens: Int64[Tensor, "s b"], state: list[Any]) -> Float[Tensor, "s b v"]:
         """Return the logits of the next tokens, and bring the state forward."""
-        x = self.embedding(tokens)
+        x = self.begin(tokens)
         for layer, layer_state in zip(self._layers(), state, strict=True):
             x = layer.step(x, layer_state)
         return next_token_logits(self.final_norm(x), self.output_rows)

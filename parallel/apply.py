@@ -5,6 +5,7 @@ filled last, when each rank holds its final part and nothing else.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -28,6 +29,8 @@ class Plan:
     recompute_every: int = 1
     recompute_save: tuple[str, ...] = ()
     compile: bool = False
+    schedule: Literal["none", "whole backward", "split backward"] = "none"
+    """How a pipeline's schedule computes gradients, if one runs the model."""
 
 
 def apply(
@@ -53,7 +56,16 @@ def apply(
         recompute_layers(layers[:: plan.recompute_every], tally)
     elif plan.recompute == "selective":
         recompute_layers(layers, tally, plan.recompute_save)
-    return shard(model, units, table, mesh, stage=plan.stage, device=device, compute_dtype=plan.compute_dtype)
+    return shard(
+        model,
+        units,
+        table,
+        mesh,
+        stage=plan.stage,
+        device=device,
+        compute_dtype=plan.compute_dtype,
+        schedule=plan.schedule,
+    )
 
 
 def fill_initial_weights(model: nn.Module, engine: ZeroEngine, seed: int) -> None:

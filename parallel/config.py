@@ -1,4 +1,4 @@
-"""The [parallel], [zero] and [recompute] tables: how the model is spread over the ranks, and what they keep.
+"""The [parallel], [pipeline], [zero] and [recompute] tables: how the model is spread over the ranks, and what they keep.
 
     world = pp x dp_replicate x dp_shard x cp x tp        attention, norms, embeddings
     world = pp x edp x ep x etp                           experts; edp is what remains
@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # Axes that have their keys, so that run files keep their form, but that this version does not split.
 NOT_YET = {
-    "pp": "pipeline parallelism",
     "cp": "context parallelism",
 }
 
@@ -21,6 +20,13 @@ NOT_YET = {
 MAX_RANKS = 2**20
 Degree = Annotated[int, Field(gt=0, le=MAX_RANKS)]
 SavedOp = Literal["attention", "matmul"]
+
+Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
+ONE_STAGE = ("1f1b", "gpipe")
+# A rank holds a stage of each half, so that the first and the last meet on rank 0.
+V_SHAPED = ("zbv", "dualpipev")
+# The gradients of activations come first, and those of weights when a rank would wait.
+ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv", "dualpipev")
 
 
 class ParallelConfig(BaseModel):
@@ -32,7 +38,7 @@ class ParallelConfig(BaseModel):
     """Tensor parallel, with sequence parallel: splits each weight matrix, and the tokens between them. 1 to 8: it talks
     most, so keep it within a node. Must divide the heads and the inner widths; a vocabulary is padded."""
     pp: Degree = 1
-    """Pipeline parallel: splits the stack into stages. Only 1 in this version."""
+    """Pipeline parallel: splits the stack into stages, as [pipeline] says. For models that no node holds."""
     cp: Degree = 1
     """Context parallel: splits the sequence. Only 1 in this version."""
     ep: Degree = 1
@@ -93,6 +99,39 @@ class ParallelConfig(BaseModel):
                 f" stage (world size {world_size} / pp); one of {fits} would fit"
             )
         return found
+
+
+class PipelineConfig(BaseModel):
+    """In which order the stages of a pipeline work; counts only with parallel.pp above 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    schedule: Schedule = "1f1b"
+    """1f1b is usual; interleaved_1f1b waits less and sends more; the last three split the backward to wait least."""
+    stages_per_rank: Annotated[int, Field(ge=0, le=2**14)] = 0
+    """Stages that each rank holds; 0 = 1 for gpipe and 1f1b, 2 for the others (zbv and dualpipev take no other)."""
+
+    @property
+    def stages_held(self) -> int:
+        """Return `stages_per_rank` with 0 filled in."""
+        return self.stages_per_rank or (1 if self.schedule in ONE_STAGE else 2)
+
+    def problems(self) -> list[str]:
+        """Return every reason why the schedule cannot hold so many stages; empty means that it can."""
+        given, schedule = self.stages_per_rank, json.dumps(self.schedule)
+        if not given or given == 1 and self.schedule in ONE_STAGE:
+            return []
+        if self.schedule in ONE_STAGE:
+            return [
+                f"pipeline.stages_per_rank = {given}: pipeline.schedule = {schedule} holds one stage on a rank;"
+                ' 1, or schedule "interleaved_1f1b", would fit'
+            ]
+        if self.schedule in V_SHAPED and given != 2:
+            return [
+                f"pipeline.stages_per_rank = {given}: pipeline.schedule = {schedule} holds two stages on a rank;"
+                " 2 or 0 would fit"
+            ]
+        return []
 
 
 class ZeroConfig(BaseModel):

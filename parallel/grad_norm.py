@@ -1,8 +1,9 @@
 """The norm of the whole gradient, each element counted once whatever holds it, and clipping by it.
 
 Parts that are split over the same axes are squared and summed together, and their sum is added up over those
-axes: a dense weight under ZeRO-0 over none, under ZeRO-1 over the ZeRO axis, an expert over ep (and edp). All
-ranks get the same bits, because each takes the result of the same sums.
+axes: a dense weight under ZeRO-0 over none, under ZeRO-1 over the ZeRO axis, an expert over ep (and edp). The stages
+of a pipeline add up their squares; a tied embedding, of which both ends hold a copy, is counted at the first. All ranks
+get the same bits, because each takes the result of the same sums.
 """
 
 from collections.abc import Iterable
@@ -16,12 +17,15 @@ from meshwright.parallel.mesh import Axis
 from meshwright.parallel.zero.part import Part
 
 _PIECE = 1 << 14
+_ONE_STAGE = Axis("pp")
 
 
-def gradient_norm(parts: Iterable[Part]) -> float:
-    """Return the 2-norm of the gradient of the whole model, on every rank the same."""
+def gradient_norm(parts: Iterable[Part], pp: Axis = _ONE_STAGE) -> float:
+    """Return the 2-norm of the gradient of the whole model, on every rank the same; `pp` joins its stages."""
     groups: dict[tuple[int, tuple[tuple[int, ...], ...]], tuple[tuple[Axis, ...], list[Tensor]]] = {}
     for part in parts:
+        if any(axis.name == "ends" and axis.rank > 0 for axis in part.placement.grad_sum):
+            continue
         copies = prod(split.copies for split in part.placement.splits)
         key = copies, tuple(axis.ranks for axis in part.split_axes)
         gradient = part.parameter.grad
@@ -36,6 +40,10 @@ def gradient_norm(parts: Iterable[Part]) -> float:
         for axis in axes:
             all_reduce(square, axis)
         total += square.item() / copies
+    if pp.is_split:
+        of_stages = torch.tensor(total, dtype=torch.float64, device=norms.device)
+        all_reduce(of_stages, pp)
+        total = of_stages.item()
     return float(total**0.5)
 
 

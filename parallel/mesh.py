@@ -12,10 +12,11 @@ norms and embeddings, the second for experts. With dp_shard = 4, tp = 2, ep = 4,
 Some axes are products of others: `dp` (who gets which samples), `data` (over what a dense gradient is
 summed), `zero` (over what dense state is sharded), `token` (who holds pieces of one sequence), `world`. Others
 are pieces of tp: where tp exceeds the key and value heads, `copies` neighbouring ranks hold the same head and are
-an axis of their own (`neighbours`). A layer takes an `Axis`, never a mesh.
+an axis of their own (`neighbours`). `ends` joins the first and the last rank of pp, which both hold a tied embedding;
+for the ranks between them it has size 1. A layer takes an `Axis`, never a mesh.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
@@ -98,7 +99,7 @@ class Mesh:
         self.dp_replicate, self.dp_shard = axes["dp_replicate"], axes["dp_shard"]
         self.edp, self.ep, self.etp = axes["edp"], axes["ep"], axes["etp"]
         self.dp, self.data, self.zero, self.world = axes["dp"], axes["data"], axes["zero"], axes["world"]
-        self.token = axes["token"]
+        self.token, self.ends = axes["token"], axes["ends"]
 
     def neighbours(self, copies: int) -> Axis:
         """Return the axis over the `copies` neighbouring ranks of tp that hold the same part.
@@ -115,7 +116,7 @@ class Mesh:
 
 def single_process_mesh() -> Mesh:
     """Return the mesh of one process: every axis has size 1 and no process group is needed."""
-    names = {*DENSE_DIMS, *EXPERT_DIMS, *PRODUCT_AXES, "world"}
+    names = {*DENSE_DIMS, *EXPERT_DIMS, *PRODUCT_AXES, "ends", "world"}
     return Mesh(Sizes(), {name: Axis(name) for name in names}, rank=0)
 
 
@@ -135,20 +136,21 @@ def build_mesh(sizes: Sizes, timeout: timedelta | None = None) -> Mesh:
     rank = dist.get_rank()
     dense = {name: getattr(sizes, name) for name in DENSE_DIMS}
     expert = {name: getattr(sizes, name) for name in EXPERT_DIMS}
-    wanted: list[tuple[str, dict[str, int], tuple[str, ...]]] = []
-    wanted += [(name, dense, (name,)) for name in DENSE_DIMS]
-    wanted += [(name, expert, (name,)) for name in EXPERT_DIMS if name != "pp"]
-    wanted += [(name, dense, dims) for name, dims in PRODUCT_AXES.items()]
-    wanted += [("world", dense, DENSE_DIMS)]
+    wanted: list[tuple[str, Iterable[tuple[int, ...]]]] = []
+    wanted += [(name, rank_groups(dense, (name,))) for name in DENSE_DIMS]
+    wanted += [(name, rank_groups(expert, (name,))) for name in EXPERT_DIMS if name != "pp"]
+    wanted += [(name, rank_groups(dense, dims)) for name, dims in PRODUCT_AXES.items()]
+    wanted += [("ends", [(line[0], line[-1]) for line in rank_groups(dense, ("pp",)) if len(line) > 1])]
+    wanted += [("world", rank_groups(dense, DENSE_DIMS))]
     for copies in range(2, sizes.tp + 1):
         if sizes.tp % copies == 0:
             split_tp = {**dense, "tp": sizes.tp // copies, "copies": copies}
-            wanted += [(_neighbours_name(copies), split_tp, ("copies",))]
+            wanted += [(_neighbours_name(copies), rank_groups(split_tp, ("copies",)))]
 
     groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-    axes: dict[str, Axis] = {}
-    for name, factors, dims in wanted:
-        for ranks in rank_groups(factors, dims):
+    axes: dict[str, Axis] = {"ends": Axis("ends", ranks=(rank,))}
+    for name, all_ranks in wanted:
+        for ranks in all_ranks:
             # Every rank must make every group, in the same order, also those that it is not in.
             if len(ranks) > 1 and ranks not in groups:
                 groups[ranks] = dist.new_group(list(ranks), timeout=timeout)

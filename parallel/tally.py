@@ -10,16 +10,19 @@ added to the tally. So it needs no way to the last stage, and a recomputed forwa
 tally is paused, counts nothing twice.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import all_reduce
-from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.mesh import Axis, Mesh
+
+T = TypeVar("T")
 
 
 class Tally:
@@ -88,10 +91,32 @@ class _AttachLoss(torch.autograd.Function):
         return grads[0], torch.ones(shape, dtype=dtype, device=device)
 
 
+def everyones_entries(mine: dict[str, int], pp: Axis) -> dict[str, int]:
+    """Return the entries of all stages of a pipeline, in one order on all ranks: that of the layers' numbers."""
+    together = {name: length for entries in _gathered(mine, pp) for name, length in entries.items()}
+    return {name: together[name] for name in in_number_order(together)}
+
+
+def everyones_names(mine: Iterable[str], pp: Axis) -> list[str]:
+    """Return the names that the stages of a pipeline have together, each once, by the layers' numbers."""
+    return in_number_order({name for names in _gathered(list(mine), pp) for name in names})
+
+
+def in_number_order(names: Iterable[str]) -> list[str]:
+    """Sort names so that `layers.2` comes before `layers.10`."""
+    return sorted(names, key=lambda name: [(not part.isdigit(), int(part or 0) if part.isdigit() else 0, part)
+                                           for part in re.split(r"(\d+)", name)])
+
+
 def gather_texts(mine: list[str], mesh: Mesh) -> list[str]:
     """Return every rank's lines in rank order; for messages when a run ends, not for a step that goes on."""
-    if not mesh.world.is_split:
-        return mine
-    everyones: list[list[str]] = [[] for _ in range(mesh.world.size)]
-    dist.all_gather_object(everyones, mine, group=mesh.world.group)
-    return [line for lines in everyones for line in lines]
+    return [line for lines in _gathered(mine, mesh.world) for line in lines]
+
+
+def _gathered(mine: T, axis: Axis) -> list[T]:
+    """Return what every rank along an axis has, in axis order."""
+    if not axis.is_split:
+        return [mine]
+    everyones: list[T] = [mine] * axis.size
+    dist.all_gather_object(everyones, mine, group=axis.group)
+    return everyones

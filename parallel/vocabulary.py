@@ -37,16 +37,23 @@ from meshwright.parallel.placement import Placement, Split
 class VocabularyRows(nn.Module):
     """A matrix [v, h] with a row for each token id, of which this rank holds 1/tp of the rows, perhaps padded."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, rule: InitRule, tp: Axis = NO_TP) -> None:
-        """Take the global sizes and the rule that the weight begins with."""
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, rule: InitRule, tp: Axis = NO_TP, copies: Axis | None = None
+    ) -> None:
+        """Take the global sizes and the rule that the weight begins with.
+
+        `copies`: the axis along which others hold the same rows and use them otherwise, as the two ends of a pipeline
+        do with a tied matrix; the gradient is the sum of all uses.
+        """
         super().__init__()
+        self.copies = () if copies is None else (copies,)
         self.rule, self.tp, self.vocab_size = rule, tp, vocab_size
         self.weight = nn.Parameter(torch.empty(-(-vocab_size // tp.size), hidden_size))
 
     def placements(self) -> dict[str, Placement]:
         """Say that the weight is cut along the vocabulary."""
         size = self.vocab_size if self.vocab_size % self.tp.size else 0
-        return {"weight": Placement((Split(0, self.tp, size=size),) if self.tp.is_split else ())}
+        return {"weight": Placement((Split(0, self.tp, size=size),) if self.tp.is_split else (), grad_sum=self.copies)}
 
     def init_rules(self) -> dict[str, InitRule]:
         """Say how each parameter begins."""
@@ -61,10 +68,18 @@ class VocabularyRows(nn.Module):
 class Embedding(VocabularyRows):
     """A vector for each token id."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, init: InitPolicy | None = None, tp: Axis = NO_TP) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        init: InitPolicy | None = None,
+        tp: Axis = NO_TP,
+        copies: Axis | None = None,
+    ) -> None:
         """Take global sizes."""
         rule = (init or InitPolicy()).embedding(vocab_size, hidden_size)
-        super().__init__(vocab_size, hidden_size, rule=rule, tp=tp)
+        super().__init__(vocab_size, hidden_size, rule=rule, tp=tp, copies=copies)
 
     def forward(self, tokens: Int64[Tensor, "s b"]) -> Float[Tensor, "s_local b h"]:
         """Look the vectors up; each rank is left with those of its stretch of the tokens."""

@@ -4,21 +4,26 @@ It drives the engine as the training loop does, on random tokens: what it return
 No size divides by another, so that every cut is uneven: a norm of 6 over four ranks is 2, 2, 2 and nothing.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.parts import build_model, reset_buffers
 from meshwright.model.stack import LanguageModel
+from meshwright.model.stage import HeldStages, MicroBatch, stage_parts
 from meshwright.parallel.apply import Plan, apply, fill_initial_weights
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.grad_norm import clip_gradients, gradient_norm
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.pipeline.adapter import Pipeline
+from meshwright.parallel.pipeline.cut import cut_layers
+from meshwright.parallel.pipeline.orders import Stages
 from meshwright.parallel.placement import placement_table
-from meshwright.parallel.tally import Tally, declared_entries
+from meshwright.parallel.tally import Tally, declared_entries, everyones_entries
 from meshwright.parallel.where import place
 from meshwright.parallel.zero.engine import ZeroEngine
 from meshwright.parallel.zero.part import Part
@@ -46,6 +51,7 @@ class Run:
     model: LanguageModel
     engine: ZeroEngine
     tally: Tally
+    pipeline: Pipeline | None = None
 
 
 def dense_config(**changes: object) -> ModelConfig:
@@ -59,17 +65,27 @@ def moe_config(**changes: object) -> ModelConfig:
     return dense_config(**{"pattern": "*E", "qk_norm": True, "moe": MoeConfig(**moe), **changes})
 
 
-def start(mesh: Mesh, config: ModelConfig, plan: Plan, *, dtype: torch.dtype = torch.float64) -> Run:
-    """Build a model and spread it, as a run does."""
-    model = build_model(config, mesh=mesh, device="meta", dtype=dtype)
+def start(
+    mesh: Mesh, config: ModelConfig, plan: Plan, *, dtype: torch.dtype = torch.float64, stages: Stages | None = None
+) -> Run:
+    """Build a model and spread it, as a run does; `stages` where the mesh has a pipeline."""
+    stages = stages or Stages("gpipe", 1)
+    cut = cut_layers([1.0] * config.num_layers, stages.count)
+    held = HeldStages({stage: cut[stage] for stage in stages.held_by(mesh.pp.rank)}, stages.count)
+    model = build_model(config, mesh=mesh, device="meta", dtype=dtype, held=held)
     table = placement_table(model)
-    tally = Tally({"loss": 1, **declared_entries(model)})
+    tally = Tally({"loss": 1, **everyones_entries(declared_entries(model), mesh.pp)})
     layers = list(model.layers.values())
     experts = [layer.feedforward.part.experts for layer in layers if hasattr(layer.feedforward.part, "experts")]
-    engine = apply(model, layers, [*experts, *layers, model], table, mesh, tally, plan, torch.device("cpu"))
+    parts = stage_parts(model, held) if mesh.pp.is_split else {}
+    if parts:
+        plan = replace(plan, schedule="split backward" if stages.splits_backward else "whole backward")
+    units = [*experts, *layers, *(parts.values() or [model])]
+    engine = apply(model, layers, units, table, mesh, tally, plan, torch.device("cpu"))
     fill_initial_weights(model, engine, seed=5)
     reset_buffers(model)
-    return Run(mesh, model, engine, tally)
+    pipeline = Pipeline(parts, stages, mesh.pp, torch.device("cpu"), dtype) if parts else None
+    return Run(mesh, model, engine, tally, pipeline)
 
 
 def train(
@@ -81,17 +97,18 @@ def train(
     steps: int = 2,
     micro_batch: int = 1,
     learning_rate: float = 0.01,
+    stages: Stages | None = None,
 ) -> Trace:
     """Train a few steps with AdamW and clipping; some targets are padding, unevenly over the samples."""
-    run, trace = start(mesh, config, plan, dtype=dtype), Trace()
+    run, trace = start(mesh, config, plan, dtype=dtype, stages=stages), Trace()
     parts = run.engine.parts
-    trace.initial = {name: gather(part, part.parameter) for name, part in parts.items()}
+    trace.initial = gather_all(run, [part.parameter for part in parts.values()])
     optimizer = torch.optim.AdamW([p.parameter for p in parts.values() if p.parameter.numel()], lr=learning_rate)
     for step in range(steps):
         loss_sum = forward_backward(run, step, micro_batch)
-        trace.norms.append(gradient_norm(parts.values()))
+        trace.norms.append(gradient_norm(parts.values(), mesh.pp))
         if step == 0:
-            trace.gradients = {name: gather(part, part.parameter.grad) for name, part in parts.items()}
+            trace.gradients = gather_all(run, [part.parameter.grad for part in parts.values()])
         # Far below the norm, so that every step is clipped; clipping by a norm that leaves something out shows.
         clip_gradients(parts.values(), trace.norms[-1], 0.1)
         optimizer.step()
@@ -103,7 +120,7 @@ def train(
                 module.finish_step(sums)
         trace.losses.append(sums["loss"].item())
         trace.tallies.append({name: value.tolist() for name, value in sums.items() if name != "loss"})
-    trace.weights = {name: gather(part, part.parameter) for name, part in parts.items()}
+    trace.weights = gather_all(run, [part.parameter for part in parts.values()])
     return trace
 
 
@@ -120,28 +137,54 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
 
 def forward_backward(run: Run, step: int, micro_batch: int) -> Tensor:
     """Run this rank's samples of a step forward and backward; return its share of the loss."""
-    tokens, targets = batch_of(step)
     per_rank = BATCH // run.mesh.dp.size
     starts = range(run.mesh.dp.rank * per_rank, (run.mesh.dp.rank + 1) * per_rank, micro_batch)
-    total = torch.zeros((), dtype=torch.float64)
-    for begin in starts:
-        some = slice(begin, begin + micro_batch)
-        where = place(
-            torch.arange(begin, begin + micro_batch),
-            torch.zeros(SEQ, micro_batch, dtype=torch.int64),
-            targets[:, some] != -100,
-            torch.arange(SEQ),
-            run.mesh.tp,
-            step=step,
-            step_tokens=float((targets != -100).sum()),
-        )
-        mine = where.position_mixed
-        run.engine.start_micro_batch(is_first=begin == starts[0], is_last=begin == starts[-1])
-        loss = run.model(tokens[mine, some], targets[mine, some], where, run.tally)
-        loss.backward()
-        total += loss.detach().double()
+    run.engine.start_step(len(starts))
+    micro_batches = [micro_batch_of(run, step, begin, micro_batch) for begin in starts]
+    if run.pipeline is not None:
+        for part in run.pipeline.parts.values():
+            part.start_step(micro_batches, run.tally)
+        hidden = run.model.layers[next(iter(run.model.layers))].blocks[0].norm.weight.shape[0]
+        held = len(micro_batches[0].where.position)
+        total = run.pipeline.step(len(starts), (held, micro_batch, hidden)).double()
+    else:
+        total = torch.zeros((), dtype=torch.float64)
+        for each in micro_batches:
+            loss = run.model(each.tokens, each.targets, each.where, run.tally)
+            loss.backward()
+            total += loss.detach().double()
     run.engine.finish_gradients()
     return total
+
+
+def micro_batch_of(run: Run, step: int, begin: int, size: int) -> MicroBatch:
+    tokens, targets = batch_of(step)
+    some = slice(begin, begin + size)
+    where = place(
+        torch.arange(begin, begin + size),
+        torch.zeros(SEQ, size, dtype=torch.int64),
+        targets[:, some] != -100,
+        torch.arange(SEQ),
+        run.mesh.tp,
+        step=step,
+        step_tokens=float((targets != -100).sum()),
+    )
+    mine = where.position_mixed
+    return MicroBatch(tokens[mine, some], targets[mine, some], where)
+
+
+def gather_all(run: Run, held: list[Tensor]) -> dict[str, Tensor]:
+    """Return every stage's global tensors, of which `held` are this rank's parts in the order of the engine's."""
+    parts = run.engine.parts
+    mine = {name: gather(part, tensor) for (name, part), tensor in zip(parts.items(), held, strict=True)}
+    if not run.mesh.pp.is_split:
+        return mine
+    of_stages: list[dict[str, Tensor]] = [{}] * run.mesh.pp.size
+    dist.all_gather_object(of_stages, mine, group=run.mesh.pp.group)
+    for stage in of_stages:
+        for name in stage.keys() & mine.keys():
+            assert torch.equal(stage[name], mine[name]), f"two stages hold different copies of {name}"
+    return {name: tensor for stage in of_stages for name, tensor in stage.items()}
 
 
 def gather(part: Part, held: Tensor) -> Tensor:

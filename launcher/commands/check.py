@@ -10,12 +10,14 @@ from meshwright.launcher.runfile.footprint import state_bytes
 from meshwright.launcher.runfile.on_disk import store_of
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.stages import layers_of_stages, stage_costs, stages_of
 from meshwright.launcher.training.batch_ramp import BatchRamp
 from meshwright.launcher.training.learning_rate import warmup_length
 from meshwright.model.config import ModelConfig
 from meshwright.model.costs import active_parameter_count, parameter_count, training_flops_per_token
 from meshwright.model.presets import PRESETS
 from meshwright.parallel.config import MAX_RANKS
+from meshwright.parallel.pipeline.simulate import predict
 
 
 def check(
@@ -72,6 +74,7 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
     return [
         ("run", f"{run_file.run.name} -> {run_file.run.output_folder}, seed {run_file.run.seed}"),
         ("layout", f"{layout}, ZeRO-{run_file.zero.stage}, recompute {run_file.recompute.mode}, {train.precision}"),
+        *_pipeline_lines(run_file, accumulated),
         ("model", _model_line(run_file)),
         ("", f"{flops / 1e9:.3g} GFLOP for each token trained on (attention counted causal)"),
         *([("preset", _preset_line(model))] if model.preset else []),
@@ -96,6 +99,31 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
         ),
         ("", "activations come on top"),
     ]
+
+
+def _pipeline_lines(run_file: RunFile, micro_batches: int) -> list[tuple[str, str]]:
+    """Say which layers each stage has, and what the schedule is predicted to cost."""
+    if run_file.parallel.pp == 1:
+        return []
+    stages, cut, costs = stages_of(run_file), layers_of_stages(run_file), stage_costs(run_file)
+    predicted = predict(stages, micro_batches, costs)
+    held = [
+        " and ".join(_layers_text(cut[stage]) for stage in stages.held_by(rank)) for rank in range(stages.num_ranks)
+    ]
+    text = f"{stages.schedule}, {stages.count} stages; layers by rank: {', '.join(held)}"
+    unsure = "" if run_file.model.vocab_size else "; without the output, whose size is the tokenizer's"
+    return [
+        ("pipeline", text + unsure),
+        (
+            "",
+            f"predicted with {micro_batches} micro-batches: the ranks wait {predicted.bubble:.1%} of the time and hold"
+            f" the activations of at most {list(predicted.in_flight)} stages' micro-batches at once",
+        ),
+    ]
+
+
+def _layers_text(layers: range) -> str:
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
 
 
 def _model_line(run_file: RunFile) -> str:

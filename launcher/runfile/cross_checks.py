@@ -7,6 +7,7 @@ wrong with one value alone is found when its table is made; what needs only one 
 
 from meshwright.launcher.runfile.layout_checks import layout_problems
 from meshwright.launcher.runfile.messages import problem
+from meshwright.launcher.runfile.pipeline_checks import micro_batch_problems, pipeline_problems
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.learning_rate import learning_rate_problems
 
@@ -21,6 +22,7 @@ def check(run_file: RunFile, world_size: int) -> list[str]:
     found = check_on_any_world(run_file)
     found += [line for line in run_file.parallel.problems(world_size) if line not in found]
     found += _batch_problems(run_file, world_size)
+    found += micro_batch_problems(run_file, world_size)
     if run_file.run.device == "mps" and world_size > 1:
         found.append(
             problem("run.device", "mps", f"is for one process, and the world size is {world_size}", "1 would fit")
@@ -35,6 +37,7 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
         *run_file.model.problems(),
         *run_file.parallel.refusals(),
         *layout_problems(run_file),
+        *pipeline_problems(run_file),
         *run_file.recompute.problems(run_file.model.num_layers),
         *_ramp_problems(run_file),
         *_learning_rate_problems(run_file),
@@ -127,6 +130,7 @@ def _mps_problems(run_file: RunFile) -> list[str]:
         ("train.compile", train.compile, train.compile, "torch.compile is not offered", "false"),
         ("zero.stage", run_file.zero.stage, run_file.zero.stage > 0, one, "0"),
         ("parallel.ep", run_file.parallel.ep, run_file.parallel.ep > 1, one, "1"),
+        ("parallel.pp", run_file.parallel.pp, run_file.parallel.pp > 1, one, "1"),
     ]
     return [
         problem(key, value, f'on run.device = "mps" {rule}', f"{fits} would fit")

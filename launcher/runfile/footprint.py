@@ -11,13 +11,15 @@
 Dense weights have d = dp_shard * cp, and N is what tp leaves of them: matrices are cut, key and value heads as far as
 there are heads, a vocabulary in equal rows with padding; norms and routers are whole. Routed experts are cut by ep and
 etp, and d = edp. With d = 1 stages 1 to 3 are stage 0. Dims that do not divide by d are cut like torch.chunk: the first
-ranks hold up to a row more of each than these averages say. Activations, the layer that is gathered, send buffers and
-the library's own memory come on top.
+ranks hold up to a row more of each than these averages say. With a pipeline N are the weights of a rank's stages, and
+what the rank with most holds is returned. Activations, the layer that is gathered, send buffers and the library's own
+memory come on top.
 """
 
 from typing import NamedTuple
 
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.stages import layers_held, stages_of
 from meshwright.model.costs import WeightCounts, layer_weights
 
 COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "fp64": 8}
@@ -39,25 +41,33 @@ class StateBytes(NamedTuple):
 
 
 def state_bytes(run_file: RunFile, world_size: int) -> StateBytes:
-    """Return what one rank of `world_size` holds; the run file must have passed its checks.
+    """Return what one rank of `world_size` holds, the one that holds most; the run file must have passed its checks.
 
     With `model.vocab_size` = 0 the embedding is not counted: nobody knows its size yet.
     """
+    of_ranks = [_state_of(run_file, world_size, pp_rank) for pp_rank in range(run_file.parallel.pp)]
+    return max(of_ranks, key=lambda state: state.total)
+
+
+def _state_of(run_file: RunFile, world_size: int, pp_rank: int) -> StateBytes:
     parallel = run_file.parallel
-    dense, experts = held_weights(run_file)
+    dense, experts = held_weights(run_file, pp_rank)
     cut = ((dense, parallel.dp_shard_in(world_size) * parallel.cp), (experts, parallel.edp_in(world_size)))
     parts = [_bytes_of(float(held), d, run_file.zero.stage, run_file.train.precision) for held, d in cut]
     return StateBytes(*(sum(column) for column in zip(*parts, strict=True)))
 
 
-def held_weights(run_file: RunFile) -> tuple[int, int]:
-    """Return how many weights one rank computes with: dense ones, and those of its experts."""
+def held_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[int, int]:
+    """Return how many weights a rank computes with, at one place in the pipeline: dense ones, and its experts'."""
     parallel, model = run_file.parallel, run_file.model
-    counts = [layer_weights(model, kinds) for kinds in model.layers]
+    held, last = layers_held(run_file, pp_rank), stages_of(run_file).count - 1
+    counts = [layer_weights(model, model.layers[number]) for layers in held.values() for number in layers]
     layers = WeightCounts(*(sum(column) for column in zip(*counts, strict=True)))
-    rows = -(-model.vocab_size // parallel.tp) * (1 if model.tie_embeddings else 2)
+    matrices = {"embedding"} if 0 in held else set[str]()
+    matrices |= {"embedding" if model.tie_embeddings else "output"} if last in held else set()
+    rows = -(-model.vocab_size // parallel.tp) * len(matrices)
     dense = layers.whole + layers.tp // parallel.tp + layers.kv_heads // min(parallel.tp, model.num_kv_heads)
-    dense += model.hidden_size * (1 + rows)
+    dense += model.hidden_size * (rows + (last in held))
     return dense, layers.experts // (parallel.ep * parallel.etp) + layers.expert_biases // parallel.ep
 
 

@@ -2,7 +2,7 @@
 
     [run] [train] [optimizer] [learning_rate] [checkpoint] [evaluation] [log] [init]    here
     [model] [model.moe]                                                                 model/config.py
-    [parallel] [zero] [recompute]                                                       parallel/config.py
+    [parallel] [pipeline] [zero] [recompute]                                            parallel/config.py
     [data]                                                                              data/config.py
 
 The line under each key is its documentation: in docs/run-file.md, in the JSON schema and in an editor. A default of 0
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from meshwright.data.config import DataConfig
 from meshwright.launcher.ranks import MAX_THREADS
 from meshwright.model.config import ModelConfig
-from meshwright.parallel.config import ParallelConfig, RecomputeConfig, ZeroConfig
+from meshwright.parallel.config import ParallelConfig, PipelineConfig, RecomputeConfig, ZeroConfig
 
 TABLE = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -197,6 +197,7 @@ class RunFile(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     learning_rate: LearningRateConfig
     parallel: ParallelConfig = ParallelConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     zero: ZeroConfig = ZeroConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

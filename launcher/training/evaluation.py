@@ -7,13 +7,22 @@ other ranks; where a rank has fewer samples left, its micro-batch is padded with
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from meshwright.data.batches import Batch, fetch
 from meshwright.data.order import SampleOrder
 from meshwright.data.store import Split
 from meshwright.kernels.cross_entropy import NOT_COUNTED
 from meshwright.launcher.build import Run
-from meshwright.launcher.training.one_step import Inputs, autocast, to_device, where_of
+from meshwright.launcher.training.one_step import (
+    Inputs,
+    activations_of,
+    autocast,
+    start_stages,
+    to_device,
+    where_of,
+)
+from meshwright.model.stage import MicroBatch
 from meshwright.parallel.collectives import all_reduce
 
 
@@ -41,17 +50,26 @@ def evaluate(run: Run, held_out: HeldOut, step: int) -> tuple[float, int]:
     mine = range(min(first, total), min(first + per_rank, total))
     sums = torch.zeros(2, dtype=torch.float64 if run.device.type != "mps" else torch.float32, device=run.device)
     run.model.eval()
-    with torch.no_grad():
-        for number in range(rounds):
-            inputs = _padded(held_out, mine[number * size : (number + 1) * size], size, run)
-            with autocast(run):
-                where = where_of(run, inputs, slice(None), step, 1.0)
-                tokens, targets = (whole[where.position_mixed] for whole in (inputs.tokens, inputs.targets))
-                loss = run.model(tokens, targets, where, None)
-            sums += torch.stack((loss.detach().to(sums), where.counted.sum().to(sums)))
+    batches = [_padded(held_out, mine[at * size : (at + 1) * size], size, run) for at in range(rounds)]
+    cut = [micro_batch_of(run, one, slice(None), step, 1.0) for one in batches]
+    for loss in _losses(run, cut):
+        sums[0] += loss.to(sums)
+    if run.mesh.pp.rank == 0:  # every stage knows the tokens
+        sums[1] = sum(int(one.where.counted.sum()) for one in cut)
     all_reduce(sums, run.mesh.world)  # each rank has the loss and the number of the tokens that it holds
     run.model.train()
     return float(sums[0] / sums[1]), int(sums[1])
+
+
+@torch.no_grad()
+def _losses(run: Run, micro_batches: list[MicroBatch]) -> list[Tensor]:
+    """Return the summed loss of each micro-batch; with a pipeline, only where its last stage is."""
+    if run.pipeline is not None:
+        start_stages(run, micro_batches, tally=None)
+        shape = activations_of(run, micro_batches[0])
+        return [loss[0] for loss in run.pipeline.evaluate(len(micro_batches), shape)]
+    with autocast(run):
+        return [run.model(each.tokens, each.targets, each.where) for each in micro_batches]
 
 
 def _padded(held_out: HeldOut, samples: range, size: int, run: Run) -> Inputs:

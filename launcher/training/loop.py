@@ -131,5 +131,5 @@ def not_a_number(run: Run, batch: Batch, step: int, result: StepResult, saver: S
     is_anyones = result.loss != result.loss or abs(result.loss) == float("inf")
     documents = dict.fromkeys(batch.document.flatten().tolist()) if is_mine or not is_anyones else {}
     named = [f"{split.origin(document)} (document {document})" for document in documents]
-    together = gather_texts(named, run.mesh)
+    together = list(dict.fromkeys(gather_texts(named, run.mesh)))  # each stage of a pipeline may have named them
     return NotANumberError(step + 1, result.loss, result.grad_norm, together, way_back(saver.newest, step))

@@ -2,11 +2,12 @@
 
 count      the counted tokens of the whole batch, summed over the data ranks before the first forward
 forward,   each micro-batch's loss is its sum divided by that count; gradients are summed, in order, and
-backward   leave for the other ranks while the last micro-batch's backward runs
+backward   leave for the other ranks while the last micro-batch's backward runs; with a pipeline in its schedule's order
 norm       of the whole gradient, over every axis; the tally with losses, loads and flags is summed
 update     unless the loss is no number or the norm spikes: clip, AdamW, bring the weights back
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -18,8 +19,10 @@ from meshwright.launcher.build import Run
 from meshwright.launcher.observe.clock import StepClock
 from meshwright.launcher.observe.metrics import memory_in_use
 from meshwright.launcher.training.stopping import Signals, SpikeGuard, is_finite
+from meshwright.model.stage import MicroBatch, StagePart
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.grad_norm import clip_gradients, gradient_norm
+from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where, place
 
 
@@ -45,7 +48,7 @@ def one_step(
     with clock.lap("forward_backward"):
         local_loss = forward_backward(run, inputs, step, tokens)
         run.engine.finish_gradients()
-        norm = gradient_norm(run.engine.parts.values())
+        norm = gradient_norm(run.engine.parts.values(), run.mesh.pp)
 
     run.tally.add("loss", local_loss)
     run.tally.add(f"memory.{run.mesh.rank}", float(memory_in_use(run.device)))
@@ -100,19 +103,47 @@ def count_over_data(run: Run, counted: Tensor) -> float:
 def forward_backward(run: Run, inputs: Inputs, step: int, step_tokens: float) -> float:
     """Run the batch in micro-batches; return this rank's share of the loss."""
     run.model.train()
-    size = run.run_file.train.micro_batch_size
-    starts = range(0, inputs.tokens.shape[1], size)
+    micro_batches = micro_batches_of(run, inputs, step, step_tokens)
+    run.engine.start_step(len(micro_batches))
+    if run.pipeline is not None:
+        start_stages(run, micro_batches, run.tally)
+        return float(run.pipeline.step(len(micro_batches), activations_of(run, micro_batches[0])).item())
     total = torch.zeros((), dtype=torch.float64 if run.device.type != "mps" else torch.float32, device=run.device)
-    for start in starts:
-        run.engine.start_micro_batch(is_first=start == starts[0], is_last=start == starts[-1])
-        part = slice(start, start + size)
+    for each in micro_batches:
         with autocast(run):
-            where = where_of(run, inputs, part, step, step_tokens)
-            tokens, targets = (whole[where.position_mixed, part] for whole in (inputs.tokens, inputs.targets))
-            loss = run.model(tokens, targets, where, run.tally)
+            loss = run.model(each.tokens, each.targets, each.where, run.tally)
         loss.backward()
         total += loss.detach()
     return float(total.item())
+
+
+def micro_batches_of(run: Run, inputs: Inputs, step: int, step_tokens: float) -> list[MicroBatch]:
+    """Cut a rank's part of the batch into what is computed at once."""
+    size = run.run_file.train.micro_batch_size
+    starts = range(0, inputs.tokens.shape[1], size)
+    return [micro_batch_of(run, inputs, slice(start, start + size), step, step_tokens) for start in starts]
+
+
+def micro_batch_of(run: Run, inputs: Inputs, part: slice, step: int, step_tokens: float) -> MicroBatch:
+    """Return some samples as the model takes them, those of their tokens that a mixer of this rank sees."""
+    where = where_of(run, inputs, part, step, step_tokens)
+    tokens, targets = (whole[where.position_mixed, part] for whole in (inputs.tokens, inputs.targets))
+    return MicroBatch(tokens, targets, where)
+
+
+def start_stages(run: Run, micro_batches: Sequence[MicroBatch], tally: Tally | None) -> None:
+    """Tell this rank's stages what the next step is about."""
+    assert run.pipeline is not None
+    products = (run.device.type, torch.bfloat16) if run.run_file.train.precision == "bf16_autocast" else None
+    for part in run.pipeline.parts.values():
+        assert isinstance(part, StagePart)
+        part.start_step(micro_batches, tally, products)
+
+
+def activations_of(run: Run, micro_batch: MicroBatch) -> tuple[int, int, int]:
+    """Return the shape of what goes from stage to stage: the tokens held between layers."""
+    where = micro_batch.where
+    return len(where.position), len(where.sample), run.run_file.model.hidden_size
 
 
 def where_of(run: Run, inputs: Inputs, part: slice, step: int, step_tokens: float) -> Where:

@@ -33,13 +33,15 @@ class Settings(NamedTuple):
 class Optimizer:
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
-    def __init__(self, parts: Mapping[str, Part], config: OptimizerConfig) -> None:
-        """Make the parameter groups and the moments, all zero.
+    def __init__(
+        self, parts: Mapping[str, Part], config: OptimizerConfig, all_names: Collection[str] | None = None
+    ) -> None:
+        """Make the parameter groups and the moments, all zero; `all_names` are the whole model's, if others hold some.
 
         Raises:
             ConfigError: if one of the config's groups is for no parameter; every rank finds the same.
         """
-        problems = group_problems(parts, config)
+        problems = group_problems(parts if all_names is None else all_names, config)
         if problems:
             raise ConfigError("optimizer.groups", problems, is_same_on_all_ranks=True)
         self._parts = parts

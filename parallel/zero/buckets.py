@@ -8,8 +8,12 @@ so that one reduce-scatter gives each rank a row of the bucket, which is a list 
                                  row 1   a[2:3] (4) + 4 of padding     b[1:2]
 
 Under ZeRO-0 there is one row and the sum is an all-reduce. Gradients are summed, never averaged: the loss was
-divided by the step's token count. A hook moves each gradient into its bucket as soon as it is accumulated; at a
-step's last micro-batch a full bucket sets out at once, buckets always in the same order on all ranks.
+divided by the step's token count. A hook moves each gradient into its bucket as soon as it is accumulated, and counts
+it: a bucket sets out when each of its parameters has had as many as the step has micro-batches, buckets always in the
+same order on all ranks.
+
+Schedules of a pipeline that compute the gradients of weights apart write `.grad` without calling hooks (torch's
+`stage_backward_weight`; checked with 2.13). For them the gradients are taken when the schedule is through.
 """
 
 from collections.abc import Callable
@@ -37,10 +41,8 @@ class _Slot:
     bounds: list[tuple[int, int]]
     """For each row, the dim-0 rows of the parameter that it holds."""
     part: Part
-    is_filled: bool = False
-    """Whether the bucket holds a gradient of this step here, to which the next is added."""
-    arrived: bool = False
-    """Whether the gradient of the step's last micro-batch is there."""
+    arrived: int = 0
+    """How many gradients of this step the bucket holds the sum of."""
 
     def pieces(self, tensor: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Pair each piece of the parameter-shaped `tensor` with its place in the bucket-shaped `rows`."""
@@ -75,10 +77,14 @@ class _Bucket:
         else:
             self.pending = all_reduce(self.mine, zero, asynchronous=True)
 
-    def finish(self) -> None:
+    def finish(self, expected: int) -> None:
         """Wait; sum over the remaining axes."""
         for slot in self.slots:
-            assert slot.arrived, f"{slot.name} got no gradient in this step"
+            assert slot.arrived == expected, (
+                f"{slot.name} got no gradient in this step"
+                if slot.arrived == 0
+                else f"{slot.name} got {slot.arrived} of {expected} gradients in this step"
+            )
         assert self.launched, f"the bucket of {self.slots[0].name} was not reduced in this step"
         self.pending.wait()
         for axis in self.axes[:-1]:
@@ -90,11 +96,18 @@ class BucketEngine:
     """Gradients and optimizer parts of plain parameters, under ZeRO-0 or ZeRO-1."""
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], table: dict[str, Placement], mesh: Mesh, *, shard_state: bool
+        self,
+        parameters: dict[str, nn.Parameter],
+        table: dict[str, Placement],
+        mesh: Mesh,
+        *,
+        shard_state: bool,
+        take_at_end: bool = False,
     ) -> None:
         """Make buckets for the parameters, in the reverse of their order, and hook them.
 
         `shard_state` is ZeRO-1: gradients after the reduction, masters and moments are cut over the ZeRO axis.
+        `take_at_end`: no hooks; gradients add up in `.grad` and are taken by `finish_gradients`.
         """
         self.mesh, self.shard_state = mesh, shard_state
         self.buckets: list[_Bucket] = []
@@ -105,9 +118,10 @@ class BucketEngine:
         for members in groups.values():
             self._fill_buckets(members, table)
         self.parts = {slot.name: slot.part for bucket in self.buckets for slot in bucket.slots}
-        self._is_last = False
+        self._expected = 0
         self._next = 0
-        for bucket in self.buckets:
+        self._take_at_end = take_at_end
+        for bucket in [] if take_at_end else self.buckets:
             for slot in bucket.slots:
                 slot.parameter.register_post_accumulate_grad_hook(self._hook(bucket, slot))  # type: ignore[no-untyped-call]
 
@@ -139,40 +153,52 @@ class BucketEngine:
         part = make_part(held, tuple(parameter.shape), placement, self.mesh, is_zero_part=num_rows > 1)
         return _Slot(name, parameter, begin, begin + per_row, bounds, part)
 
-    def start_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
-        """Say which micro-batch of the step comes: with the first a new sum begins, the last lets the buckets go."""
-        self._is_last = is_last
+    def start_step(self, num_micro_batches: int) -> None:
+        """Begin new sums, of as many gradients for each parameter as there are micro-batches."""
+        self._expected = 1 if self._take_at_end else num_micro_batches
         self._next = 0
         for bucket in self.buckets:
             for slot in bucket.slots:
-                slot.is_filled, slot.arrived = slot.is_filled and not is_first, False
+                slot.arrived = 0
+                slot.parameter.grad = None
 
     def _hook(self, bucket: _Bucket, slot: _Slot) -> Callable[[nn.Parameter], None]:
         def take_gradient(parameter: nn.Parameter) -> None:
-            assert parameter.grad is not None
-            assert not slot.arrived, f"{slot.name} got a second gradient in the last micro-batch"
-            for piece, place in slot.pieces(parameter.grad, bucket.rows):
-                if slot.is_filled:
-                    place.add_(piece)
-                else:
-                    place.copy_(piece)
-            parameter.grad = None
-            slot.is_filled = True
-            if self._is_last:
-                slot.arrived = True
+            self._take(bucket, slot)
+            if slot.arrived == self._expected:
                 self._launch_what_is_full()
 
         return take_gradient
 
+    def _take(self, bucket: _Bucket, slot: _Slot) -> None:
+        """Move a parameter's gradient into its bucket."""
+        gradient = slot.parameter.grad
+        assert gradient is not None, f"{slot.name} got no gradient in this step"
+        assert slot.arrived < self._expected, f"{slot.name} got more than {self._expected} gradients in this step"
+        for piece, place in slot.pieces(gradient, bucket.rows):
+            if slot.arrived:
+                place.add_(piece)
+            else:
+                place.copy_(piece)
+        slot.parameter.grad = None
+        slot.arrived += 1
+
     def _launch_what_is_full(self) -> None:
-        while self._next < len(self.buckets) and all(slot.arrived for slot in self.buckets[self._next].slots):
+        while self._next < len(self.buckets) and all(
+            slot.arrived == self._expected for slot in self.buckets[self._next].slots
+        ):
             self.buckets[self._next].launch()
             self._next += 1
 
     def finish_gradients(self) -> None:
         """Wait for every bucket; each part's `grad` then holds the sum over all ranks that had a share in it."""
+        if self._take_at_end:
+            for bucket in self.buckets:
+                for slot in bucket.slots:
+                    self._take(bucket, slot)
+                bucket.launch()
         for bucket in self.buckets:
-            bucket.finish()
+            bucket.finish(self._expected)
 
     def publish_weights(self) -> None:
         """Bring the updated parts into the parameters: cast masters, gather the other ranks' rows."""

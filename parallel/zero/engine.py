@@ -12,6 +12,8 @@ Stages 2 and 3 need an axis to shard over: a parameter whose ZeRO axis has one r
 ranks, anything on one process) has nothing to shard and goes by buckets, which is the same result.
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -31,10 +33,10 @@ class ZeroEngine:
         together = {name: part for engine in engines for name, part in engine.parts.items()}
         self.parts: dict[str, Part] = {name: together[name] for name in order}
 
-    def start_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
-        """Say which micro-batch of the step comes."""
+    def start_step(self, num_micro_batches: int) -> None:
+        """Begin a step of so many micro-batches, each of which gives every parameter one gradient."""
         for engine in self._engines:
-            engine.start_micro_batch(is_first=is_first, is_last=is_last)
+            engine.start_step(num_micro_batches)
 
     def finish_gradients(self) -> None:
         """Wait until every part's gradient is the sum over all ranks."""
@@ -57,11 +59,14 @@ def shard(
     stage: int,
     device: torch.device,
     compute_dtype: torch.dtype | None = None,
+    schedule: Literal["none", "whole backward", "split backward"] = "none",
 ) -> ZeroEngine:
     """Place a model built on the meta device on `device`, under a ZeRO stage; its weights are not yet filled.
 
     `units` are the modules that stages 2 and 3 gather one at a time, inner ones before the modules around them;
-    the model itself comes last. `compute_dtype` is the weights' type where it is narrower than their masters'.
+    the model itself, or each stage of it, comes last. `compute_dtype` is the weights' type where it is narrower than
+    their masters'. `schedule` is how a pipeline computes gradients, if one runs the model: in one pass, or those of the
+    weights apart.
 
     Raises:
         ValueError: if a parameter has no dims to cut.
@@ -83,8 +88,8 @@ def shard(
     engines: list[BucketEngine | FsdpEngine] = []
     plain = {name: parameter for name, parameter in placed.items() if name not in by_fsdp}
     if plain:
-        engines.append(BucketEngine(plain, table, mesh, shard_state=stage >= 1))
+        engines.append(BucketEngine(plain, table, mesh, shard_state=stage >= 1, take_at_end=schedule == "split backward"))
     if by_fsdp:
         sharded = {name: placed[name] for name in placed if name in by_fsdp}
-        engines.append(FsdpEngine(sharded, wrapped, local_shapes, table, mesh))
+        engines.append(FsdpEngine(sharded, wrapped, local_shapes, table, mesh, is_pipelined=schedule != "none"))
     return ZeroEngine(engines, list(placed))

@@ -36,10 +36,12 @@ def shard_modules(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> list[FSDPModule]:
-    """Wrap each unit, inner ones first, so that the parameters in `axes` (and no others) are sharded; return those.
+    """Wrap each unit, inner ones first, so that the parameters in `axes` (and no others) are sharded.
 
-    A unit holds what no unit inside it holds; all of that has one axis. `dtype` is the type of the gathered
-    weights where it differs from that of the held ones (bf16 of fp32).
+    A unit holds what no unit inside it holds; all of that has one axis. A unit of which others hold everything, as in
+    the middle of a pipeline, is wrapped too: a schedule speaks to the units of its stage through it. `dtype` is the
+    type of the gathered weights where it differs from that of the held ones (bf16 of fp32). Returned are the units
+    that hold something.
     """
     meshes: dict[tuple[int, ...], DeviceMesh] = {}
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
@@ -47,11 +49,12 @@ def shard_modules(
     wrapped: list[FSDPModule] = []
     for unit in units:
         inside = set(unit.parameters())
-        own = {parameter for parameter in inside - taken if parameter in axes}
-        if not own:
+        sharded = [parameter for parameter in unit.parameters() if parameter in axes]
+        if not sharded:
             continue
+        own = set(sharded) - taken
         taken |= own
-        axis = axes[next(iter(own))]
+        axis = axes[next(iter(own or sharded))]
         assert all(axes[parameter].ranks == axis.ranks for parameter in own), "one unit has one axis"
         if axis.ranks not in meshes:
             assert axis.group is not None
@@ -66,7 +69,7 @@ def shard_modules(
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-        wrapped.append(unit)
+        wrapped += [unit] if own else []
     return wrapped
 
 
@@ -99,11 +102,16 @@ class FsdpEngine:
         local_shapes: dict[str, tuple[int, ...]],
         table: dict[str, Placement],
         mesh: Mesh,
+        *,
+        is_pipelined: bool = False,
     ) -> None:
-        """Take the sharded parameters, the modules that gather them, and the shapes that they had before."""
+        """Take the sharded parameters, the modules that gather them, and the shapes that they had before.
+
+        `is_pipelined`: a schedule runs the units and has them reduced after a step's last backward.
+        """
         self.parameters, self.wrapped, self.mesh = parameters, wrapped, mesh
         self._reductions = [CountedReduceScatter() for _ in wrapped]
-        self._micro_batches = 0
+        self._expected, self._is_pipelined = 0, is_pipelined
         for unit, reduction in zip(wrapped, self._reductions, strict=True):
             unit.set_custom_reduce_scatter(reduction)  # type: ignore[arg-type]  # its base class has no public name
         self.parts: dict[str, Part] = {}
@@ -112,20 +120,19 @@ class FsdpEngine:
             held = parameter.detach().to_local()  # type: ignore[attr-defined]
             self.parts[name] = make_part(held, local_shapes[name], table[name], mesh, is_zero_part=True)
 
-    def start_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
-        """Begin with empty gradients; FSDP2 reduces after every micro-batch and adds up what it reduced."""
-        self._micro_batches = 1 if is_first else self._micro_batches + 1
-        if is_first:
-            for reduction in self._reductions:
-                reduction.calls = 0
-            for parameter in self.parameters.values():
-                parameter.grad = None
+    def start_step(self, num_micro_batches: int) -> None:
+        """Begin with empty gradients; each unit is reduced after every micro-batch, under a pipeline once a step."""
+        self._expected = 1 if self._is_pipelined else num_micro_batches
+        for reduction in self._reductions:
+            reduction.calls = 0
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def finish_gradients(self) -> None:
         """Give each part its gradient; FSDP2 waited for its reductions when the backward pass ended."""
         calls = [reduction.calls for reduction in self._reductions]
-        assert calls == [self._micro_batches] * len(calls), (
-            f"in {self._micro_batches} micro-batches the units were reduced {calls} times"
+        assert calls == [self._expected] * len(calls), (
+            f"the units were reduced {calls} times in this step, not {self._expected}"
         )
         for name, parameter in self.parameters.items():
             gradient = parameter.grad

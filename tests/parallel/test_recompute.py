@@ -196,7 +196,7 @@ def test_every_nth_layer_is_recomputed(every: int, passes: list[int]) -> None:
     model, mesh = nn.Sequential(*layers), single_process_mesh()
     plan = Plan(recompute="full", recompute_every=every)
     engine = apply(model, layers, [model], placement_table(model), mesh, Tally({}), plan, torch.device("cpu"))
-    engine.start_micro_batch(is_first=True, is_last=True)
+    engine.start_step(1)
     model(torch.zeros(1, requires_grad=True)).backward()
     assert [layer.passes for layer in layers] == passes
 

@@ -21,8 +21,10 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for name, s in SHAPES.items()}
 
 
-def engine_of(held: dict[str, nn.Parameter], mesh: Mesh, *, shard_state: bool) -> BucketEngine:
-    return BucketEngine(held, dict.fromkeys(held, WHOLE), mesh, shard_state=shard_state)
+def engine_of(
+    held: dict[str, nn.Parameter], mesh: Mesh, *, shard_state: bool, take_at_end: bool = False
+) -> BucketEngine:
+    return BucketEngine(held, dict.fromkeys(held, WHOLE), mesh, shard_state=shard_state, take_at_end=take_at_end)
 
 
 def gradient(name: str, rank: int, micro_batch: int) -> Tensor:
@@ -39,8 +41,8 @@ def step_of(mesh: Mesh, shard_state: bool, micro_batches: int) -> dict[str, tupl
     held = parameters()
     engine = engine_of(held, mesh, shard_state=shard_state)
     for step in range(2):  # the second must not see the first
+        engine.start_step(micro_batches)
         for micro_batch in range(micro_batches):
-            engine.start_micro_batch(is_first=micro_batch == 0, is_last=micro_batch == micro_batches - 1)
             backward(held, mesh.rank, 100 * step + micro_batch)
         engine.finish_gradients()
     for part in engine.parts.values():
@@ -87,10 +89,9 @@ def test_buckets_are_closed_when_they_are_full_and_go_in_order(monkeypatch: pyte
     launched = []
     for bucket in engine.buckets:
         monkeypatch.setattr(bucket, "launch", lambda name=bucket.slots[0].name: launched.append(name))
-    engine.start_micro_batch(is_first=True, is_last=False)
+    engine.start_step(2)
     backward(held, 0, 0)
     assert launched == []  # sums go on in the next micro-batch
-    engine.start_micro_batch(is_first=False, is_last=True)
     (held["a"].sum() + held["b"].sum()).backward()
     assert launched == []  # the second is full, but waits for the first, which every rank launches first
     (held["c"].sum() + held["d"].sum()).backward()
@@ -100,7 +101,7 @@ def test_buckets_are_closed_when_they_are_full_and_go_in_order(monkeypatch: pyte
 def test_a_parameter_without_gradient_is_named() -> None:
     held = parameters()
     engine = engine_of(held, single_process_mesh(), shard_state=False)
-    engine.start_micro_batch(is_first=True, is_last=True)
+    engine.start_step(1)
     backward(held, 0, 0, without="c")
     with pytest.raises(AssertionError, match="c got no gradient in this step"):
         engine.finish_gradients()
@@ -109,16 +110,16 @@ def test_a_parameter_without_gradient_is_named() -> None:
 def test_a_gradient_that_comes_twice_is_named() -> None:
     held = parameters()
     engine = engine_of(held, single_process_mesh(), shard_state=False)
-    engine.start_micro_batch(is_first=True, is_last=True)
+    engine.start_step(1)
     held["d"].sum().backward()
-    with pytest.raises(AssertionError, match="d got a second gradient"):
+    with pytest.raises(AssertionError, match="d got more than 1 gradients"):
         held["d"].sum().backward()
 
 
 def test_a_step_that_was_not_begun_is_found() -> None:
     held = parameters()
     engine = engine_of(held, single_process_mesh(), shard_state=False)
-    engine.start_micro_batch(is_first=True, is_last=True)
+    engine.start_step(1)
     backward(held, 0, 0)
     engine.finish_gradients()
     with pytest.raises(AssertionError, match="was not reduced in this step"):
@@ -128,22 +129,43 @@ def test_a_step_that_was_not_begun_is_found() -> None:
 def test_a_parameter_used_twice_in_one_pass_gets_the_sum_once() -> None:
     held = parameters()
     engine = engine_of(held, single_process_mesh(), shard_state=False)
-    engine.start_micro_batch(is_first=True, is_last=True)
+    engine.start_step(1)
     (held["d"].sum() + (2 * held["d"]).sum() + sum(held[name].sum() for name in "abc")).backward()
     engine.finish_gradients()
     assert engine.parts["d"].parameter.grad.tolist() == [3, 3, 3]
 
 
-def test_a_parameter_that_the_first_micro_batch_leaves_out_has_nothing_of_the_step_before() -> None:
+def test_a_parameter_that_one_micro_batch_leaves_out_is_named() -> None:
     held = parameters()
     engine = engine_of(held, single_process_mesh(), shard_state=False)
-    for step, without in enumerate(["", "d"]):
-        engine.start_micro_batch(is_first=True, is_last=False)
-        backward(held, step, 0, without=without)
-        engine.start_micro_batch(is_first=False, is_last=True)
-        backward(held, step, 1)
+    engine.start_step(2)
+    backward(held, 0, 0, without="d")
+    backward(held, 0, 1)
+    with pytest.raises(AssertionError, match="d got 1 of 2 gradients in this step"):
         engine.finish_gradients()
-    assert torch.equal(engine.parts["d"].parameter.grad, gradient("d", 1, 1))
+
+
+def test_gradients_taken_at_the_end_of_a_step_are_the_same_and_begin_anew() -> None:
+    held, hooked = parameters(), parameters()
+    engine = engine_of(held, single_process_mesh(), shard_state=False, take_at_end=True)
+    expected = engine_of(hooked, single_process_mesh(), shard_state=False)
+    for step in range(2):
+        for one, of in ((engine, held), (expected, hooked)):
+            one.start_step(2)
+            backward(of, step, 0)
+            backward(of, step, 1)
+            one.finish_gradients()
+        for name, part in engine.parts.items():
+            assert torch.equal(part.parameter.grad, expected.parts[name].parameter.grad)
+
+
+def test_a_parameter_without_gradient_at_the_end_is_named() -> None:
+    held = parameters()
+    engine = engine_of(held, single_process_mesh(), shard_state=False, take_at_end=True)
+    engine.start_step(1)
+    backward(held, 0, 0, without="c")
+    with pytest.raises(AssertionError, match="c got no gradient in this step"):
+        engine.finish_gradients()
 
 
 def test_small_updates_and_small_gradients_are_not_lost_in_bf16() -> None:
@@ -152,8 +174,8 @@ def test_small_updates_and_small_gradients_are_not_lost_in_bf16() -> None:
     master = engine.parts["w"].parameter
     assert master.dtype == torch.float32
     for step in range(2):
-        for micro_batch, above in enumerate([256.0, 1.0, 1.0, 1.0]):  # in bf16 256 + 1 is 256
-            engine.start_micro_batch(is_first=micro_batch == 0, is_last=micro_batch == 3)
+        engine.start_step(4)
+        for above in [256.0, 1.0, 1.0, 1.0]:  # in bf16 256 + 1 is 256
             (weight * above).sum().backward()
         engine.finish_gradients()
         assert master.grad.dtype == torch.float32

@@ -181,7 +181,7 @@ def partial_sum(mesh: Mesh, stage: int) -> list[float]:
     model = torch.nn.Linear(3, 1, bias=False, device="meta")
     table = {"weight": Placement(grad_sum=(mesh.tp,))}
     engine = shard(model, [model], table, mesh, stage=stage, device=torch.device("cpu"))
-    engine.start_micro_batch(is_first=True, is_last=True)
+    engine.start_step(1)
     model(torch.full((1, 3), 10.0**mesh.rank)).sum().backward()
     engine.finish_gradients()
     return engine.parts["weight"].parameter.grad.flatten().tolist()

@@ -1,0 +1,100 @@
+"""What a pipeline asks of the model, the batch and the rest of the layout.
+
+    stages          at most as many as layers
+    micro-batches   of one size, because activations of one shape go from stage to stage, and as many as the schedule
+                    takes; for every size that train.batch_ramp comes through
+    schedules that compute the gradients of weights apart: no ZeRO-3, no full recompute, no torch.compile, no "bf16"
+
+Nothing here loads torch.
+"""
+
+from collections.abc import Iterator
+
+from meshwright.launcher.runfile.messages import problem, shown
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.stages import stages_of
+from meshwright.parallel.config import ZERO_BUBBLE
+
+WHOLE_BACKWARD = '"1f1b", "gpipe" or "interleaved_1f1b"'
+
+
+def pipeline_problems(run_file: RunFile) -> list[str]:
+    """Return every reason why the model cannot go through a pipeline, on any number of ranks."""
+    if run_file.parallel.pp == 1:
+        return []
+    found = run_file.pipeline.problems()
+    return found or [*_stage_problems(run_file), *_split_backward_problems(run_file)]
+
+
+def _stage_problems(run_file: RunFile) -> list[str]:
+    pp, layers, stages = run_file.parallel.pp, run_file.model.num_layers, stages_of(run_file)
+    if stages.count <= layers:
+        return []
+    each = f" ({stages.per_rank} on each rank)" if stages.per_rank > 1 else ""
+    fits = [f"1 to {layers // stages.per_rank}"] if layers >= stages.per_rank else []
+    fits += ['pipeline.schedule = "1f1b"'] if stages.per_rank > 1 and pp <= layers else []
+    rule = f"makes {stages.count} stages{each}, and model.num_layers = {layers} gives each at least one layer"
+    return [problem("parallel.pp", pp, rule, f"{', or '.join(fits) or '1'} would fit")]
+
+
+def _split_backward_problems(run_file: RunFile) -> list[str]:
+    schedule, train = run_file.pipeline.schedule, run_file.train
+    if schedule not in ZERO_BUBBLE:
+        return []
+    recompute, stage = run_file.recompute.mode, run_file.zero.stage
+    # torch 2.13: under ZeRO-3 gradients are lost without a word; a layer is recomputed once for each group of weights.
+    rows: list[tuple[str, object, bool, str, str]] = [
+        ("zero.stage", stage, stage == 3, "would gather weights for each part of the backward", "0, 1 or 2"),
+        ("recompute.mode", recompute, recompute == "full", "would recompute a layer many times over", '"none"'),
+        ("train.compile", train.compile, train.compile, "needs whole backwards", "false"),
+        (
+            "train.precision",
+            train.precision,
+            train.precision == "bf16",
+            "would add up the gradients of micro-batches in bf16",
+            '"bf16_autocast"',
+        ),
+    ]
+    return [
+        problem(
+            key,
+            value,
+            f"{rule}, and pipeline.schedule = {shown(schedule)} takes backwards apart",
+            f"{fits}, or schedule {WHOLE_BACKWARD}, would fit",
+        )
+        for key, value, is_refused, rule, fits in rows
+        if is_refused
+    ]
+
+
+def micro_batch_problems(run_file: RunFile, world_size: int) -> list[str]:
+    """Return each batch size of which a rank's samples are no steps of the schedule."""
+    if run_file.parallel.pp == 1 or run_file.pipeline.problems():
+        return []
+    dp = run_file.parallel.dp_in(world_size)
+    sizes = [("train.global_batch_size", run_file.train.global_batch_size)]
+    sizes += [
+        (f"train.batch_ramp[{at}].global_batch_size", entry.global_batch_size)
+        for at, entry in enumerate(run_file.train.batch_ramp)
+    ]
+    return [line for key, size in sizes if dp and size % dp == 0 for line in _of_size(run_file, key, size, dp)]
+
+
+def _of_size(run_file: RunFile, key: str, size: int, dp: int) -> Iterator[str]:
+    stages, at_once, samples = stages_of(run_file), run_file.train.micro_batch_size, size // dp
+    count, left = divmod(samples, at_once)
+    if left == 0 and stages.takes(count):
+        return
+    near = max(1, round(samples / at_once))
+    fitting = [number for number in range(1, near + 4 * stages.count + 2) if stages.takes(number)]
+    below = [number for number in fitting if number * at_once < samples][-1:]
+    above = [number for number in fitting if number * at_once > samples][:1]
+    fits = [number * at_once * dp for number in below + above]
+    parts = [part for part in range(1, samples + 1) if samples % part == 0 and stages.takes(samples // part)]
+    way_out = f"one of {fits}" + (f", or train.micro_batch_size = {parts[-1]}," if parts else "") + " would fit"
+    if left:
+        rule = f"leaves {samples} samples on a rank, which train.micro_batch_size = {at_once} does not divide"
+    else:
+        rule = f"leaves {count} micro-batch{'es' if count > 1 else ''} of {at_once} on a rank"
+    schedule = shown(run_file.pipeline.schedule)
+    yield problem(key, size, f"{rule}; pipeline.schedule = {schedule} takes {stages.rule()}, of one size", way_out)

@@ -1,0 +1,43 @@
+"""Which layers each stage of a pipeline has, from the run file alone: a cut by predicted cost.
+
+A layer costs the operations of its forward pass, the output its own; an embedding is looked up and costs nothing. The
+cut is a function of the run file, so that every rank, `check` and the memory's prediction come to the same. Nothing
+here loads torch.
+"""
+
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.model.config import ModelConfig
+from meshwright.model.costs import layer_forward_flops, output_forward_flops
+from meshwright.parallel.pipeline.cut import cut_layers
+from meshwright.parallel.pipeline.orders import Stages
+
+
+def stages_of(run_file: RunFile) -> Stages:
+    """Return the stages of a run's pipeline and who holds them; one stage without a pipeline."""
+    if run_file.parallel.pp == 1:
+        return Stages("gpipe", 1)
+    return Stages(run_file.pipeline.schedule, run_file.parallel.pp, run_file.pipeline.stages_held)
+
+
+def layers_of_stages(run_file: RunFile) -> list[range]:
+    """Return the layers of each stage, cut so that the costliest stage costs least."""
+    layers, output = forward_costs(run_file.model, run_file.data.seq_len)
+    return cut_layers(layers, stages_of(run_file).count, last_extra=output)
+
+
+def stage_costs(run_file: RunFile) -> tuple[float, ...]:
+    """Return each stage's operations for a token's forward pass."""
+    layers, output = forward_costs(run_file.model, run_file.data.seq_len)
+    cut = layers_of_stages(run_file)
+    return tuple(sum(layers[at] for at in of) + (output if of is cut[-1] else 0.0) for of in cut)
+
+
+def layers_held(run_file: RunFile, rank: int) -> dict[int, range]:
+    """Return the stages that a rank of the pipeline holds, with the layers of each."""
+    cut = layers_of_stages(run_file)
+    return {stage: cut[stage] for stage in stages_of(run_file).held_by(rank)}
+
+
+def forward_costs(model: ModelConfig, seq_len: int) -> tuple[list[float], float]:
+    """Return the operations of a token's forward pass, in each layer and in the output."""
+    return [layer_forward_flops(model, kinds, seq_len) for kinds in model.layers], output_forward_flops(model)
