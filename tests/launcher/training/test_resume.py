@@ -53,12 +53,19 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path, overrides: tu
         (EP2, ["parallel.ep=2"]),
         (Sizes(dp_shard=2), ["zero.stage=3"]),
         (Sizes(dp_shard=4, ep=2), ["parallel.ep=2", "zero.stage=1", "train.micro_batch_size=1"]),
+        (Sizes(tp=2, etp=2), ["parallel.tp=2", "parallel.etp=2", "zero.stage=1"]),
+        pytest.param(
+            Sizes(dp_replicate=2, dp_shard=2, tp=2, ep=2),
+            ["parallel.dp_replicate=2", "parallel.tp=2", "parallel.ep=2", "zero.stage=3"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_goes_on_on_another_layout(tmp_path: Path, sizes: Sizes, overrides: list[str]) -> None:
+    # One key head on two ranks of tp is held twice, and 321 rows on two ranks have one of padding.
     (tmp_path / "moved").mkdir()
     (tmp_path / "whole").mkdir()
-    common = ("learning_rate.schedule=constant", "train.precision=fp64")
+    common = ("learning_rate.schedule=constant", "train.precision=fp64", "model.vocab_size=321")
     start(tmp_path / "moved", "train.steps=3", *common)
     run_mesh(sizes, start_on, tmp_path / "moved", [*common, *overrides])
     start(tmp_path / "moved", "train.steps=8", *common)
