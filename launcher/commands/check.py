@@ -57,7 +57,11 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
     """Return what the run will be, as named lines; the run file must have passed its checks."""
     model, parallel, train = run_file.model, run_file.parallel, run_file.train
     dp = parallel.dp_in(world_size)
-    layout = (f"pp {parallel.pp}, " if parallel.pp > 1 else "") + f"dp {dp}" + (f", ep {parallel.ep} x edp {parallel.edp_in(world_size)}" if model.moe else "")
+    layout = (
+        (f"pp {parallel.pp}, " if parallel.pp > 1 else "")
+        + f"dp {dp}"
+        + (f", ep {parallel.ep} x edp {parallel.edp_in(world_size)}" if model.moe else "")
+    )
     batches = BatchRamp.of(train)
     per_rank = train.global_batch_size // dp
     at_once = min(per_rank, train.micro_batch_size)
