@@ -51,7 +51,7 @@ def continue_prompt(
         ids = [end_token]  # a document begins after the end of another
     if not ids:
         raise ConfigError(str(path), ["the prompt is empty and there is no end-of-text token to begin from"])
-    device = loaded.model.embedding.weight.device
+    device = loaded.model.output_rows.weight.device
     tokens = torch.tensor(ids, device=device)[:, None].expand(-1, samples)
     made = generate(loaded.model, tokens, max_new_tokens, sampling=sampling, seed=seed, end_token=end_token)
     if samples == 1:

@@ -24,6 +24,7 @@ from meshwright.model.stage import HeldStages
 from meshwright.parallel.initialise import InitPolicy, fill, init_rules
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import placement_table, without_padding
+from meshwright.parallel.vocabulary import Embedding, VocabularyRows
 
 MakePart = Callable[[ModelConfig, int, Mesh, InitPolicy], nn.Module]
 

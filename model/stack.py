@@ -64,7 +64,7 @@ class LanguageModel(nn.Module):
         x = self.begin(tokens)
         for layer in self.layers.values():
             x = layer(x, where, tally)
-        return self.end(x, targets, where)
+        return self.end(x, targets, where.step_tokens)
 
     def begin(self, tokens: Int64[Tensor, "s b"]) -> Float[Tensor, "s_local b h"]:
         """Return what the first layer takes."""
@@ -73,14 +73,14 @@ class LanguageModel(nn.Module):
         return x
 
     def end(
-        self, x: Float[Tensor, "s_local b h"], targets: Int64[Tensor, "s b"] | None, where: Where
+        self, x: Float[Tensor, "s_local b h"], targets: Int64[Tensor, "s b"] | None = None, step_tokens: float = 1.0
     ) -> Float[Tensor, ""] | Float[Tensor, "s b v"]:
         """Return the loss of what the last layer gives, or the logits without targets."""
         assert self.final_norm is not None, "the last stage has a norm"
         x = self.final_norm(x)
         if targets is None:
             return next_token_logits(x, self.output_rows)
-        return next_token_loss(x, self.output_rows, targets, where.step_tokens)
+        return next_token_loss(x, self.output_rows, targets, step_tokens)
 
     def initial_state(self, batch: int, max_len: int) -> list[Any]:
         """Return every layer's state before the first token, with room for `max_len` tokens."""
@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
         x = self.begin(tokens)
         for layer, layer_state in zip(self._layers(), state, strict=True):
             x = layer.step(x, layer_state)
-        return next_token_logits(self.final_norm(x), self.output_rows)
+        return self.end(x)
 
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.layers.values() if isinstance(layer, Layer)]

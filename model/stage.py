@@ -89,7 +89,7 @@ class StagePart(nn.Module):
         x: Any = model.begin(micro_batch.tokens) if self.is_first else activations[0]
         for layer in self.layers:
             x = layer(x, micro_batch.where, self._tally)
-        return model.end(x, micro_batch.targets, micro_batch.where).reshape(1) if self.is_last else x
+        return model.end(x, micro_batch.targets, micro_batch.where.step_tokens).reshape(1) if self.is_last else x
 
 
 def stage_parts(model: LanguageModel, held: HeldStages) -> dict[int, StagePart]:

@@ -1,4 +1,4 @@
-"""The [parallel], [pipeline], [zero] and [recompute] tables: how the model is spread over the ranks, and what they keep.
+"""The [parallel], [pipeline], [zero] and [recompute] tables: how a model is spread over the ranks, and what they keep.
 
     world = pp x dp_replicate x dp_shard x cp x tp        attention, norms, embeddings
     world = pp x edp x ep x etp                           experts; edp is what remains
@@ -119,9 +119,9 @@ class PipelineConfig(BaseModel):
     def problems(self) -> list[str]:
         """Return every reason why the schedule cannot hold so many stages; empty means that it can."""
         given, schedule = self.stages_per_rank, json.dumps(self.schedule)
-        if not given or given == 1 and self.schedule in ONE_STAGE:
+        if given == 0:
             return []
-        if self.schedule in ONE_STAGE:
+        if self.schedule in ONE_STAGE and given != 1:
             return [
                 f"pipeline.stages_per_rank = {given}: pipeline.schedule = {schedule} holds one stage on a rank;"
                 ' 1, or schedule "interleaved_1f1b", would fit'

@@ -104,8 +104,12 @@ def everyones_names(mine: Iterable[str], pp: Axis) -> list[str]:
 
 def in_number_order(names: Iterable[str]) -> list[str]:
     """Sort names so that `layers.2` comes before `layers.10`."""
-    return sorted(names, key=lambda name: [(not part.isdigit(), int(part or 0) if part.isdigit() else 0, part)
-                                           for part in re.split(r"(\d+)", name)])
+    return sorted(
+        names,
+        key=lambda name: [
+            (not part.isdigit(), int(part or 0) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)
+        ],
+    )
 
 
 def gather_texts(mine: list[str], mesh: Mesh) -> list[str]:

@@ -20,7 +20,6 @@ from meshwright.launcher.training.one_step import (
     autocast,
     start_stages,
     to_device,
-    where_of,
 )
 from meshwright.model.stage import MicroBatch
 from meshwright.parallel.collectives import all_reduce

@@ -13,7 +13,7 @@ from math import inf
 def cut_layers(
     costs: list[float], num_stages: int, *, first_extra: float = 0.0, last_extra: float = 0.0
 ) -> list[range]:
-    """Return the layers of each stage, at least one in each; of cuts that cost the same, the one with later stages long.
+    """Return the layers of each stage, at least one in each; of equal cuts, the one that begins last stages first.
 
     `first_extra` and `last_extra` are what the two ends cost beside layers: the embedding, and the norm and output.
 

@@ -123,7 +123,7 @@ def _one_forward_one_backward(stages: Stages, rank: int, n: int) -> Iterator[Act
 
 
 def _interleaved(stages: Stages, rank: int, n: int) -> Iterator[Action]:
-    """Rounds of micro-batches through each of the rank's stages in turn (Narayanan et al. 2021; ZB1P: Qi et al. 2023)."""
+    """Rounds of micro-batches through the rank's stages in turn (Narayanan et al. 2021; ZB1P: Qi et al. 2023)."""
     ranks, held = stages.num_ranks, stages.held_by(rank)
     length = n // (n // ranks)
     total = n * len(held)
@@ -212,7 +212,7 @@ class _DualPipeRank:
 
 
 def _dual_pipe_v(stages: Stages, rank: int, n: int) -> Iterator[Action]:
-    """Return DualPipeV (DeepSeek-AI 2024, and its DualPipe repository); the comments give its own names of the steps."""
+    """Return DualPipeV (DeepSeek-AI 2024, and its repository DualPipe); the comments give its names of the steps."""
     ranks, (down, up) = stages.num_ranks, stages.held_by(rank)
     work, further = _DualPipeRank(), ranks - 1 - rank
     for _ in range(2 * further):  # F0

@@ -46,7 +46,7 @@ def simulate(
     stage_costs: tuple[float, ...] = (),
     handover: float = 0.0,
 ) -> Simulated:
-    """Run a table; an action costs its kind's figure times its stage's (1 without), a message to another rank `handover`.
+    """Run a table; an action costs its kind's figure times its stage's, a message to another rank `handover`.
 
     Raises:
         DeadlockError: if no rank can go on; it names what each one waits for.

@@ -88,7 +88,9 @@ def shard(
     engines: list[BucketEngine | FsdpEngine] = []
     plain = {name: parameter for name, parameter in placed.items() if name not in by_fsdp}
     if plain:
-        engines.append(BucketEngine(plain, table, mesh, shard_state=stage >= 1, take_at_end=schedule == "split backward"))
+        engines.append(
+            BucketEngine(plain, table, mesh, shard_state=stage >= 1, take_at_end=schedule == "split backward")
+        )
     if by_fsdp:
         sharded = {name: placed[name] for name in placed if name in by_fsdp}
         engines.append(FsdpEngine(sharded, wrapped, local_shapes, table, mesh, is_pipelined=schedule != "none"))

@@ -131,9 +131,7 @@ def test_a_tied_model_has_one_matrix_for_both_ends() -> None:
 
 def test_layers_carry_their_global_number() -> None:
     model = build_model(CONFIGS["mixed"])
-    last = LanguageModel(
-        {3: model.layers["3"]}, embedding=None, final_norm=model.final_norm, output=model.output
-    )
+    last = LanguageModel({3: model.layers["3"]}, embedding=None, final_norm=model.final_norm, output=model.output)
     assert "layers.3.feedforward.part.router.weight" in dict(last.named_parameters())
     assert set(declared_entries(model)) == {f"layers.{n}.{what}" for n in (1, 3) for what in ("load", "balance", "z")}
 

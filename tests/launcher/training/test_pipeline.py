@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from rank_pool import run_mesh
-from tiny_run import checkpoint_bytes, numbers, saved_state, start, start_on, tiny_store
+from tiny_run import numbers, start, start_on, tiny_store
 
 from meshwright.parallel.mesh import Sizes
 
