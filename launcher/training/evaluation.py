@@ -18,6 +18,7 @@ from meshwright.launcher.training.one_step import (
     Inputs,
     activations_of,
     autocast,
+    micro_batch_of,
     start_stages,
     to_device,
 )
