@@ -7,6 +7,7 @@ No size divides by another, so that every cut is uneven: a norm of 6 over four r
 from dataclasses import dataclass, field, replace
 from math import prod
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -196,3 +197,19 @@ def gather(part: Part, held: Tensor) -> Tensor:
     for axis in part.split_axes:
         all_reduce(whole, axis)
     return whole / prod(split.copies for split in part.placement.splits)
+
+
+def assert_same(trace: Trace, expected: Trace) -> None:
+    """Hold a layout to one process: initial weights bitwise, counts exactly, the rest up to the order of sums."""
+    for name, value in expected.initial.items():
+        assert torch.equal(trace.initial[name], value), f"initial {name} is not bitwise the same"
+    # fp64 sums of a few thousand terms in another order: 1e-9 of each tensor's largest value (promise 2).
+    assert trace.losses == pytest.approx(expected.losses, rel=1e-9)
+    assert trace.norms == pytest.approx(expected.norms, rel=1e-9)
+    for ours, theirs in zip(trace.tallies, expected.tallies, strict=True):
+        for key, value in theirs.items():
+            assert ours[key] == (value if key.endswith("load") else pytest.approx(value, rel=1e-9)), key
+    for kind in ("gradients", "weights"):
+        for name, value in getattr(expected, kind).items():
+            error = (getattr(trace, kind)[name] - value).abs().max()
+            assert error <= 1e-9 * value.abs().max(), f"{kind} of {name} differ by {error}"

@@ -1,6 +1,6 @@
 """Where a stack of layers is cut into stages, so that the costliest stage costs least.
 
-    costs 3 3 3 3 3 3, three stages, the head costs 4 more:    [3 3 3] [3 3] [3 + 4]      most 9
+    costs 3 3 3 3 3 3, three stages, the head costs 4 more:    [3 3] [3 3 3] [3 + 4]      most 9
                                             not by number      [3 3] [3 3] [3 3 + 4]      most 10
 
 The pipeline goes at the pace of its costliest stage. Costs are floats: what they are of, this file does not know.

@@ -111,7 +111,7 @@ class FsdpEngine:
         """
         self.parameters, self.wrapped, self.mesh = parameters, wrapped, mesh
         self._reductions = [CountedReduceScatter() for _ in wrapped]
-        self._expected, self._is_pipelined = 0, is_pipelined
+        self._micro_batches, self._is_pipelined = 0, is_pipelined
         for unit, reduction in zip(wrapped, self._reductions, strict=True):
             unit.set_custom_reduce_scatter(reduction)  # type: ignore[arg-type]  # its base class has no public name
         self.parts: dict[str, Part] = {}
@@ -122,7 +122,7 @@ class FsdpEngine:
 
     def start_step(self, num_micro_batches: int) -> None:
         """Begin with empty gradients; each unit is reduced after every micro-batch, under a pipeline once a step."""
-        self._expected = 1 if self._is_pipelined else num_micro_batches
+        self._micro_batches = num_micro_batches
         for reduction in self._reductions:
             reduction.calls = 0
         for parameter in self.parameters.values():
@@ -131,8 +131,9 @@ class FsdpEngine:
     def finish_gradients(self) -> None:
         """Give each part its gradient; FSDP2 waited for its reductions when the backward pass ended."""
         calls = [reduction.calls for reduction in self._reductions]
-        assert calls == [self._expected] * len(calls), (
-            f"the units were reduced {calls} times in this step, not {self._expected}"
+        expected = 1 if self._is_pipelined else self._micro_batches
+        assert calls == [expected] * len(calls), (
+            f"in {self._micro_batches} micro-batches the units were reduced {calls} times"
         )
         for name, parameter in self.parameters.items():
             gradient = parameter.grad

@@ -98,7 +98,7 @@ def same_groups(mesh: Mesh) -> bool:
 
 def test_one_process_has_every_axis_and_no_group() -> None:
     mesh = single_process_mesh()
-    assert set(mesh.axes) == {*DENSE_DIMS, *EXPERT_DIMS, *PRODUCT_AXES, "world"}
+    assert set(mesh.axes) == {*DENSE_DIMS, *EXPERT_DIMS, *PRODUCT_AXES, "ends", "world"}
     assert all(axis.size == 1 and axis.rank == 0 and axis.group is None for axis in mesh.axes.values())
     assert build_mesh(Sizes()).axes == mesh.axes
     assert not Axis("ep").is_split

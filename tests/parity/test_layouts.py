@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from engine_cases import Trace, dense_config, moe_config, train
+from engine_cases import Trace, assert_same, dense_config, moe_config, train
 from rank_pool import run_mesh
 
 from meshwright.parallel.apply import Plan
@@ -33,21 +33,6 @@ def definition(name: str) -> Trace:
 
 def case(mesh: Mesh, name: str, plan: Plan, micro_batch: int) -> Trace:
     return train(mesh, CONFIGS[name], plan, micro_batch=micro_batch)
-
-
-def assert_same(trace: Trace, expected: Trace) -> None:
-    for name, value in expected.initial.items():
-        assert torch.equal(trace.initial[name], value), f"initial {name} is not bitwise the same"
-    # fp64 sums of a few thousand terms in another order: 1e-9 of each tensor's largest value (promise 2).
-    assert trace.losses == pytest.approx(expected.losses, rel=1e-9)
-    assert trace.norms == pytest.approx(expected.norms, rel=1e-9)
-    for ours, theirs in zip(trace.tallies, expected.tallies, strict=True):
-        for key, value in theirs.items():
-            assert ours[key] == (value if key.endswith("load") else pytest.approx(value, rel=1e-9)), key
-    for kind in ("gradients", "weights"):
-        for name, value in getattr(expected, kind).items():
-            error = (getattr(trace, kind)[name] - value).abs().max()
-            assert error <= 1e-9 * value.abs().max(), f"{kind} of {name} differ by {error}"
 
 
 USUAL = [
