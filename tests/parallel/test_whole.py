@@ -7,7 +7,7 @@ import torch
 from rank_pool import run_mesh
 from torch import Tensor, nn
 
-from meshwright.parallel.mesh import Axis, Mesh, Sizes
+from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
 from meshwright.parallel.placement import Placement, Split, chunk_bounds
 from meshwright.parallel.shared_work import Matrix, SharedWork, way_of_cutting
 from meshwright.parallel.whole import box_of, cuts_of, held_box, part_of_whole, whole_tensors
@@ -119,12 +119,9 @@ def test_a_box_is_cut_like_describe_says() -> None:
                 is_zero_part=True,
                 split_axes=(),
             )
-            mesh = Mesh(Sizes(), dict.fromkeys(MESH_AXES, Axis("one")) | {"edp": Axis("edp", 2, edp)}, 0)
+            mesh = Mesh(Sizes(), single_process_mesh().axes | {"edp": Axis("edp", 2, edp)}, 0)
             box = box_of(part.global_shape, cuts_of(part, mesh))
             rows.append((box.begin[0], box.begin[0] + box.size[0]))
             with pytest.raises(AssertionError, match="does not begin at"):
                 held_box(replace(part, offset=(1, 0)), mesh)
     assert rows == [(0, 2), (2, 4), (4, 6), (6, 7)]
-
-
-MESH_AXES = ("pp", "cp", "tp", "dp_replicate", "dp_shard", "edp", "ep", "etp", "dp", "data", "zero", "world")
