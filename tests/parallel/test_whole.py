@@ -122,6 +122,6 @@ def test_a_box_is_cut_like_describe_says() -> None:
             mesh = Mesh(Sizes(), single_process_mesh().axes | {"edp": Axis("edp", 2, edp)}, 0)
             box = box_of(part.global_shape, cuts_of(part, mesh))
             rows.append((box.begin[0], box.begin[0] + box.size[0]))
-            with pytest.raises(AssertionError, match="does not begin at|is not of the size"):
+            with pytest.raises(AssertionError, match=r"does not begin at|is not of the size"):
                 held_box(replace(part, offset=(1, 0)), mesh)
     assert rows == [(0, 2), (2, 4), (4, 6), (6, 7)]
