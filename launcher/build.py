@@ -29,7 +29,7 @@ from meshwright.parallel.apply import Plan, apply, fill_initial_weights
 from meshwright.parallel.mesh import Mesh, Sizes
 from meshwright.parallel.pipeline.adapter import Pipeline
 from meshwright.parallel.placement import placement_table
-from meshwright.parallel.tally import Tally, declared_entries, everyones_entries, everyones_names
+from meshwright.parallel.tally import Tally, declared_entries, everyones_entries
 from meshwright.parallel.zero.engine import ZeroEngine
 
 
@@ -80,7 +80,7 @@ def build_run(run_file: RunFile, store: TokenStore, mesh: Mesh, device: torch.de
     engine = apply(model, layers, units, table, mesh, tally, plan_of(run_file), device)
     fill_initial_weights(model, engine, run_file.run.seed)
     reset_buffers(model)
-    optimizer = Optimizer(engine.parts, run_file.optimizer, everyones_names(engine.parts, mesh.pp))
+    optimizer = Optimizer(engine.parts, run_file.optimizer, mesh)
     pipeline = Pipeline(parts, stages, mesh.pp, device, activation_dtype(run_file)) if parts else None
     return Run(run_file, store, mesh, device, model, engine, optimizer, tally, pipeline)
 

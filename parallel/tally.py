@@ -97,11 +97,6 @@ def everyones_entries(mine: dict[str, int], pp: Axis) -> dict[str, int]:
     return {name: together[name] for name in in_number_order(together)}
 
 
-def everyones_names(mine: Iterable[str], pp: Axis) -> list[str]:
-    """Return the names that the stages of a pipeline have together, each once, by the layers' numbers."""
-    return in_number_order({name for names in _gathered(list(mine), pp) for name in names})
-
-
 def in_number_order(names: Iterable[str]) -> list[str]:
     """Sort names so that `layers.2` comes before `layers.10`."""
     return sorted(

@@ -39,8 +39,8 @@ def check(
     the run will be: layout, size of the model, tokens, and the bytes of state on each rank.
 
     Where the store of [data] is already on this machine, it is looked at too: its files, the length of its splits and
-    its vocabulary. What a checkpoint holds and the names in optimizer.groups are looked at when training starts. Needs
-    no GPU and loads no torch, so any layout can be checked anywhere:
+    its vocabulary. What a checkpoint holds is looked at when training starts. Needs no GPU and loads no torch, so any
+    layout can be checked anywhere:
 
     meshwright check runs/llama3_8b.toml --world-size 64 zero.stage=3
     """

@@ -7,9 +7,11 @@ wrong with one value alone is found when its table is made; what needs only one 
 
 from meshwright.launcher.runfile.layout_checks import layout_problems
 from meshwright.launcher.runfile.messages import problem
+from meshwright.launcher.runfile.optimizer_rules import optimizer_problems
 from meshwright.launcher.runfile.pipeline_checks import micro_batch_problems, pipeline_problems
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.learning_rate import learning_rate_problems
+from meshwright.model.shapes import parameter_shapes
 
 # File systems take 255 bytes; what remains is for endings.
 LONGEST_NAME = 200
@@ -41,6 +43,7 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
         *run_file.recompute.problems(run_file.model.num_layers),
         *_ramp_problems(run_file),
         *_learning_rate_problems(run_file),
+        *_optimizer_problems(run_file),
         *_saving_problems(run_file),
         *_compile_problems(run_file),
         *_mps_problems(run_file),
@@ -101,6 +104,13 @@ def _learning_rate_problems(run_file: RunFile) -> list[str]:
         rule = f"must not stand beside learning_rate.warmup_fraction = {table.warmup_fraction}"
         return [problem("learning_rate.warmup_steps", table.warmup_steps, rule, "leave one of them out")]
     return learning_rate_problems(steps, table)
+
+
+def _optimizer_problems(run_file: RunFile) -> list[str]:
+    """Hold [optimizer] against the model's parameters, once it has any."""
+    if run_file.model.problems():
+        return []
+    return optimizer_problems(parameter_shapes(run_file.model), run_file.optimizer)
 
 
 def _saving_problems(run_file: RunFile) -> list[str]:

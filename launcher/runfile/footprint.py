@@ -14,13 +14,18 @@ etp, and d = edp. With d = 1 stages 1 to 3 are stage 0. Dims that do not divide 
 ranks hold up to a row more of each than these averages say. With a pipeline N are the weights of a rank's stages, and
 what the rank with most holds is returned. Activations, the layer that is gathered, send buffers and the library's own
 memory come on top.
+
+Muon has one moment where AdamW has two: of what it updates m*N and m*N/d.
 """
 
+from math import prod
 from typing import NamedTuple
 
+from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
 from meshwright.model.costs import WeightCounts, layer_weights
+from meshwright.model.shapes import is_expert, parameter_shapes
 
 COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "fp64": 8}
 UPDATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 4, "fp64": 8}
@@ -53,7 +58,8 @@ def _state_of(run_file: RunFile, world_size: int, pp_rank: int) -> StateBytes:
     parallel = run_file.parallel
     dense, experts = held_weights(run_file, pp_rank)
     cut = ((dense, parallel.dp_shard_in(world_size) * parallel.cp), (experts, parallel.edp_in(world_size)))
-    parts = [_bytes_of(float(held), d, run_file.zero.stage, run_file.train.precision) for held, d in cut]
+    muon, stage, precision = muon_weights(run_file, pp_rank), run_file.zero.stage, run_file.train.precision
+    parts = [_bytes_of(float(held), by_muon, d, stage, precision) for (held, d), by_muon in zip(cut, muon, strict=True)]
     return StateBytes(*(sum(column) for column in zip(*parts, strict=True)))
 
 
@@ -71,8 +77,31 @@ def held_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[int, int]:
     return dense, layers.experts // (parallel.ep * parallel.etp) + layers.expert_biases // parallel.ep
 
 
-def _bytes_of(number: float, shards: int, stage: int, precision: str) -> StateBytes:
-    """Return the bytes of so many weights, whose state is cut over `shards` ranks."""
+def muon_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[float, float]:
+    """Return how many of the weights that a rank computes with Muon updates: dense ones, and its experts'."""
+    parallel, model = run_file.parallel, run_file.model
+    held, last = layers_held(run_file, pp_rank), stages_of(run_file).count - 1
+    beginnings = {f"layers.{number}." for layers in held.values() for number in layers}
+    beginnings |= {"embedding."} if 0 in held or (last in held and model.tie_embeddings) else set()
+    beginnings |= {"output."} if last in held else set()
+    counts = {False: 0.0, True: 0.0}
+    for name, shape in parameter_shapes(model).items():
+        if not name.startswith(tuple(beginnings)) or settings_of(name, shape, run_file.optimizer).kind != "muon":
+            continue
+        if is_expert(name):
+            counts[True] += prod(shape) / (parallel.ep * parallel.etp)
+        elif name.endswith((".k.weight", ".v.weight")):
+            counts[False] += prod(shape) / min(parallel.tp, model.num_kv_heads)
+        elif name.endswith(".router.weight"):
+            counts[False] += prod(shape)
+        else:
+            rows = shape[0] / parallel.tp if name.startswith("layers.") else -(-shape[0] // parallel.tp)
+            counts[False] += rows * prod(shape[1:])
+    return counts[False], counts[True]
+
+
+def _bytes_of(number: float, muon: float, shards: int, stage: int, precision: str) -> StateBytes:
+    """Return the bytes of so many weights, some of them Muon's, whose state is cut over `shards` ranks."""
     compute, update = COMPUTE_BYTES[precision], UPDATE_BYTES[precision]
     stage = stage if shards > 1 else 0
     part = number / shards
@@ -81,5 +110,5 @@ def _bytes_of(number: float, shards: int, stage: int, precision: str) -> StateBy
         weights=0.0 if stage == 3 else compute * number,
         masters=update * (part if stage >= 1 else number) if has_masters else 0.0,
         gradients=update * (part if stage >= 2 else number),
-        moments=2 * update * (part if stage >= 1 else number),
+        moments=update * (2 * number - muon) / (shards if stage >= 1 else 1),
     )

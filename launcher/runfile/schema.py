@@ -83,7 +83,8 @@ def _type_of(field: FieldInfo) -> str:
     annotation, bounds = field.annotation, field.metadata
     if field.default is None:  # may be left out: the type is the one beside None, and its bounds stand with it
         annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
-        annotation, *bounds = typing.get_args(annotation)
+        if typing.get_origin(annotation) is typing.Annotated:
+            annotation, *bounds = typing.get_args(annotation)
     limits = [
         f"{word} {getattr(bound, name)}"
         for bound in bounds

@@ -99,15 +99,27 @@ class OptimizerGroup(BaseModel):
     """As optimizer.eps, for these parameters."""
     weight_decay: NonNegativeFloat | None = None
     """As optimizer.weight_decay, for these parameters; acts on norms and biases too where the pattern fits them."""
+    kind: Literal["adamw", "muon"] | None = None
+    """Which of the two updates these parameters; muon is for matrices (stacks of experts are many)."""
+    learning_rate_factor: PositiveFloat | None = None
+    """Multiple of the learning rate that these parameters are updated with."""
 
 
 class OptimizerConfig(BaseModel):
-    """AdamW; weight decay leaves out norms and biases."""
+    """AdamW, or Muon for the matrices of the layers; weight decay leaves out norms and biases."""
 
     model_config = TABLE
 
-    kind: Literal["adamw"] = "adamw"
-    """The only kind in this version."""
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon updates the layers' matrices; embedding, output, router, norms and biases stay with AdamW."""
+    muon_momentum: Beta = 0.95
+    """Muon: how slowly the average of the gradient moves; 0.9 to 0.95 are usual."""
+    muon_nesterov: bool = True
+    """Muon: look one step of the average ahead (Nesterov), as its author does."""
+    muon_steps: Annotated[int, Field(gt=0, le=99)] = 5
+    """Muon: Newton-Schulz steps that make an update orthogonal; 5 is usual, more costs more and changes little."""
+    adamw_learning_rate_factor: PositiveFloat = 1.0
+    """With kind = "muon": multiple of the learning rate for what AdamW updates; 1 as in Moonlight and Kimi K2."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     """How slowly the averages of the gradient and of its square move; the second is 0.95 to 0.999."""
     eps: PositiveFloat = 1e-8

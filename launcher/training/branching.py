@@ -13,8 +13,10 @@ from tokenizers import Tokenizer
 from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.launcher.build import Run
 from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.training.kept_moments import Kept, kept_moments
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.weights.read_weights import ExportWeights, Source, find_source
+from meshwright.launcher.weights.saved_run import run_file_of
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state, saved_tensors
 
@@ -31,7 +33,7 @@ def begin_from(run: Run, source: Path, events: list[str]) -> Progress:
         for path, why in found.passed_over.items():
             events.append(f"passed over {path}: {'; '.join(why)}")
         _check_tokenizer(run, found, events)
-        updates = _fill_from_checkpoint(run, found) if found.is_checkpoint else _fill_from_export(run, found)
+        updates = _fill_from_checkpoint(run, found, events) if found.is_checkpoint else _fill_from_export(run, found)
     except ConfigError as error:  # names the file in the source
         problems = [f"{error.source}: {problem}" for problem in error.problems]
         raise ConfigError(f"init.from = {source}", problems, is_same_on_all_ranks=True) from None
@@ -43,19 +45,22 @@ def begin_from(run: Run, source: Path, events: list[str]) -> Progress:
     return Progress(updates=updates)
 
 
-def _fill_from_checkpoint(run: Run, found: Source) -> int:
+def _fill_from_checkpoint(run: Run, found: Source, events: list[str]) -> int:
     """Read this rank's parts; return how many updates the moments hold, 0 without them."""
     with_moments = run.run_file.init.load == "weights+optimizer"
     there = saved_tensors(found.path)
+    before = run_file_of(read_state(found.path, run.mesh), found.path)
+    kept = kept_moments(before, run.run_file) if with_moments else Kept()
     # Buffers belong to a setting of the routers, which a branch may change: what is not there begins as in a new run.
     wanted = {
         name: part
-        for name, part in held_tensors(run, optimizer=with_moments).items()
+        for name, part in kept.of(held_tensors(run, optimizer=with_moments)).items()
         if not name.startswith("buffers.") or (with_moments and name in there)
     }
     expect = Expect(None, may_stay_unread=("optimizer.", "buffers."), same_dtype=False, is_verified=found.is_verified)
     state = load_checkpoint(found.path, wanted, run.mesh, expect)
-    return int(state["updates"]) if with_moments else 0
+    events += kept.notes
+    return int(state["updates"]) if with_moments and kept.keeps_updates else 0
 
 
 def _fill_from_export(run: Run, found: Source) -> int:

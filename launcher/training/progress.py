@@ -1,12 +1,13 @@
 """What a checkpoint of a run is made of: how far it is, and the tensors that this rank holds.
 
-tensors   weights by name, optimizer.exp_avg.<name>, optimizer.exp_avg_sq.<name>, buffers.<name>
+tensors   weights by name, buffers.<name>
+          optimizer.exp_avg.<name>, optimizer.exp_avg_sq.<name> of what AdamW updates, optimizer.momentum.<name> of
+          what Muon updates
 """
 
 from dataclasses import dataclass, field
 
 from meshwright.launcher.build import Run
-from meshwright.launcher.training.optimizer import MOMENTS
 from meshwright.parallel.checkpoint.describe import HeldPart
 
 
@@ -32,9 +33,8 @@ def held_tensors(run: Run, *, optimizer: bool = True) -> dict[str, HeldPart]:
     tensors: dict[str, HeldPart] = {}
     for name, part in run.engine.parts.items():
         tensors[name] = HeldPart(part.real(part.parameter.detach()), part.global_shape, part.offset)
-        for moment in MOMENTS if optimizer else ():
-            held = part.real(run.optimizer.moment(name, moment))
-            tensors[f"optimizer.{moment}.{name}"] = HeldPart(held, part.global_shape, part.offset)
+        for moment, held in run.optimizer.moments(name).items() if optimizer else ():
+            tensors[f"optimizer.{moment}.{name}"] = HeldPart(part.real(held), part.global_shape, part.offset)
     for name, buffer in run.buffers().items():
         tensors[f"buffers.{name}"] = HeldPart(buffer, tuple(buffer.shape), (0,) * buffer.dim())
     return tensors

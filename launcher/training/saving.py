@@ -19,6 +19,7 @@ from meshwright.launcher.runfile.resume_rules import compare_for_resume
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import write_resolved
 from meshwright.launcher.training.branching import begin_from
+from meshwright.launcher.training.kept_moments import kept_moments
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.weights.saved_run import run_file_of
 from meshwright.parallel.checkpoint.agree import CheckpointError, ranks_of
@@ -135,20 +136,24 @@ def resume(run: Run, allow_change: Sequence[str] = ()) -> Resumed:
         return Resumed(begin_from(run, Path(source), events) if source else Progress(), events)
     # Compared before anything is loaded: a key that differs says more than all the shapes that differ by it.
     state = read_state(newest.path, run.mesh)
-    changes, problems = compare_for_resume(run_file_of(state, newest.path), run.run_file, allow_change)
+    before = run_file_of(state, newest.path)
+    changes, problems = compare_for_resume(before, run.run_file, allow_change)
     if state["store"] != run.store.fingerprint:
         problems.append(f"data.store = {run.run_file.data.store}: holds other tokens than those of the checkpoint")
     if problems:
         raise _refused(str(newest.path), problems)
+    kept = kept_moments(before, run.run_file)
     try:
-        expect = Expect(model_fingerprint(run.run_file), is_verified=True)
-        load_checkpoint(newest.path, held_tensors(run), run.mesh, expect)
+        expect = Expect(model_fingerprint(run.run_file), may_stay_unread=kept.may_stay_unread, is_verified=True)
+        load_checkpoint(newest.path, kept.of(held_tensors(run)), run.mesh, expect)
     except CheckpointError as error:
         raise _refused(str(newest.path), str(error).splitlines()) from None
     progress = progress_of(state, newest.path)
-    progress.changes += [f"step {progress.step}: {change}" for change in changes]
+    progress.updates = progress.updates if kept.keeps_updates else 0
+    told = [*changes, *kept.notes]
+    progress.changes += [f"step {progress.step}: {change}" for change in told]
     events.append(f"resumed at step {progress.step} from {newest.path}")
-    events += [f"changed: {change}" for change in changes]
+    events += [f"changed: {change}" for change in told]
     run.optimizer.set_updates(progress.updates)
     run.engine.publish_weights()
     passed_over = frozenset(step for path in newest.passed_over if (step := step_of(path)) is not None)

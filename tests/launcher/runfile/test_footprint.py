@@ -2,11 +2,13 @@
 
 import pytest
 
-from meshwright.launcher.runfile.footprint import StateBytes, held_weights, state_bytes
+from meshwright.launcher.runfile.footprint import StateBytes, held_weights, muon_weights, state_bytes
+from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.model.costs import parameter_count, routed_parameter_count
 from meshwright.model.parts import build_model
+from meshwright.model.shapes import parameter_shapes
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
 
 
@@ -82,3 +84,28 @@ def test_the_weights_of_a_rank_are_those_that_a_model_holds(overrides: list[str]
     model = build_model(config, mesh=Mesh(sizes, axes, rank=0), device="meta")
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert held_weights(run_file(*overrides)) == (sum(p.numel() for p in model.parameters()) - experts, experts)
+    muon = run_file(*overrides, "optimizer.kind=muon", 'optimizer.groups=[{match = "*.router.weight", kind = "muon"}]')
+    counts = {False: 0, True: 0}
+    for name, shape in parameter_shapes(muon.model).items():
+        if settings_of(name, shape, muon.optimizer).kind == "muon":
+            counts[".experts." in name] += model.get_parameter(name).numel()
+    assert muon_weights(muon) == (counts[False], counts[True])
+
+
+def test_muon_has_one_moment_of_what_it_updates() -> None:
+    """The same bytes as a run of one process holds, and by hand where ranks share."""
+    config = run_file("optimizer.kind=muon").model
+    h, d, layers = config.hidden_size, config.head_dim, config.num_layers
+    assert config.moe is not None
+    attention = 2 * h * d * (config.num_heads + config.num_kv_heads)
+    shared = 3 * h * config.moe.shared_hidden_size
+    muon = layers * (attention + shared)
+    assert state_bytes(run_file("optimizer.kind=muon"), 1).moments == 4 * (2 * ALL - muon - EXPERTS)
+    held = 2 * (ALL - EXPERTS) - muon + EXPERTS / 2
+    assert state_bytes(run_file("optimizer.kind=muon", "parallel.ep=2"), 8).moments == pytest.approx(4 * held)
+    part = (2 * (ALL - EXPERTS) - muon) / 8 + EXPERTS / 2 / 4
+    cut = state_bytes(run_file("optimizer.kind=muon", "parallel.ep=2", "zero.stage=1"), 8)
+    assert cut.moments == pytest.approx(4 * part)
+    without_experts = 'optimizer.groups=[{match = "*.experts.*", kind = "adamw"}]'
+    found = state_bytes(run_file("optimizer.kind=muon", without_experts), 1).moments
+    assert found == 4 * (2 * ALL - muon)

@@ -10,6 +10,7 @@ from torch import nn
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import OptimizerConfig, OptimizerGroup
 from meshwright.launcher.training.optimizer import Optimizer
+from meshwright.parallel.mesh import single_process_mesh
 from meshwright.parallel.placement import Placement
 from meshwright.parallel.zero.part import Part
 
@@ -38,7 +39,7 @@ def part_of(tensor: torch.Tensor) -> Part:
 def updated_by_us(config: OptimizerConfig) -> dict[str, torch.Tensor]:
     """Return the parameters after three steps of ours."""
     parts = {name: part_of(tensor) for name, tensor in values(0).items()}
-    optimizer = Optimizer(parts, config)
+    optimizer = Optimizer(parts, config, single_process_mesh())
     for step in range(3):
         for name, gradient in values(step + 1).items():
             parts[name].parameter.grad = gradient

@@ -1,0 +1,113 @@
+"""Which optimizer takes a parameter, and what of a run file's [optimizer] cannot be done to the model."""
+
+import pytest
+
+from meshwright.launcher.runfile.optimizer_rules import changed_kinds, settings_of
+from meshwright.launcher.runfile.read import examine
+from meshwright.launcher.runfile.tables import OptimizerConfig, RunFile
+from meshwright.model.shapes import parameter_shapes
+
+
+def examined(*overrides: str) -> tuple[RunFile | None, list[str]]:
+    tables = {
+        "run": {"name": "x"},
+        "model": {"preset": "moe-tiny", "vocab_size": 320, "bias": ["q", "ffn"], "num_layers": 2, "qk_norm": True},
+        "data": {"store": "s", "seq_len": 64},
+        "train": {"steps": 100, "global_batch_size": 24},
+        "learning_rate": {"peak": 1e-3},
+    }
+    return examine(tables, overrides)
+
+
+def kinds(*overrides: str) -> dict[str, str]:
+    run_file, problems = examined(*overrides)
+    assert run_file is not None, problems
+    shapes = parameter_shapes(run_file.model)
+    return {name: settings_of(name, shape, run_file.optimizer).kind for name, shape in shapes.items()}
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_nothing_else() -> None:
+    found = kinds("optimizer.kind=muon")
+    of_layer = {name.removeprefix("layers.1.") for name, kind in found.items() if kind == "muon" and ".1." in name}
+    products = {f"mixer.part.{place}.weight" for place in ("q", "k", "v", "output")}
+    stacks = {f"feedforward.part.experts.{place}" for place in ("gate", "up", "down")}
+    shared = {f"feedforward.part.shared.{place}.weight" for place in ("gate", "up", "down")}
+    assert of_layer - shared == products | stacks
+    assert {name for name, kind in found.items() if kind == "muon" and not name.startswith("layers.")} == set()
+    assert set(kinds().values()) == {"adamw"}
+
+
+def test_a_group_chooses_the_kind_both_ways() -> None:
+    one = (
+        'optimizer.groups=[{match = "layers.0.*.q.weight", kind = "adamw"}, {match = "*.router.weight", kind = "muon"}]'
+    )
+    usual, found = kinds("optimizer.kind=muon"), kinds("optimizer.kind=muon", one)
+    assert {name for name in found if found[name] != usual[name]} == {
+        "layers.0.mixer.part.q.weight",
+        "layers.0.feedforward.part.router.weight",
+        "layers.1.feedforward.part.router.weight",
+    }
+    only = kinds('optimizer.groups=[{match = "*.q.weight", kind = "muon"}]', "optimizer.muon_steps=7")
+    assert {name for name, kind in only.items() if kind == "muon"} == {
+        f"layers.{n}.mixer.part.q.weight" for n in (0, 1)
+    }
+
+
+def test_the_factor_is_for_adamw_and_a_group_has_its_own() -> None:
+    config = OptimizerConfig.model_validate(
+        {
+            "kind": "muon",
+            "adamw_learning_rate_factor": 3.0,
+            "groups": [{"match": "output.*", "learning_rate_factor": 0.5}],
+        }
+    )
+    factors = {name: settings_of(name, (6, 4), config).learning_rate_factor for name in ("output.weight", "x.weight")}
+    assert factors == {"output.weight": 0.5, "x.weight": 3.0}
+    assert settings_of("layers.0.mixer.part.q.weight", (6, 4), config).learning_rate_factor == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ['optimizer.groups=[{match = "layers.0.mixer.*", kind = "muon"}]'],
+            'optimizer.groups[0].kind = "muon": is for matrices, and no matrix is layers.0.mixer.norm.weight,'
+            " layers.0.mixer.part.q.bias, layers.0.mixer.part.q_norm.weight and 1 more; a narrower match would fit",
+        ),
+        (
+            ['optimizer.groups=[{match = "*experts.up*", kind = "muon"}]'],
+            'optimizer.groups[0].kind = "muon": is for matrices, and no matrix is'
+            " layers.0.feedforward.part.experts.up_bias, layers.1.feedforward.part.experts.up_bias; a narrower match"
+            " would fit",
+        ),
+        (
+            ["optimizer.kind=muon", 'optimizer.groups=[{match = "*.q.weight", betas = [0.5, 0.6]}]'],
+            "optimizer.groups[0].betas = [0.5, 0.6]: is AdamW's, and all that falls into this group"
+            " (layers.0.mixer.part.q.weight, layers.1.mixer.part.q.weight) is updated by Muon; leave it out, or"
+            ' kind = "adamw" in this group',
+        ),
+        (
+            ["optimizer.muon_momentum=0.9"],
+            'optimizer.muon_momentum = 0.9: has no effect with optimizer.kind = "adamw"; leave it out, or'
+            ' optimizer.kind = "muon"',
+        ),
+        (
+            ["optimizer.adamw_learning_rate_factor=2.0"],
+            'optimizer.adamw_learning_rate_factor = 2.0: has no effect with optimizer.kind = "adamw"; leave it out, or'
+            ' optimizer.kind = "muon"',
+        ),
+        (["optimizer.muon_momentum=1.0", "optimizer.kind=muon"], "optimizer.muon_momentum = 1.0: must be below 1.0"),
+        (["optimizer.kind=mun"], 'optimizer.kind = "mun": must be one of ["adamw", "muon"]; did you mean "muon"?'),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_a_rank_is_started(overrides: list[str], expected: str) -> None:
+    _run_file, problems = examined(*overrides)
+    assert problems == [expected]
+
+
+def test_what_changes_hands_is_known_by_name() -> None:
+    shapes = {"layers.0.mixer.part.q.weight": (4, 4), "output.weight": (4, 4), "final_norm.weight": (4,)}
+    adamw, muon = OptimizerConfig(), OptimizerConfig(kind="muon")
+    assert changed_kinds(shapes, adamw, muon) == {"layers.0.mixer.part.q.weight": "muon"}
+    assert changed_kinds(shapes, muon, adamw) == {"layers.0.mixer.part.q.weight": "adamw"}
+    assert changed_kinds(shapes, muon, muon) == {}
