@@ -15,6 +15,14 @@ from torch import Tensor, nn
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 
+# What [recompute] modules may name, as the names of modules within a layer (parallel/recompute.py).
+RECOMPUTED_WHOLE = {
+    "mixer": ("mixer.part",),
+    "feedforward": ("feedforward.part",),
+    "experts": ("feedforward.part.experts",),
+}
+RUN_AGAIN = {"norm": ("mixer.norm", "feedforward.norm")}
+
 
 class Block(nn.Module):
     """One part with its norm and its residual connection."""
