@@ -21,7 +21,10 @@ RECOMPUTED_WHOLE = {
     "feedforward": ("feedforward.part",),
     "experts": ("feedforward.part.experts",),
 }
-RUN_AGAIN = {"norm": ("mixer.norm", "feedforward.norm")}
+RUN_AGAIN = {
+    "norm": ("mixer.norm", "feedforward.norm"),
+    "activation": tuple(f"feedforward.part.{of}activation" for of in ("", "shared.", "experts.")),
+}
 
 
 class Block(nn.Module):

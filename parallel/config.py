@@ -20,7 +20,7 @@ NOT_YET = {
 MAX_RANKS = 2**20
 Degree = Annotated[int, Field(gt=0, le=MAX_RANKS)]
 SavedOp = Literal["attention", "matmul"]
-RecomputedModule = Literal["norm", "mixer", "feedforward", "experts"]
+RecomputedModule = Literal["norm", "activation", "mixer", "feedforward", "experts"]
 
 Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
 ONE_STAGE = ("1f1b", "gpipe")
@@ -155,8 +155,8 @@ class RecomputeConfig(BaseModel):
     """With mode = "full": recompute every n-th layer; 1 is all of them."""
     save: Annotated[tuple[SavedOp, ...], Field(strict=False)] = ("attention", "matmul")
     """With mode = "selective": the results to keep, any of "attention", "matmul"; all others are recomputed."""
-    modules: Annotated[tuple[RecomputedModule, ...], Field(strict=False)] = ("norm", "feedforward")
-    """With mode = "modules": what of each layer is recomputed: "norm", "mixer", "feedforward", or its "experts"."""
+    modules: Annotated[tuple[RecomputedModule, ...], Field(strict=False)] = ("norm", "activation")
+    """With mode = "modules": what is recomputed: "norm", "activation" (cheap), "mixer", "feedforward", "experts"."""
     offload: bool = False
     """With any mode: what is kept lies in the host's memory between forward and backward; costs transfers."""
 
@@ -178,10 +178,12 @@ class RecomputeConfig(BaseModel):
             found.append(
                 'recompute.modules = []: mode = "modules" must recompute something; "norm", or mode = "none", would fit'
             )
-        if self.mode == "modules" and {"feedforward", "experts"} <= set(self.modules):
+        inner = [name for name in ("activation", "experts") if name in self.modules]
+        if self.mode == "modules" and "feedforward" in self.modules and inner:
+            rest = [name for name in self.modules if name not in inner]
             found.append(
-                f"recompute.modules = {json.dumps(self.modules)}: the experts are a part of the feedforward;"
-                " one of the two would fit"
+                f"recompute.modules = {json.dumps(self.modules)}: {' and '.join(inner)} stand within the feedforward,"
+                f" which is recomputed with all that it has; {json.dumps(rest)} would fit"
             )
         return found
 

@@ -120,12 +120,12 @@ def recompute_modules(
     """Make the named modules of each layer recompute their forward pass, and let nobody keep what `remade` ones return.
 
     Raises:
-        ValueError: if no layer has a module of some name.
+        ValueError: if no layer has any of them.
     """
     known = [dict(layer.named_modules()) for layer in layers]
-    for name in (*whole, *remade):
-        if not any(name in modules for modules in known):
-            raise ValueError(f"no layer has a module {name} to recompute")
+    names = (*whole, *remade)
+    if not any(name in modules for modules in known for name in names):
+        raise ValueError(f"no layer has any of the modules {', '.join(names)} to recompute")
     for modules in known:
         recompute_layers([modules[name] for name in whole if name in modules], tally)
         for name in remade:

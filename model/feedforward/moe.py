@@ -15,8 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from meshwright.kernels.grouped import grouped_linear
-from meshwright.kernels.swiglu import swiglu
-from meshwright.model.feedforward.mlp import Mlp
+from meshwright.model.feedforward.mlp import Mlp, SwiGlu
 from meshwright.model.routers.balance import (
     choices_per_sequence,
     sequence_balance_loss,
@@ -61,6 +60,7 @@ class Experts(nn.Module):
         self.ep, self.etp, init = ep, etp, init or InitPolicy()
         inward = init.matrix(h, expert_hidden_size)
         self.rules = {"gate": inward, "up": inward, "down": init.matrix(expert_hidden_size, h, to_residual=True)}
+        self.activation = SwiGlu()
         self.gate = nn.Parameter(torch.empty(e_local, f, h))
         self.up = nn.Parameter(torch.empty(e_local, f, h))
         self.down = nn.Parameter(torch.empty(e_local, h, f))
@@ -88,7 +88,8 @@ class Experts(nn.Module):
         shared = share_rows(rows, counts, self.etp)
         gate = _add_bias(grouped_linear(shared.rows, self.gate, shared.counts), self.gate_bias, shared.counts)
         up = _add_bias(grouped_linear(shared.rows, self.up, shared.counts), self.up_bias, shared.counts)
-        y = return_rows(grouped_linear(swiglu(gate, up), self.down, shared.counts), shared, self.etp)
+        inner = self.activation(gate, up)
+        y = return_rows(grouped_linear(inner, self.down, shared.counts), shared, self.etp)
         return _add_bias(y, self.down_bias, counts)  # after the sum over etp, so once
 
 

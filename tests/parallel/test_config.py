@@ -58,7 +58,7 @@ def test_what_remains_of_the_world_is_data_parallel() -> None:
         ),
         ({"mode": "modules", "every": 2}, 'recompute.every = 2: counts only with recompute.mode = "full"'),
         ({"mode": "modules", "modules": []}, 'recompute.modules = []: mode = "modules" must recompute something'),
-        ({"mode": "modules", "modules": ["experts", "feedforward"]}, "the experts are a part of the feedforward"),
+        ({"mode": "modules", "modules": ["experts", "feedforward"]}, "experts stand within the feedforward"),
     ],
 )
 def test_recompute_keys_that_cannot_be_honoured_are_named(keys: dict[str, Any], part: str) -> None:
