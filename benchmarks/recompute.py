@@ -150,7 +150,8 @@ def main() -> None:
     lines = ["# Recompute and offload: time and kept bytes", ""]
     lines += [f"Made {datetime.now(UTC):%Y-%m-%d} by `{command}`.", "", *(__doc__ or "").split("\n")[2:-1], ""]
     lines += [f"torch {torch.__version__}, fp32, one thread, {args.rounds} turns; batch [{args.seq_len}, 2],"]
-    lines += [f"hidden_size {h}, {args.layers} layers, load {os.getloadavg()[0]:.0f}; every way's gradients are bitwise those of `none`."]
+    lines += [f"hidden_size {h}, {args.layers} layers, load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores;"]
+    lines += ["every way's gradients are bitwise those of `none`."]
     for name, config in models.items():
         lines += ["", f"### {name}", "", *table(config, tokens, args.rounds)]
     text = "\n".join(lines) + "\n"

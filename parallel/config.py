@@ -160,6 +160,13 @@ class RecomputeConfig(BaseModel):
     offload: bool = False
     """With any mode: what is kept lies in the host's memory between forward and backward; costs transfers."""
 
+    @property
+    def runs_parts_again(self) -> bool:
+        """Say whether whole parts of a layer are run again, their products with weights too."""
+        if self.mode == "modules":
+            return any(name in ("mixer", "feedforward", "experts") for name in self.modules)
+        return self.mode != "none"
+
     def problems(self, num_layers: int) -> list[str]:
         """Return every reason why a stack of `num_layers` cannot recompute like this; empty means that it can."""
         if self.mode == "none":
