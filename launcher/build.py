@@ -21,6 +21,7 @@ from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
 from meshwright.launcher.training.optimizer import Optimizer
 from meshwright.launcher.training.stopping import FLAGS
+from meshwright.model.block import RECOMPUTED_WHOLE, RUN_AGAIN
 from meshwright.model.config import ModelConfig
 from meshwright.model.parts import build_model, reset_buffers
 from meshwright.model.stack import LanguageModel
@@ -98,6 +99,9 @@ def plan_of(run_file: RunFile) -> Plan:
         recompute=run_file.recompute.mode,
         recompute_every=run_file.recompute.every,
         recompute_save=tuple(run_file.recompute.save),
+        recompute_whole=tuple(name for key in run_file.recompute.modules for name in RECOMPUTED_WHOLE.get(key, ())),
+        recompute_remade=tuple(name for key in run_file.recompute.modules for name in RUN_AGAIN.get(key, ())),
+        offload=run_file.recompute.offload,
         compile=run_file.train.compile,
         schedule=("split backward" if stages_of(run_file).splits_backward else "whole backward")
         if run_file.parallel.pp > 1

@@ -1,6 +1,6 @@
 """A residual branch around any part, and a layer of two of them.
 
-    Block   x + part(norm(x))                        pre-norm (Xiong et al. 2020)
+    Block   x + dropout(part(norm(x)))               pre-norm (Xiong et al. 2020); dropout only in training
     Layer   a mixer's block, then a feed-forward's; either may be missing
 
 A block does not ask what kind of part it holds: a part takes (x, where, tally) for a whole sequence, and
@@ -12,21 +12,36 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from meshwright.parallel.dropout import dropout
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
+
+# What [recompute] modules may name, as the names of modules within a layer (parallel/recompute.py).
+RECOMPUTED_WHOLE = {
+    "mixer": ("mixer.part",),
+    "feedforward": ("feedforward.part",),
+    "experts": ("feedforward.part.experts",),
+}
+RUN_AGAIN = {
+    "norm": ("mixer.norm", "feedforward.norm"),
+    "activation": tuple(f"feedforward.part.{of}activation" for of in ("", "shared.", "experts.")),
+}
 
 
 class Block(nn.Module):
     """One part with its norm and its residual connection."""
 
-    def __init__(self, norm: nn.Module, part: nn.Module) -> None:
-        """Compose a norm and a part of the same width."""
+    def __init__(self, norm: nn.Module, part: nn.Module, *, residual_dropout: float = 0.0, name: str = "block") -> None:
+        """Compose a norm and a part of the same width; `name`, the global one, is what dropout draws by."""
         super().__init__()
         self.norm, self.part = norm, part
+        self.residual_dropout, self.name = residual_dropout, name
 
     def forward(self, x: Float[Tensor, "s b h"], where: Where, tally: Tally | None) -> Float[Tensor, "s b h"]:
         """Add the part's result, computed from the normalised input, to the input."""
         branch: Tensor = self.part(self.norm(x), where, tally)
+        if self.training and self.residual_dropout:
+            branch = dropout(branch, self.residual_dropout, where=where, name=f"{self.name}/residual_dropout")
         return x + branch
 
     def initial_state(self, batch: int, max_len: int) -> Any:

@@ -29,7 +29,7 @@ SizeOrZero = Annotated[int, Field(ge=0, le=MAX_SIZE)]
 
 
 class MoeConfig(BaseModel):
-    """The mixture of experts that stands at each `E` of the pattern; dropless, softmax router."""
+    """The mixture of experts that stands at each `E` of the pattern; softmax router."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -51,6 +51,10 @@ class MoeConfig(BaseModel):
     """Weight of the load-balancing loss; 0.001 to 0.02 are usual."""
     z_loss_weight: NonNegativeFloat = 0.001
     """Weight of the router's z-loss, which keeps its scores small; 0 turns it off, 0.001 is usual."""
+    capacity_factor: Annotated[float, Field(ge=0.0, le=1024.0)] = 0.0
+    """0 = dropless; else an expert takes ceil(this * top_k * tokens / num_experts) of a sequence in training."""
+    router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """In training the router's input is multiplied by numbers from 1 - this to 1 + this (Switch: 0.01); 0 = not."""
 
     @property
     def shared_hidden_size(self) -> int:
@@ -93,6 +97,8 @@ class ModelConfig(BaseModel):
     """Which products have a bias: any of "q", "k", "v", "output" (of attention), "ffn"."""
     tie_embeddings: bool = False
     """Use the embedding as the output matrix too; saves much in models below 2 B parameters."""
+    residual_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of what each part adds to the residual stream that is zeroed in training; 0 is usual in pretraining."""
     init: Literal["normal", "xavier_uniform", "scaled"] = "normal"
     """How weights begin: normal(init_std), Xavier-uniform, or normal with 1/sqrt(fan_in)."""
     init_std: PositiveFloat = 0.02

@@ -63,6 +63,8 @@ def make_moe(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy) -> 
         load_balancing=moe.load_balancing,
         load_balancing_weight=moe.load_balancing_weight,
         z_loss_weight=moe.z_loss_weight,
+        capacity_factor=moe.capacity_factor,
+        router_jitter=moe.router_jitter,
         token=mesh.token,
     )
 
@@ -127,7 +129,8 @@ def _assemble(config: ModelConfig, mesh: Mesh, held: HeldStages) -> LanguageMode
         if kind is None:
             return None
         norm = RMSNorm(config.hidden_size, config.norm_eps, tp=mesh.tp)
-        return Block(norm, table[kind](config, number, mesh, init))
+        name = f"layers.{number}.{'mixer' if table is MIXERS else 'feedforward'}"
+        return Block(norm, table[kind](config, number, mesh, init), residual_dropout=config.residual_dropout, name=name)
 
     layers = {
         number: Layer(block(MIXERS, kinds.mixer, number), block(FEEDFORWARDS, kinds.feedforward, number))

@@ -13,7 +13,7 @@ from torch import nn
 from meshwright.parallel.initialise import fill, init_rules
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.placement import Placement
-from meshwright.parallel.recompute import recompute_layers
+from meshwright.parallel.recompute import Recompute, keep_less
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.zero.engine import ZeroEngine, shard
 
@@ -28,6 +28,9 @@ class Plan:
     recompute: str = "none"
     recompute_every: int = 1
     recompute_save: tuple[str, ...] = ()
+    recompute_whole: tuple[str, ...] = ()
+    recompute_remade: tuple[str, ...] = ()
+    offload: bool = False
     compile: bool = False
     schedule: Literal["none", "whole backward", "split backward"] = "none"
     """How a pipeline's schedule computes gradients, if one runs the model."""
@@ -52,10 +55,15 @@ def apply(
         torch._dynamo.config.recompile_limit = 64
         for layer in layers:
             layer.forward = torch.compile(layer.forward)
-    if plan.recompute == "full":
-        recompute_layers(layers[:: plan.recompute_every], tally)
-    elif plan.recompute == "selective":
-        recompute_layers(layers, tally, plan.recompute_save)
+    how = Recompute(
+        plan.recompute,
+        every=plan.recompute_every,
+        save=plan.recompute_save,
+        whole=plan.recompute_whole,
+        remade=plan.recompute_remade,
+        offload=plan.offload,
+    )
+    keep_less(layers, tally, how, device)
     return shard(
         model,
         units,

@@ -20,6 +20,7 @@ NOT_YET = {
 MAX_RANKS = 2**20
 Degree = Annotated[int, Field(gt=0, le=MAX_RANKS)]
 SavedOp = Literal["attention", "matmul"]
+RecomputedModule = Literal["norm", "activation", "mixer", "feedforward", "experts"]
 
 Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
 ONE_STAGE = ("1f1b", "gpipe")
@@ -148,23 +149,29 @@ class RecomputeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
-    mode: Literal["none", "full", "selective"] = "none"
-    """none keeps all; full keeps only a layer's input (a third more compute); selective keeps the ops of `save`."""
+    mode: Literal["none", "full", "selective", "modules"] = "none"
+    """none keeps all; full keeps a layer's input (a third more compute); selective keeps `save`; modules see there."""
     every: Annotated[int, Field(gt=0, le=2**14)] = 1
     """With mode = "full": recompute every n-th layer; 1 is all of them."""
     save: Annotated[tuple[SavedOp, ...], Field(strict=False)] = ("attention", "matmul")
     """With mode = "selective": the results to keep, any of "attention", "matmul"; all others are recomputed."""
+    modules: Annotated[tuple[RecomputedModule, ...], Field(strict=False)] = ("norm", "activation")
+    """With mode = "modules": what is recomputed: "norm", "activation" (cheap), "mixer", "feedforward", "experts"."""
+    offload: bool = False
+    """With any mode: what is kept lies in the host's memory between forward and backward; costs transfers."""
+
+    @property
+    def runs_parts_again(self) -> bool:
+        """Say whether whole parts of a layer are run again, their products with weights too."""
+        if self.mode == "modules":
+            return any(name in ("mixer", "feedforward", "experts") for name in self.modules)
+        return self.mode != "none"
 
     def problems(self, num_layers: int) -> list[str]:
         """Return every reason why a stack of `num_layers` cannot recompute like this; empty means that it can."""
         if self.mode == "none":
-            return []  # a file keeps its keys while `recompute.mode=none` on the command line turns all of it off
-        found = []
-        if self.mode == "selective" and self.every != 1:
-            found.append(
-                f'recompute.every = {self.every}: counts only with recompute.mode = "full", and the mode is'
-                ' "selective"; leave it out'
-            )
+            return []  # a file keeps its keys while `recompute.mode=none` on the command line turns recompute off
+        found = self._keys_of_other_modes()
         if self.every > num_layers:
             found.append(
                 f"recompute.every = {self.every}: must not exceed model.num_layers = {num_layers};"
@@ -174,9 +181,25 @@ class RecomputeConfig(BaseModel):
             found.append(
                 'recompute.save = []: mode = "selective" must keep something; "attention", or mode = "full", would fit'
             )
-        if self.mode == "full" and self.save != RecomputeConfig().save:
+        if self.mode == "modules" and not self.modules:
             found.append(
-                f"recompute.save = {json.dumps(self.save)}: counts only with"
-                ' recompute.mode = "selective", and the mode is "full"; leave it out'
+                'recompute.modules = []: mode = "modules" must recompute something; "norm", or mode = "none", would fit'
+            )
+        inner = [name for name in ("activation", "experts") if name in self.modules]
+        if self.mode == "modules" and "feedforward" in self.modules and inner:
+            rest = [name for name in self.modules if name not in inner]
+            found.append(
+                f"recompute.modules = {json.dumps(self.modules)}: {' and '.join(inner)} stand within the feedforward,"
+                f" which is recomputed with all that it has; {json.dumps(rest)} would fit"
             )
         return found
+
+    def _keys_of_other_modes(self) -> list[str]:
+        """Return a line for each key that was given and that only another mode reads."""
+        usual = RecomputeConfig()
+        return [
+            f'recompute.{key} = {json.dumps(getattr(self, key))}: counts only with recompute.mode = "{mode}", and the'
+            f' mode is "{self.mode}"; leave it out'
+            for key, mode in (("every", "full"), ("save", "selective"), ("modules", "modules"))
+            if self.mode != mode and getattr(self, key) != getattr(usual, key)
+        ]

@@ -11,15 +11,16 @@ Where experts are also cut over etp, what arrived is shared among its ranks, pad
 
     rows [r, h]  --share_rows-->  everyone's rows [R, h]  --experts-->  partial sums [R, h]  --return_rows-->  [r, h]
 
-Nothing is added by scatter: a token's rows are gathered and summed in the order of its choices, so the result
-is bitwise the same at every run, on every device. This file knows no router and no expert.
+A choice may be dropped: it is sent nowhere, and a row of zeros comes back for it. Nothing is added by scatter: a
+token's rows are gathered and summed in the order of its choices, so the result is bitwise the same at every run, on
+every device. This file knows no router and no expert.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from meshwright.parallel.collectives import exchange_counts, exchange_rows, gather, scatter_sum
@@ -30,10 +31,10 @@ from meshwright.parallel.mesh import Axis
 class Dispatch:
     """What is needed to bring rows back: the two orders and how many rows went to and came from each rank."""
 
-    order: Int64[Tensor, " tk"]
+    order: Int64[Tensor, " sent"]
     """Which (token, choice) stands in each sorted row."""
     inverse: Int64[Tensor, " tk"]
-    """In which sorted row each (token, choice) stands."""
+    """In which sorted row each (token, choice) stands; of a dropped one, behind the last."""
     send: list[int]
     receive: list[int]
     arrival_order: Int64[Tensor, " r"] | None
@@ -43,9 +44,15 @@ class Dispatch:
 
 
 def dispatch(
-    x: Float[Tensor, "t h"], expert: Int64[Tensor, "t k"], num_experts: int, ep: Axis
+    x: Float[Tensor, "t h"],
+    expert: Int64[Tensor, "t k"],
+    num_experts: int,
+    ep: Axis,
+    taken: Bool[Tensor, "t k"] | None = None,
 ) -> tuple[Float[Tensor, "r h"], Dispatch]:
     """Bring each token to its experts; return the rows of this rank's experts, sorted by expert.
+
+    `taken` says which choices are sent at all; None is all of them.
 
     Raises:
         ValueError: if ep does not divide num_experts.
@@ -53,10 +60,13 @@ def dispatch(
     if num_experts % ep.size != 0:
         raise ValueError(f"num_experts = {num_experts} does not divide by {ep.name} = {ep.size}")
     top_k = expert.shape[1]
-    order = torch.argsort(expert.flatten(), stable=True)
+    chosen = (expert if taken is None else torch.where(taken, expert, num_experts)).flatten()
+    order = torch.argsort(chosen, stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    per_expert = torch.bincount(expert.flatten(), minlength=num_experts)
+    per_expert = torch.bincount(chosen, minlength=num_experts)[:num_experts]
+    if taken is not None:
+        order = order[: int(per_expert.sum())]  # the dropped ones were sorted behind all experts
 
     rows = _permute_copies(x, order, inverse, top_k)
     if not ep.is_split:
@@ -79,7 +89,7 @@ def combine(rows: Float[Tensor, "r h"], weight: Float[Tensor, "t k"], plan: Disp
         inverse[plan.arrival_order] = torch.arange(inverse.numel(), device=inverse.device)
         rows = _permute_rows(rows, inverse)
         rows = exchange_rows(rows, plan.receive, plan.send, ep)
-    of_token = _permute_rows(rows, plan.inverse).view(*weight.shape, rows.shape[1])
+    of_token = _spread_rows(rows, plan.order, plan.inverse).view(*weight.shape, rows.shape[1])
     return (of_token * weight[..., None].to(of_token.dtype)).sum(1)
 
 
@@ -134,6 +144,18 @@ def _permute_copies(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Te
     return permuted
 
 
+def _spread_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    spread: Tensor = _SpreadRows.apply(rows, order, inverse)  # type: ignore[no-untyped-call]
+    return spread
+
+
+def _rows_or_zeros(x: Tensor, row: Tensor) -> Tensor:
+    """Return the named rows, and zeros for those behind the last."""
+    if x.shape[0] == row.shape[0]:
+        return x.index_select(0, row)
+    return torch.cat((x, x.new_zeros(1, x.shape[1]))).index_select(0, row.clamp(max=x.shape[0]))
+
+
 def _permute_rows(x: Tensor, order: Tensor) -> Tensor:
     permuted: Tensor = _PermuteRows.apply(x, order)  # type: ignore[no-untyped-call]
     return permuted
@@ -151,8 +173,22 @@ class _PermuteCopies(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        of_token = grads[0].index_select(0, inverse).view(-1, ctx.top_k, grads[0].shape[1])
+        of_token = _rows_or_zeros(grads[0], inverse).view(-1, ctx.top_k, grads[0].shape[1])
         return of_token.sum(1), None, None, None
+
+
+class _SpreadRows(torch.autograd.Function):
+    """Row i of the result is row inverse[i], or zeros; `order` brings the gradient of those that were sent back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return _rows_or_zeros(rows, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0].index_select(0, order), None, None
 
 
 class _PermuteRows(torch.autograd.Function):

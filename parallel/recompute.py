@@ -2,24 +2,33 @@
 
     full         a layer keeps only its input, every n-th layer or all
     selective    a layer keeps the results of the named ops and computes the cheap rest again
+    modules      the named modules of a layer keep only their input; of others, which are cheap, not even the result is
+                 kept by those who use it (parallel/kept.py)
+    offload      with any of these or none: what is kept lies on the host until the backward pass needs it
 
 What a recomputed pass adds to the tally is ignored, and what a layer decided in the first pass (`Where.decide`), such
 as its routing, is there again in the second. The layers keep their names: their `forward` is replaced, no module is put
 around them.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from meshwright.kernels.attention_blocks import attention_by_blocks
 from meshwright.kernels.grouped import grouped_product
 from meshwright.kernels.products import onednn_product
+from meshwright.parallel.host_copies import HostCopies
+from meshwright.parallel.kept import Kept
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 
@@ -48,18 +57,54 @@ SAVED_OPS: dict[str, frozenset[Any]] = {
 }
 
 
-def recompute_layers(layers: Iterable[nn.Module], tally: Tally, saved: Iterable[str] = ()) -> None:
-    """Make each layer recompute its forward pass in the backward pass, except for the ops named in `saved`."""
+@dataclass(frozen=True)
+class Recompute:
+    """What is kept of the layers; plain values."""
+
+    mode: str = "none"
+    every: int = 1
+    """full: every n-th layer."""
+    save: tuple[str, ...] = ()
+    """selective: names in `SAVED_OPS`."""
+    whole: tuple[str, ...] = ()
+    """modules: names within a layer of what keeps only its input; a layer that has none of a name passes it by."""
+    remade: tuple[str, ...] = ()
+    """modules: names within a layer of what is run again rather than its result kept."""
+    offload: bool = False
+
+
+def keep_less(layers: list[nn.Module], tally: Tally, how: Recompute, device: torch.device) -> Kept | None:
+    """Make the layers keep what `how` says for the backward pass; return the hooks that they run under, if any."""
+    kept = Kept(HostCopies(device) if how.offload else None)
+    if how.mode == "full":
+        recompute_layers(layers[:: how.every], tally)
+    elif how.mode == "selective":
+        recompute_layers(layers, tally, how.save, kept)
+    elif how.mode == "modules":
+        recompute_modules(layers, tally, how.whole, how.remade, kept)
+    if not how.offload and (how.mode != "modules" or not how.remade):
+        return None
+    for layer in layers:
+        layer.forward = partial(_under, kept, layer.forward)
+    return kept
+
+
+def recompute_layers(
+    layers: Iterable[nn.Module], tally: Tally, saved: Iterable[str] = (), kept: Kept | None = None
+) -> None:
+    """Make each layer recompute its forward pass in the backward pass, except for the ops named in `saved`.
+
+    `kept` says where the results of those ops are kept.
+    """
     keep = frozenset[Any]().union(*(SAVED_OPS[name] for name in saved))
+    store = kept or Kept()
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         if not keep:
-            return nullcontext(), tally.paused()
-        first, again = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
-        return first, _both(again, tally.paused())
-
-    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
+            return nullcontext(), _Entered(tally.paused)
+        results: deque[Any] = deque()
+        give_back = _GiveBack(keep, store, results)
+        return _KeepResults(keep, store, results), _Entered(tally.paused, lambda: give_back)
 
     for layer in layers:
         # Nothing draws random numbers from a generator, so there is no generator state to restore.
@@ -69,12 +114,95 @@ def recompute_layers(layers: Iterable[nn.Module], tally: Tally, saved: Iterable[
         layer.forward = partial(_remembering, recomputed)
 
 
+def recompute_modules(
+    layers: Iterable[nn.Module], tally: Tally, whole: Iterable[str], remade: Iterable[str], kept: Kept
+) -> None:
+    """Make the named modules of each layer recompute their forward pass, and let nobody keep what `remade` ones return.
+
+    Raises:
+        ValueError: if no layer has any of them.
+    """
+    known = [dict(layer.named_modules()) for layer in layers]
+    names = (*whole, *remade)
+    if not any(name in modules for modules in known for name in names):
+        raise ValueError(f"no layer has any of the modules {', '.join(names)} to recompute")
+    for modules in known:
+        recompute_layers([modules[name] for name in whole if name in modules], tally)
+        for name in remade:
+            if name in modules:
+                modules[name].forward = partial(kept.run_again_later, modules[name].forward)
+
+
+def _under(kept: Kept, forward: Callable[..., Any], *args: Any) -> Any:
+    with kept.layer():
+        return forward(*args)
+
+
 def _remembering(forward: Callable[..., Any], *args: Any) -> Any:
     """Give each call a memory of its own, which the recomputed pass finds in the same arguments."""
     return forward(*(arg.remembering() if isinstance(arg, Where) else arg for arg in args))
 
 
-@contextmanager
-def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    with outer, inner:
-        yield
+@dataclass
+class _Held:
+    """A tensor that an op returned."""
+
+    packed: Any
+    version: int
+
+
+class _KeepResults(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what the named ops return, in the order of their calls."""
+
+    def __init__(self, ops: frozenset[Any], store: Kept, results: deque[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops, self.store, self.results = ops, store, results
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        if op in self.ops:
+            self.results.append((op, tree_map(self._keep, result)))
+        return result
+
+    def _keep(self, value: Any) -> Any:
+        # Detached: the caller's own tensor will hold the graph, and the graph this.
+        return _Held(self.store.pack(value.detach()), value._version) if isinstance(value, Tensor) else value
+
+
+class _GiveBack(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Returns what was kept instead of calling the named ops again."""
+
+    def __init__(self, ops: frozenset[Any], store: Kept, results: deque[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops, self.store, self.results = ops, store, results
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op not in self.ops:
+            return op(*args, **(kwargs or {}))
+        first, result = self.results.popleft() if self.results else (None, None)
+        if op is not first:
+            raise RuntimeError(f"the recomputed pass calls {op} where the first pass called {first}")
+        return tree_map(self._take, result)
+
+    def _take(self, value: Any) -> Any:
+        if not isinstance(value, _Held):
+            return value
+        if isinstance(value.packed, Tensor) and value.packed._version != value.version:
+            raise RuntimeError("a result that selective recompute kept was written to in place")
+        return self.store.unpack(value.packed)
+
+
+class _Entered(AbstractContextManager[None]):
+    """Contexts that are made anew each time: a graph that is kept is recomputed in each backward pass."""
+
+    def __init__(self, *make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.make, self.stacks = make, list[ExitStack]()
+
+    def __enter__(self) -> None:
+        stack = ExitStack()
+        for make in self.make:
+            stack.enter_context(make())
+        self.stacks.append(stack)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stacks.pop().__exit__(*exception)

@@ -73,7 +73,7 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
     flops = training_flops_per_token(model, run_file.data.seq_len)
     return [
         ("run", f"{run_file.run.name} -> {run_file.run.output_folder}, seed {run_file.run.seed}"),
-        ("layout", f"{layout}, ZeRO-{run_file.zero.stage}, recompute {run_file.recompute.mode}, {train.precision}"),
+        ("layout", f"{layout}, ZeRO-{run_file.zero.stage}, {_recompute_words(run_file)}, {train.precision}"),
         *_pipeline_lines(run_file, accumulated),
         ("model", _model_line(run_file)),
         ("", f"{flops / 1e9:.3g} GFLOP for each token trained on (attention counted causal)"),
@@ -124,6 +124,12 @@ def _pipeline_lines(run_file: RunFile, micro_batches: int) -> list[tuple[str, st
 
 def _layers_text(layers: range) -> str:
     return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+
+
+def _recompute_words(run_file: RunFile) -> str:
+    table = run_file.recompute
+    modules = f" ({', '.join(table.modules)})" if table.mode == "modules" else ""
+    return f"recompute {table.mode}{modules}" + (", offload" if table.offload else "")
 
 
 def _model_line(run_file: RunFile) -> str:

@@ -47,6 +47,10 @@ class RawStep:
     """By global layer number: tokens that each expert [e] received in this step."""
     router_losses: Mapping[str, float] = field(default_factory=dict)
     """By name, as added to the loss: load_balancing, z."""
+    dropped_choices: Count = 0
+    """Choices of an expert for which it had no room, over all layers."""
+    has_capacity: bool = False
+    """Whether experts can be full."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ class Meter:
             "seconds_other": raw.laps.other,
         }
         numbers |= {f"router_loss/{name}": loss for name, loss in raw.router_losses.items()}
+        if raw.has_capacity:
+            choices = sum(sum(counts) for counts in raw.expert_counts.values())
+            numbers["dropped_tokens"] = raw.dropped_choices / choices if choices else math.nan
         return numbers | expert_numbers(raw.expert_counts)
 
 

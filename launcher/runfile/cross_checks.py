@@ -41,6 +41,7 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
         *layout_problems(run_file),
         *pipeline_problems(run_file),
         *run_file.recompute.problems(run_file.model.num_layers),
+        *_recompute_problems(run_file),
         *_ramp_problems(run_file),
         *_learning_rate_problems(run_file),
         *_optimizer_problems(run_file),
@@ -61,11 +62,23 @@ def _name_problems(run_file: RunFile) -> list[str]:
 
 def _compile_problems(run_file: RunFile) -> list[str]:
     """Refuse a compiled layer that is recomputed: the second pass may be compiled to other saved tensors."""
-    mode = run_file.recompute.mode
-    if not run_file.train.compile or mode == "none":
+    mode, found = run_file.recompute.mode, []
+    if run_file.train.compile and mode != "none":
+        rule = f'is not possible with recompute.mode = "{mode}" in this version'
+        found.append(problem("train.compile", True, rule, 'false, or mode "none", would fit'))
+    if run_file.train.compile and run_file.recompute.offload:
+        rule = "is not possible with recompute.offload in this version"
+        found.append(problem("train.compile", True, rule, "false, or recompute.offload = false, would fit"))
+    return found
+
+
+def _recompute_problems(run_file: RunFile) -> list[str]:
+    """Refuse to recompute a part that no layer has."""
+    table = run_file.recompute
+    if table.mode != "modules" or "experts" not in table.modules or run_file.model.moe is not None:
         return []
-    rule = f'is not possible with recompute.mode = "{mode}" in this version'
-    return [problem("train.compile", True, rule, 'false, or mode "none", would fit')]
+    rule = "names experts, and the model has none (no table [model.moe])"
+    return [problem("recompute.modules", table.modules, rule, '"feedforward" would fit')]
 
 
 def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:
@@ -134,6 +147,7 @@ def _mps_problems(run_file: RunFile) -> list[str]:
     if run_file.run.device != "mps":
         return []
     train, one = run_file.train, "there is one process, and nothing to split"
+    offload = run_file.recompute.offload
     rows = [
         ("train.precision", train.precision, train.precision == "fp64", "there are no 64-bit numbers", '"fp32"'),
         ("train.precision", train.precision, train.precision == "bf16", "no fp32 masters", '"bf16_autocast" or "fp32"'),
@@ -141,6 +155,7 @@ def _mps_problems(run_file: RunFile) -> list[str]:
         ("zero.stage", run_file.zero.stage, run_file.zero.stage > 0, one, "0"),
         ("parallel.ep", run_file.parallel.ep, run_file.parallel.ep > 1, one, "1"),
         ("parallel.pp", run_file.parallel.pp, run_file.parallel.pp > 1, one, "1"),
+        ("recompute.offload", offload, offload, "all memory is the host's", "false"),
     ]
     return [
         problem(key, value, f'on run.device = "mps" {rule}', f"{fits} would fit")

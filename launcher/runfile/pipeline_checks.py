@@ -3,7 +3,7 @@
     stages          at most as many as layers
     micro-batches   of one size, because activations of one shape go from stage to stage, and as many as the schedule
                     takes; for every size that train.batch_ramp comes through
-    schedules that compute the gradients of weights apart: no ZeRO-3, no full recompute, no torch.compile, no "bf16"
+    schedules that compute the gradients of weights apart: no ZeRO-3, no layer run again, no torch.compile, no "bf16"
 
 Nothing here loads torch.
 """
@@ -45,7 +45,13 @@ def _split_backward_problems(run_file: RunFile) -> list[str]:
     # torch 2.13: under ZeRO-3 gradients are lost without a word; a layer is recomputed once for each group of weights.
     rows: list[tuple[str, object, bool, str, str]] = [
         ("zero.stage", stage, stage == 3, "would gather weights for each part of the backward", "0, 1 or 2"),
-        ("recompute.mode", recompute, recompute == "full", "would recompute a layer many times over", '"none"'),
+        (
+            "recompute.mode",
+            recompute,
+            run_file.recompute.runs_parts_again,
+            "would recompute a layer many times over",
+            '"none", "modules" with "norm" and "activation"',
+        ),
         ("train.compile", train.compile, train.compile, "needs whole backwards", "false"),
         (
             "train.precision",

@@ -119,6 +119,8 @@ def tell(
         skipped=result.skipped,
         expert_counts=counts,
         router_losses=losses,
+        dropped_choices=sum(float(value) for name, value in sums.items() if name.endswith(".dropped")),
+        has_capacity=weights is not None and weights.capacity_factor > 0,
     )
     sinks.step(meter.numbers(raw))
 

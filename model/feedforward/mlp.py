@@ -15,6 +15,14 @@ from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 
 
+class SwiGlu(nn.Module):
+    """The gated unit as a module, so that its result, which is cheap to make again, need not be kept."""
+
+    def forward(self, gate: Float[Tensor, "*tokens f"], up: Float[Tensor, "*tokens f"]) -> Float[Tensor, "*tokens f"]:
+        """Return silu(gate) * up."""
+        return swiglu(gate, up)
+
+
 class Mlp(nn.Module):
     """A SwiGLU feed-forward of inner width `ffn_hidden_size`."""
 
@@ -33,6 +41,7 @@ class Mlp(nn.Module):
         inward = init.matrix(hidden_size, ffn_hidden_size)
         self.gate = ColumnLinear(hidden_size, ffn_hidden_size, rule=inward, bias=bias, tp=tp)
         self.up = ColumnLinear(hidden_size, ffn_hidden_size, rule=inward, bias=bias, tp=tp)
+        self.activation = SwiGlu()
         outward = init.matrix(ffn_hidden_size, hidden_size, to_residual=True)
         self.down = RowLinear(ffn_hidden_size, hidden_size, rule=outward, bias=bias, tp=tp)
 
@@ -41,7 +50,7 @@ class Mlp(nn.Module):
     ) -> Float[Tensor, "*tokens h"]:
         """Compute each token by itself."""
         x = gather(x, self.tp)
-        return self.down(swiglu(self.gate(x), self.up(x)))  # type: ignore[no-any-return]
+        return self.down(self.activation(self.gate(x), self.up(x)))  # type: ignore[no-any-return]
 
     def initial_state(self, batch: int, max_len: int) -> None:
         """Return nothing: tokens do not see each other here."""

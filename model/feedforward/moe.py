@@ -3,7 +3,8 @@
     x [s, b, h] --router--> experts and weights [t, k] --dispatch--> rows of this rank's experts [r, h]
     rows --grouped SwiGLU--> rows --combine--> y [s, b, h] (+ shared expert(x))
 
-Dropless: every token reaches each of its experts, however uneven the load. A rank holds e/ep neighbouring
+Dropless: every token reaches each of its experts, however uneven the load; unless there is a capacity, with which an
+expert takes no more of a sequence in training (model/routers/capacity.py). A rank holds e/ep neighbouring
 experts, stacked; one grouped product serves all of them. With expert tensor parallelism it holds f/etp of each, and
 the ranks of etp compute each other's rows:
 
@@ -15,16 +16,18 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from meshwright.kernels.grouped import grouped_linear
-from meshwright.kernels.swiglu import swiglu
-from meshwright.model.feedforward.mlp import Mlp
+from meshwright.kernels.precision import at_least_fp32
+from meshwright.model.feedforward.mlp import Mlp, SwiGlu
 from meshwright.model.routers.balance import (
     choices_per_sequence,
     sequence_balance_loss,
     step_balance_loss,
     z_loss,
 )
+from meshwright.model.routers.capacity import taken_choices
 from meshwright.model.routers.topk import Routing, TopKRouter
 from meshwright.parallel.collectives import all_reduce
+from meshwright.parallel.dropout import jitter
 from meshwright.parallel.experts import combine, dispatch, return_rows, share_rows
 from meshwright.parallel.initialise import ZEROS, InitPolicy, InitRule
 from meshwright.parallel.linear import divide
@@ -61,6 +64,7 @@ class Experts(nn.Module):
         self.ep, self.etp, init = ep, etp, init or InitPolicy()
         inward = init.matrix(h, expert_hidden_size)
         self.rules = {"gate": inward, "up": inward, "down": init.matrix(expert_hidden_size, h, to_residual=True)}
+        self.activation = SwiGlu()
         self.gate = nn.Parameter(torch.empty(e_local, f, h))
         self.up = nn.Parameter(torch.empty(e_local, f, h))
         self.down = nn.Parameter(torch.empty(e_local, h, f))
@@ -88,7 +92,8 @@ class Experts(nn.Module):
         shared = share_rows(rows, counts, self.etp)
         gate = _add_bias(grouped_linear(shared.rows, self.gate, shared.counts), self.gate_bias, shared.counts)
         up = _add_bias(grouped_linear(shared.rows, self.up, shared.counts), self.up_bias, shared.counts)
-        y = return_rows(grouped_linear(swiglu(gate, up), self.down, shared.counts), shared, self.etp)
+        inner = self.activation(gate, up)
+        y = return_rows(grouped_linear(inner, self.down, shared.counts), shared, self.etp)
         return _add_bias(y, self.down_bias, counts)  # after the sum over etp, so once
 
 
@@ -107,6 +112,8 @@ class Moe(nn.Module):
         load_balancing: str = "sequence",
         load_balancing_weight: float = 0.0,
         z_loss_weight: float = 0.0,
+        capacity_factor: float = 0.0,
+        router_jitter: float = 0.0,
         token: Axis = NO_TOKEN,
     ) -> None:
         """Compose the parts; `name` is the layer's global name, under which load and losses are tallied.
@@ -114,6 +121,7 @@ class Moe(nn.Module):
         `token` is the axis over which the tokens of one sequence lie, cp and tp together.
         """
         super().__init__()
+        self.capacity_factor, self.router_jitter = capacity_factor, router_jitter
         self.name, self.num_experts = name, router.weight.shape[0]
         self.router, self.experts, self.shared = router, experts, shared
         self.load_balancing, self.token = load_balancing, token
@@ -128,7 +136,8 @@ class Moe(nn.Module):
 
     def tally_entries(self) -> dict[str, int]:
         """Declare the sums that this layer adds to a step's tally."""
-        return {f"{self.name}.load": self.num_experts, f"{self.name}.balance": 1, f"{self.name}.z": 1}
+        entries = {f"{self.name}.load": self.num_experts, f"{self.name}.balance": 1, f"{self.name}.z": 1}
+        return entries | ({f"{self.name}.dropped": 1} if self.capacity_factor else {})
 
     def finish_step(self, sums: dict[str, Tensor]) -> None:
         """Take the step's global load, once it is known, as what the next step's loss counts with."""
@@ -140,22 +149,43 @@ class Moe(nn.Module):
         """Send each token through its experts; attach the router's losses and count its load when training."""
         tokens = x.flatten(0, 1)
         # Recomputed scores could round otherwise and send a token elsewhere than to the expert whose gradient is due.
-        routing: Routing = self.router(tokens, lambda choose: where.decide(f"experts/{id(self)}", choose))
+        routing: Routing = self.router(
+            self._jittered(x, where).flatten(0, 1), lambda choose: where.decide(f"experts/{id(self)}", choose)
+        )
+        taken = self._taken(routing.expert, where) if self.training and self.capacity_factor else None
         if self.training and tally is not None:
             tokens = self._attach_losses(tokens, routing, where, tally)
-        return self._experts_and_shared(tokens, routing).view_as(x)
+            if taken is not None:
+                tally.add(f"{self.name}.dropped", (where.counted.flatten()[:, None] & ~taken).sum())
+        return self._experts_and_shared(tokens, routing, taken).view_as(x)
 
     def initial_state(self, batch: int, max_len: int) -> None:
         """Return nothing: tokens do not see each other here."""
 
     def step(self, x: Float[Tensor, "s b h"], state: None) -> Float[Tensor, "s b h"]:
-        """Compute the next tokens."""
+        """Compute the next tokens; nothing is dropped, because nobody knows yet how many there will be."""
         tokens = x.flatten(0, 1)
         return self._experts_and_shared(tokens, self.router(tokens)).view_as(x)
 
-    def _experts_and_shared(self, tokens: Tensor, routing: Routing) -> Tensor:
+    def _jittered(self, x: Tensor, where: Where) -> Tensor:
+        """Return what the router sees: in training perhaps with each feature of each token a little off."""
+        if not (self.training and self.router_jitter):
+            return x
+        return jitter(at_least_fp32(x), self.router_jitter, where=where, name=f"{self.name}/router_jitter")
+
+    def _taken(self, expert: Tensor, where: Where) -> Tensor:
+        """Return which choices their experts have room for."""
+
+        def choose() -> Tensor:
+            chosen = expert.view(*where.counted.shape, -1)
+            factor, num_experts = self.capacity_factor, self.num_experts
+            return taken_choices(chosen, where, self.token, factor=factor, num_experts=num_experts).flatten(0, 1)
+
+        return where.decide(f"taken/{id(self)}", choose)
+
+    def _experts_and_shared(self, tokens: Tensor, routing: Routing, taken: Tensor | None = None) -> Tensor:
         ep = self.experts.ep
-        rows, plan = dispatch(tokens, routing.expert, self.num_experts, ep)
+        rows, plan = dispatch(tokens, routing.expert, self.num_experts, ep, taken)
         y = combine(self.experts(rows, plan.counts), routing.weight, plan, ep)
         return y if self.shared is None else y + self.shared(tokens)
 

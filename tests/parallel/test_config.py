@@ -51,6 +51,14 @@ def test_what_remains_of_the_world_is_data_parallel() -> None:
         ({"mode": "selective", "every": 2}, 'recompute.every = 2: counts only with recompute.mode = "full"'),
         ({"mode": "selective", "save": []}, "recompute.save = []"),
         ({"mode": "full", "save": ["matmul"]}, 'recompute.save = ["matmul"]: counts only with'),
+        ({"mode": "modules", "save": ["matmul"]}, 'recompute.mode = "selective", and the mode is "modules"; leave it'),
+        (
+            {"mode": "full", "modules": ["mixer"]},
+            'recompute.modules = ["mixer"]: counts only with recompute.mode = "modules"',
+        ),
+        ({"mode": "modules", "every": 2}, 'recompute.every = 2: counts only with recompute.mode = "full"'),
+        ({"mode": "modules", "modules": []}, 'recompute.modules = []: mode = "modules" must recompute something'),
+        ({"mode": "modules", "modules": ["experts", "feedforward"]}, "experts stand within the feedforward"),
     ],
 )
 def test_recompute_keys_that_cannot_be_honoured_are_named(keys: dict[str, Any], part: str) -> None:
@@ -60,4 +68,10 @@ def test_recompute_keys_that_cannot_be_honoured_are_named(keys: dict[str, Any], 
 
 
 def test_mode_none_turns_the_other_recompute_keys_off_without_a_word() -> None:
-    assert RecomputeConfig.model_validate({"every": 9, "save": []}).problems(num_layers=4) == []
+    keys = {"every": 9, "save": [], "modules": []}
+    assert RecomputeConfig.model_validate(keys).problems(num_layers=4) == []
+
+
+def test_offload_stands_with_every_mode() -> None:
+    for mode in ("none", "full", "selective", "modules"):
+        assert RecomputeConfig.model_validate({"mode": mode, "offload": True}).problems(num_layers=4) == []

@@ -1,7 +1,7 @@
 """Philox against its published answers and its definition, and the streams that are cut from it.
 
-Of the three answers that its authors publish, ours can give the first only: its counters have 64 bits, the upper two
-of the four counter words are zero. So a Philox on whole Python numbers is held to all three here, and ours to that one.
+Ours gives the three answers that its authors publish, and what a Philox on whole Python numbers gives, which is held to
+the same answers.
 """
 
 import math
@@ -9,7 +9,15 @@ import math
 import pytest
 import torch
 
-from meshwright.parallel.counter_rng import normal_from_uniform, philox, stream_key, uniform_at, uniform_range
+from meshwright.parallel.counter_rng import (
+    draw_words,
+    normal_from_uniform,
+    philox,
+    philox_words,
+    stream_key,
+    uniform_at,
+    uniform_range,
+)
 
 KNOWN = [  # Random123, examples/kat_vectors: counter, key, answer
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -37,9 +45,27 @@ def test_the_definition_used_here_gives_the_published_answers(counter: str, key:
     assert by_definition(words(counter), words(key)) == words(answer)
 
 
-def test_philox_gives_the_published_answer_that_it_can_express() -> None:
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
+def test_philox_gives_the_published_answers(counter: str, key: str, answer: str) -> None:
+    of_key = words(key)
+    of_counter = [torch.tensor([word]) for word in words(counter)]
+    found = philox_words((of_key[0], of_key[1]), (of_counter[0], of_counter[1], of_counter[2], of_counter[3]))
+    assert [word.item() for word in found] == words(answer)
+
+
+def test_philox_by_one_number_has_zeros_in_the_upper_half_of_the_counter() -> None:
     counter, key, answer = (words(text) for text in KNOWN[0])
     assert philox((key[0], key[1]), torch.tensor([counter[0]])).tolist() == [answer]
+
+
+def test_a_draw_is_a_word_of_the_counter_that_is_its_place() -> None:
+    key = stream_key(7, "layers.3.mixer/dropout")
+    sample, position = torch.tensor([2**33 + 5, 9]), torch.tensor([0, 70_000, 4])
+    drawn = draw_words(key, 2**31 + 3, sample, position, 6, 7)
+    for s, b, i in [(0, 0, 0), (1, 0, 1), (2, 1, 2), (1, 1, 6), (0, 1, 5)]:
+        index = 6 + i
+        counter = [index // 4, int(position[s]), int(sample[b]) % 2**32, 2**31 + 3]
+        assert drawn[s, b, i] == by_definition(counter, list(key))[index % 4]
 
 
 def test_philox_is_its_definition_for_any_key_and_counters_beyond_32_bits() -> None:

@@ -90,6 +90,23 @@ def test_experts_on_ranks_that_divide_them_have_no_problems() -> None:
             1,
             'zero.stage = 1: on run.device = "mps" there is one process, and nothing to split; 0 would fit',
         ),
+        (
+            {"run": {"device": "mps"}, "recompute": {"offload": True}},
+            1,
+            'recompute.offload = true: on run.device = "mps" all memory is the host\'s; false would fit',
+        ),
+        (
+            {"recompute": {"mode": "modules", "modules": ["experts"]}},
+            1,
+            'recompute.modules = ["experts"]: names experts, and the model has none (no table [model.moe]);'
+            ' "feedforward" would fit',
+        ),
+        (
+            {"train": {"compile": True}, "recompute": {"offload": True}},
+            1,
+            "train.compile = true: is not possible with recompute.offload in this version; false, or"
+            " recompute.offload = false, would fit",
+        ),
     ],
 )
 def test_tables_that_do_not_go_together_are_told(tables: dict[str, Any], world_size: int, line: str) -> None:

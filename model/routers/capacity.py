@@ -1,0 +1,82 @@
+"""Capacity: how many tokens of one sequence an expert takes, and which.
+
+    capacity = ceil(factor * top_k * tokens / experts)      tokens: counted ones of the sequence, padding is none
+
+An expert takes the first `capacity` of the choices that fell on it, in the order of the tokens' positions. So a later
+token never displaces an earlier one: what a token computes does not depend on which experts later tokens choose, as in
+a causal model it must not. (Only how many counted tokens the sequence has enters from behind it.) With batch-wide or
+score-ordered capacity, as in GShard, it would depend on the other samples of the batch, and so on micro-batches and
+ranks; over one sequence it does not. With factor 1.25, top-1 and 4 experts, 8 tokens make a capacity of 3:
+
+    token      0  1  2  3  4  5  6  7
+    expert     A  A  B  A  A  C  A  D        A has room for 0, 1 and 3; the choices of 4 and 6 are dropped
+
+A dropped choice adds nothing: that token's weights are not made to sum to 1 again (Switch Transformer, Megatron; not so
+DeepSpeed's top-2, which divides by what was kept). Padding is never taken. The load that balances the router is counted
+before anything is dropped.
+"""
+
+from fractions import Fraction
+
+import torch
+from jaxtyping import Bool, Int, Int64
+from torch import Tensor
+
+from meshwright.parallel.collectives import gather
+from meshwright.parallel.mesh import Axis
+from meshwright.parallel.where import Where
+
+
+def capacity_of(tokens: Int[Tensor, " b"], factor: float, top_k: int, num_experts: int) -> Int64[Tensor, " b"]:
+    """Return how many choices each expert takes of sequences with so many counted tokens; exact in whole numbers."""
+    share = Fraction(str(factor)).limit_denominator(10**6) * top_k / num_experts  # 1.1 is eleven tenths, not a bit more
+    return (-(-tokens.to(torch.int64) * share.numerator // share.denominator)).clamp(min=1)
+
+
+def within_capacity(
+    expert: Int64[Tensor, "s b k"],
+    counted: Bool[Tensor, "s b"],
+    position: Int64[Tensor, " s"],
+    capacity: Int64[Tensor, " b"],
+    num_experts: int,
+) -> Bool[Tensor, "s b k"]:
+    """Say for each choice of whole sequences whether its expert takes it; tokens may come in any order."""
+    by_position = torch.argsort(position)
+    taken = torch.empty_like(expert, dtype=torch.bool)
+    taken[by_position] = _first_come(expert[by_position], counted[by_position], capacity, num_experts)
+    return taken
+
+
+def taken_choices(
+    expert: Int64[Tensor, "s_held b k"], where: Where, token: Axis, *, factor: float, num_experts: int
+) -> Bool[Tensor, "s_held b k"]:
+    """Say for each choice of the tokens held here whether its expert takes it.
+
+    `token` is the axis over which the tokens of one sequence lie: everyone's choices are gathered, so that all ranks
+    find the same.
+    """
+    s, b, top_k = expert.shape
+    capacity = capacity_of(where.sequence_tokens, factor, top_k, num_experts)
+    columns = (where.position[:, None], where.counted.to(torch.int64), expert.flatten(1))
+    whole = gather(torch.cat(columns, dim=1), token)
+    position, counted, chosen = torch.split(whole, [1, b, b * top_k], dim=1)
+    taken = within_capacity(chosen.view(-1, b, top_k), counted.bool(), position[:, 0], capacity, num_experts)
+    return taken[token.rank * s : (token.rank + 1) * s]
+
+
+def _first_come(
+    expert: Int64[Tensor, "s b k"], counted: Bool[Tensor, "s b"], capacity: Int64[Tensor, " b"], num_experts: int
+) -> Bool[Tensor, "s b k"]:
+    b = expert.shape[1]
+    nobody = b * num_experts
+    queue = torch.arange(b, device=expert.device)[None, :, None] * num_experts + expert
+    queue = torch.where(counted[..., None], queue, nobody).flatten()
+    # Sorted by sequence and expert, and within by position: a choice's place in its queue is how far it is from its
+    # queue's beginning.
+    order = torch.argsort(queue, stable=True)
+    lengths = torch.bincount(queue, minlength=nobody + 1)
+    begins = lengths.cumsum(0) - lengths
+    place = torch.empty_like(queue)
+    place[order] = torch.arange(queue.numel(), device=queue.device) - begins[queue[order]]
+    room = torch.cat((capacity.repeat_interleave(num_experts), capacity.new_zeros(1)))
+    return (place < room[queue]).view(expert.shape)

@@ -1,0 +1,117 @@
+"""Dropout, jitter and capacity are the same in every layout, micro-batch and on recompute."""
+
+from functools import cache
+
+import pytest
+import torch
+from engine_cases import Trace, moe_config, train
+from rank_pool import run_mesh
+from test_layouts import assert_same
+from torch import Tensor, nn
+
+from meshwright.model.block import RECOMPUTED_WHOLE, RUN_AGAIN, Block
+from meshwright.model.parts import build_model
+from meshwright.parallel.apply import Plan
+from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
+from meshwright.parallel.where import place, where_of_plain_tokens
+
+CONFIGS = {
+    "dropout": moe_config(residual_dropout=0.3),
+    "jitter": moe_config(router_jitter=0.4),
+    "capacity": moe_config(capacity_factor=0.75),
+    "all": moe_config(residual_dropout=0.2, router_jitter=0.2, capacity_factor=0.75, load_balancing="step"),
+}
+TP, TP_EP = Sizes(tp=2), Sizes(tp=2, dp_shard=2, ep=2)
+
+
+@cache
+def definition(name: str) -> Trace:
+    return train(single_process_mesh(), CONFIGS[name], Plan(), micro_batch=2)
+
+
+def case(mesh: Mesh, name: str, plan: Plan, micro_batch: int) -> Trace:
+    return train(mesh, CONFIGS[name], plan, micro_batch=micro_batch)
+
+
+def assert_same_and_drops(trace: Trace, expected: Trace) -> None:
+    assert_same(trace, expected)
+    for ours, theirs in zip(trace.tallies, expected.tallies, strict=True):
+        for key in (key for key in theirs if key.endswith("dropped")):
+            assert ours[key] == theirs[key] != [0.0]
+
+
+ALWAYS = [(TP_EP, "all"), (Sizes(dp_shard=2, ep=2), "all")]
+RARELY = [
+    (sizes, name)
+    for sizes in (TP, TP_EP, Sizes(dp_shard=4, ep=2), Sizes(tp=2, ep=2, etp=1), Sizes(tp=2, dp_shard=2, etp=2))
+    for name in ("dropout", "jitter", "capacity", "all")
+]
+
+
+@pytest.mark.parametrize(("sizes", "name"), ALWAYS)
+def test_a_layout_draws_and_drops_what_one_process_does(sizes: Sizes, name: str) -> None:
+    for trace in run_mesh(sizes, case, name, Plan(stage=1), 1):
+        assert_same_and_drops(trace, definition(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "name"), [layout for layout in RARELY if layout not in ALWAYS])
+def test_every_other_layout_draws_and_drops_the_same(sizes: Sizes, name: str) -> None:
+    for trace in run_mesh(sizes, case, name, Plan(stage=1), 4):
+        assert_same_and_drops(trace, definition(name))
+
+
+@pytest.mark.parametrize("name", ["dropout", "jitter", "capacity"])
+def test_each_of_them_changes_the_result(name: str) -> None:
+    plain = train(single_process_mesh(), moe_config(), Plan(), micro_batch=2, steps=1)
+    assert definition(name).losses[0] != pytest.approx(plain.losses[0], rel=1e-4)
+
+
+MODULES = {
+    "recompute_whole": RECOMPUTED_WHOLE["mixer"] + RECOMPUTED_WHOLE["feedforward"],
+    "recompute_remade": RUN_AGAIN["norm"],
+}
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan(recompute="full"), Plan(recompute="modules", **MODULES, offload=True)], ids=["full", "modules"]
+)
+def test_a_recomputed_pass_draws_and_drops_the_same(plan: Plan) -> None:
+    trace, expected = train(single_process_mesh(), CONFIGS["all"], plan, micro_batch=2), definition("all")
+    assert trace.losses == expected.losses
+    assert trace.tallies == expected.tallies
+    for name, value in expected.weights.items():
+        assert torch.equal(trace.weights[name], value), name
+
+
+@pytest.mark.slow
+def test_micro_batches_draw_and_drop_the_same() -> None:
+    assert_same_and_drops(train(single_process_mesh(), CONFIGS["all"], Plan(), micro_batch=8), definition("all"))
+
+
+class Same(nn.Module):
+    def forward(self, x: Tensor, *_rest: object) -> Tensor:
+        return x
+
+
+def masks(mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """Return this rank's positions and what dropout leaves of ones."""
+    block = Block(Same(), Same(), residual_dropout=0.5, name="layers.3.mixer")
+    document, counted = torch.zeros(8, 2, dtype=torch.int64), torch.ones(8, 2, dtype=torch.bool)
+    where = place(torch.tensor([5, 6]), document, counted, torch.arange(8), mesh.tp, step=2, step_tokens=16.0, seed=9)
+    return where.position, block(torch.ones(len(where.position), 2, 6), where, None)
+
+
+def test_the_masks_of_split_tokens_are_bitwise_those_of_the_whole() -> None:
+    _, whole = masks(single_process_mesh())
+    assert {1.0, 3.0} == set(whole.unique().tolist())
+    for position, part in run_mesh(TP, masks):
+        assert torch.equal(part, whole[position])
+
+
+def test_a_model_that_does_not_train_draws_and_drops_nothing() -> None:
+    tokens = torch.arange(24).view(12, 2) % 37
+    where = where_of_plain_tokens(tokens)
+    plain, other = (build_model(config).eval() for config in (moe_config(), CONFIGS["all"]))
+    assert torch.equal(other(tokens, None, where), plain(tokens, None, where))
+    assert not torch.equal(other.train()(tokens, None, where), plain(tokens, None, where))
