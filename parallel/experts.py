@@ -93,6 +93,30 @@ def combine(rows: Float[Tensor, "r h"], weight: Float[Tensor, "t k"], plan: Disp
     return (of_token * weight[..., None].to(of_token.dtype)).sum(1)
 
 
+class AllToAll:
+    """The exchange by an all-to-all with the sizes of the moment; `parallel/deep_ep.py` has another."""
+
+    def __init__(self, num_experts: int, ep: Axis) -> None:
+        """Take the global number of experts and the axis over which they lie."""
+        self.num_experts, self.ep = num_experts, ep
+
+    def send(
+        self,
+        x: Float[Tensor, "t h"],
+        expert: Int64[Tensor, "t k"],
+        weight: Float[Tensor, "t k"],
+        taken: Bool[Tensor, "t k"] | None = None,
+    ) -> tuple[Float[Tensor, "r h"], Int64[Tensor, " e_local"], tuple[Dispatch, Tensor]]:
+        """Bring each token to its experts; return this rank's rows by expert, how many each has, and the way back."""
+        rows, plan = dispatch(x, expert, self.num_experts, self.ep, taken)
+        return rows, plan.counts, (plan, weight)
+
+    def bring_back(self, rows: Float[Tensor, "r h"], sent: tuple[Dispatch, Tensor]) -> Float[Tensor, "t h"]:
+        """Return each token's weighted sum of its experts' rows."""
+        plan, weight = sent
+        return combine(rows, weight, plan, self.ep)
+
+
 @dataclass(frozen=True)
 class Shared:
     """The rows of all ranks of etp, sorted by expert, and how they lie in the exchanged, padded stretches."""

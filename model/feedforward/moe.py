@@ -11,6 +11,8 @@ the ranks of etp compute each other's rows:
     rows [r, h] --share_rows--> everyone's rows [R, h] --gate, up, down--> partial sums [R, h] --return_rows--> [r, h]
 """
 
+from typing import Any, Protocol
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from meshwright.model.routers.capacity import taken_choices
 from meshwright.model.routers.topk import Routing, TopKRouter
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.dropout import jitter
-from meshwright.parallel.experts import combine, dispatch, return_rows, share_rows
+from meshwright.parallel.experts import AllToAll, return_rows, share_rows
 from meshwright.parallel.initialise import ZEROS, InitPolicy, InitRule
 from meshwright.parallel.linear import divide
 from meshwright.parallel.mesh import NO_EP, NO_ETP, Axis
@@ -37,6 +39,18 @@ from meshwright.parallel.tally import Tally, attach_loss
 from meshwright.parallel.where import Where
 
 NO_TOKEN = Axis("token")
+
+
+class Exchange(Protocol):
+    """How tokens come to the ranks of their experts, and back."""
+
+    def send(
+        self, x: Tensor, expert: Tensor, weight: Tensor, taken: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Return this rank's rows by expert, how many each expert has, and what is needed to bring them back."""
+
+    def bring_back(self, rows: Tensor, sent: Any) -> Tensor:
+        """Return each token's weighted sum of its experts' rows."""
 
 
 class Experts(nn.Module):
@@ -115,12 +129,15 @@ class Moe(nn.Module):
         capacity_factor: float = 0.0,
         router_jitter: float = 0.0,
         token: Axis = NO_TOKEN,
+        exchange: Exchange | None = None,
     ) -> None:
         """Compose the parts; `name` is the layer's global name, under which load and losses are tallied.
 
-        `token` is the axis over which the tokens of one sequence lie, cp and tp together.
+        `token` is the axis over which the tokens of one sequence lie, cp and tp together; `exchange` brings tokens to
+        their experts and back, by an all-to-all if it is not given.
         """
         super().__init__()
+        self.exchange = exchange or AllToAll(router.weight.shape[0], experts.ep)
         self.capacity_factor, self.router_jitter = capacity_factor, router_jitter
         self.name, self.num_experts = name, router.weight.shape[0]
         self.router, self.experts, self.shared = router, experts, shared
@@ -184,9 +201,8 @@ class Moe(nn.Module):
         return where.decide(f"taken/{id(self)}", choose)
 
     def _experts_and_shared(self, tokens: Tensor, routing: Routing, taken: Tensor | None = None) -> Tensor:
-        ep = self.experts.ep
-        rows, plan = dispatch(tokens, routing.expert, self.num_experts, ep, taken)
-        y = combine(self.experts(rows, plan.counts), routing.weight, plan, ep)
+        rows, counts, sent = self.exchange.send(tokens, routing.expert, routing.weight, taken)
+        y = self.exchange.bring_back(self.experts(rows, counts), sent)
         return y if self.shared is None else y + self.shared(tokens)
 
     def _attach_losses(self, tokens: Tensor, routing: Routing, where: Where, tally: Tally) -> Tensor:
