@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # Axes that have their keys, so that run files keep their form, but that this version does not split.
 NOT_YET = {
-    "cp": "context parallelism",
 }
 
 # More ranks than any cluster has: beyond it is a slip of the keyboard.
@@ -21,6 +20,7 @@ MAX_RANKS = 2**20
 Degree = Annotated[int, Field(gt=0, le=MAX_RANKS)]
 SavedOp = Literal["attention", "matmul"]
 RecomputedModule = Literal["norm", "activation", "mixer", "feedforward", "experts"]
+ContextWay = Literal["ring", "ulysses"]
 
 Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
 ONE_STAGE = ("1f1b", "gpipe")
@@ -41,7 +41,9 @@ class ParallelConfig(BaseModel):
     pp: Degree = 1
     """Pipeline parallel: splits the stack into stages, as [pipeline] says. For models that no node holds."""
     cp: Degree = 1
-    """Context parallel: splits the sequence. Only 1 in this version."""
+    """Context parallel: splits each sample over ranks, for samples that one rank has no memory for."""
+    context: ContextWay = "ring"
+    """Attention over cp: ring passes keys and values around; ulysses exchanges heads (cp * tp divides num_heads)."""
     ep: Degree = 1
     """Expert parallel: splits the experts of each MoE layer over ranks that also share the data. 1 to num_experts.
     ep * etp divides dp * cp * tp: experts lie on the ranks of a stage in a way of their own."""

@@ -7,6 +7,8 @@ Under tensor parallelism a rank has n/tp query heads and the k/tp key heads that
 neighbouring ranks whose queries share a key head hold copies of it:
 
     x [s/tp, b, h] --gather--> [s, b, h] --q, k, v--> heads of this rank --output, sum--> [s/tp, b, h]
+
+Under context parallelism s is s/cp all along, and only the attention itself communicates (`parallel/context/`).
 """
 
 from dataclasses import dataclass
@@ -15,14 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meshwright.kernels.attention import attention, cached_attention
+from meshwright.kernels.attention import cached_attention
 from meshwright.kernels.rope import apply_rope
 from meshwright.model.norms import RMSNorm
 from meshwright.model.positions import rotary_angles
 from meshwright.parallel.collectives import gather
+from meshwright.parallel.context.attend import Way, context_attention
+from meshwright.parallel.context.order import meetings
 from meshwright.parallel.initialise import InitPolicy
 from meshwright.parallel.linear import NO_COPIES, ColumnLinear, RowLinear, divide
-from meshwright.parallel.mesh import NO_TP, Axis
+from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 
@@ -52,10 +56,13 @@ class Attention(nn.Module):
         init: InitPolicy | None = None,
         tp: Axis = NO_TP,
         kv_copies: Axis = NO_COPIES,
+        cp: Axis = NO_CP,
+        context: Way = "ring",
     ) -> None:
         """Take global sizes; `qk_norm_eps` switches the norm of queries and keys on, `bias` names q, k, v, output.
 
-        `kv_copies` are the neighbouring ranks of `tp` that hold the same key and value head (`copies_of_kv_heads`).
+        `kv_copies` are the neighbouring ranks of `tp` that hold the same key and value head (`copies_of_kv_heads`);
+        `context` is how positions of one sample on other ranks of `cp` are attended to.
 
         Raises:
             ValueError: if the key heads do not divide the query heads, or tp does not divide either.
@@ -66,7 +73,8 @@ class Attention(nn.Module):
         init = init or InitPolicy()
         divide(num_heads, tp.size, what="num_heads", by=tp.name)
         divide(num_kv_heads * kv_copies.size, tp.size, what="num_kv_heads * copies", by=tp.name)
-        self.head_dim, self.rope_base, self.tp = head_dim, rope_base, tp
+        self.head_dim, self.rope_base, self.tp, self.cp = head_dim, rope_base, tp, cp
+        self.context: Way = context
         width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
         inward, kv_inward = init.matrix(hidden_size, width), init.matrix(hidden_size, kv_width)
         self.q = ColumnLinear(hidden_size, width, rule=inward, bias="q" in bias, tp=tp)
@@ -87,7 +95,10 @@ class Attention(nn.Module):
         )
         q, k, v = self._heads(gather(x, self.tp), cos, sin)
         document = where.document_whole if where.mask_documents else None
-        mixed = attention(q, k, v, is_causal=True, document=document)
+        meet = None
+        if document is not None and self.cp.is_split:
+            meet = where.derive("context/meetings", lambda: meetings(where.document_whole, self.cp))
+        mixed = context_attention(q, k, v, self.cp, self.context, document, meet)
         return self.output(mixed.flatten(2))  # type: ignore[no-any-return]
 
     def initial_state(self, batch: int, max_len: int) -> KeyValueCache:
