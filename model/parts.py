@@ -131,7 +131,7 @@ def _assemble(config: ModelConfig, mesh: Mesh, held: HeldStages, context: Way) -
     depth = 2 * config.num_layers if config.init_depth_scaled else 0
     init = InitPolicy(config.init, config.init_std, residual_depth=depth)
 
-    mixers = {**MIXERS, "attention": partial(make_attention, context=context)}
+    mixers: dict[str, MakePart] = {**MIXERS, "attention": partial(make_attention, context=context)}
 
     def block(table: dict[str, MakePart], kind: str | None, number: int) -> Block | None:
         if kind is None:
