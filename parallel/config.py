@@ -11,10 +11,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# Axes that have their keys, so that run files keep their form, but that this version does not split.
-NOT_YET = {
-}
-
 # More ranks than any cluster has: beyond it is a slip of the keyboard.
 MAX_RANKS = 2**20
 Degree = Annotated[int, Field(gt=0, le=MAX_RANKS)]
@@ -73,17 +69,6 @@ class ParallelConfig(BaseModel):
 
     def problems(self, world_size: int) -> list[str]:
         """Return every reason why this table cannot run on `world_size` ranks; empty means that it can."""
-        return [*self.refusals(), *self._world_problems(world_size)]
-
-    def refusals(self) -> list[str]:
-        """Return what this version cannot split at all, on any number of ranks."""
-        return [
-            f"parallel.{key} = {getattr(self, key)}: {what} is not in this version; 1 would fit"
-            for key, what in NOT_YET.items()
-            if getattr(self, key) > 1
-        ]
-
-    def _world_problems(self, world_size: int) -> list[str]:
         used = self._without_dp_shard
         found = []
         if world_size % used != 0:

@@ -54,6 +54,9 @@ class Samples(NamedTuple):
     mask_documents: bool = False
 
 
+CAUSAL = Samples()
+
+
 @dataclass
 class Run:
     """One rank's model, engine and tally."""
@@ -63,7 +66,7 @@ class Run:
     engine: ZeroEngine
     tally: Tally
     pipeline: Pipeline | None = None
-    samples: Samples = Samples()
+    samples: Samples = CAUSAL
 
 
 def dense_config(**changes: object) -> ModelConfig:
@@ -84,7 +87,7 @@ def start(
     *,
     dtype: torch.dtype = torch.float64,
     stages: Stages | None = None,
-    samples: Samples = Samples(),
+    samples: Samples = CAUSAL,
 ) -> Run:
     """Build a model and spread it, as a run does; `stages` where the mesh has a pipeline."""
     stages = stages or Stages("gpipe", 1)
@@ -115,7 +118,7 @@ def train(
     steps: int = 2,
     micro_batch: int = 1,
     stages: Stages | None = None,
-    samples: Samples = Samples(),
+    samples: Samples = CAUSAL,
 ) -> Trace:
     """Train a few steps with AdamW and clipping; some targets are padding, unevenly over the samples."""
     run, trace = start(mesh, config, plan, dtype=dtype, stages=stages, samples=samples), Trace()
