@@ -28,7 +28,8 @@ from meshwright.kernels.precision import at_least_fp32
 
 MASK_ENTRIES = 1 << 24
 """Entries of a mask made at a time on the CPU: 64 MiB of fp32."""
-CUDA_DTYPES = (torch.float16, torch.bfloat16)
+CUDA_DTYPES, CUDA_WIDTH = (torch.float16, torch.bfloat16), 256
+"""What the operator of CUDA takes, and how wide a head may be for it."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -55,20 +56,20 @@ class Sight(NamedTuple):
         return seen
 
 
-def slower_than_flash(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why attention by parts cannot go by a flash operator here; None if it does."""
-    if device.type == "cpu" or (device.type == "cuda" and dtype in CUDA_DTYPES):
+def slower_than_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why attention by parts cannot go by a flash operator here, for the log; None if it does."""
+    if device.type == "cpu" or (device.type == "cuda" and dtype in CUDA_DTYPES and head_dim <= CUDA_WIDTH):
         return None
-    takes = "takes fp16 and bf16 only" if device.type == "cuda" else "does not exist there"
-    name = str(dtype).removeprefix("torch.")
-    return f"ring attention in {name} on {device.type} goes by plain products, as the flash operator {takes}"
+    takes = f"takes fp16 and bf16, heads of at most {CUDA_WIDTH}" if device.type == "cuda" else "does not exist there"
+    what = f"{str(dtype).removeprefix('torch.')}, heads of {head_dim}"
+    return f"ring attention ({what}) on {device.type} goes by plain products: the flash operator {takes}"
 
 
 def partial_attention(
     q: Float[Tensor, "s b n d"], k: Float[Tensor, "c b k d"], v: Float[Tensor, "c b k d"], sight: Sight
 ) -> tuple[Float[Tensor, "s b n d"], Float[Tensor, "s b n"]]:
     """Average the values over the keys that are seen, and return the log-sum-exp of the scores with it."""
-    if slower_than_flash(q.device, q.dtype) is not None:
+    if slower_than_flash(q.device, q.dtype, q.shape[3]) is not None:
         return reference.partial_attention(q, k, v, _whole_mask(q, k, sight))
     if q.device.type == "cuda":
         return flash_cuda.forward(q, k, v, sight.is_causal, sight.of_queries, sight.of_keys)
@@ -94,7 +95,7 @@ def partial_attention_gradients(
     sight: Sight,
 ) -> tuple[Float[Tensor, "s b n d"], Float[Tensor, "c b k d"], Float[Tensor, "c b k d"]]:
     """Return what these keys and values add to the gradients of q, k and v; `out` and `lse` are those of all keys."""
-    if slower_than_flash(q.device, q.dtype) is not None:
+    if slower_than_flash(q.device, q.dtype, q.shape[3]) is not None:
         return reference.partial_attention_gradients(grad, q, k, v, out, lse, _whole_mask(q, k, sight))
     if q.device.type == "cuda":
         return flash_cuda.backward(grad, q, k, v, out, lse, (sight.is_causal, sight.of_queries, sight.of_keys))
