@@ -17,7 +17,7 @@ from meshwright.model.block import Block, Layer
 from meshwright.model.config import ModelConfig
 from meshwright.model.feedforward.mlp import Mlp
 from meshwright.model.feedforward.moe import Experts, Moe
-from meshwright.model.mixers.attention import Attention, copies_of_kv_heads
+from meshwright.model.mixers.attention import Attention, Heads, Spread, copies_of_kv_heads
 from meshwright.model.norms import RMSNorm
 from meshwright.model.routers.topk import TopKRouter
 from meshwright.model.stack import LanguageModel
@@ -33,19 +33,15 @@ MakePart = Callable[[ModelConfig, int, Mesh, InitPolicy], nn.Module]
 
 def make_attention(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy, context: Way = "ring") -> nn.Module:
     """Return attention as the config has it; `context` is its way over cp."""
+    copies = mesh.neighbours(copies_of_kv_heads(config.num_kv_heads, mesh.tp.size))
     return Attention(
         config.hidden_size,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
+        Heads(config.num_heads, config.num_kv_heads, config.head_dim),
         rope_base=config.rope_base,
         qk_norm_eps=config.norm_eps if config.qk_norm else None,
         bias=frozenset(config.bias),
         init=init,
-        tp=mesh.tp,
-        kv_copies=mesh.neighbours(copies_of_kv_heads(config.num_kv_heads, mesh.tp.size)),
-        cp=mesh.cp,
-        context=context,
+        spread=Spread(mesh.tp, copies, mesh.cp, context),
     )
 
 

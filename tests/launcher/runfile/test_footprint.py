@@ -122,7 +122,7 @@ LONG = ("parallel.cp=4", "parallel.tp=2", "data.seq_len=1024", "train.micro_batc
 
 
 def test_a_micro_batch_of_a_rank_is_its_part_of_the_tokens() -> None:
-    """Recomputed every second layer of two: one keeps its input, hidden_size / tp numbers of two bytes for each token."""
+    """Of two layers the first is recomputed: it keeps its input, hidden_size / tp numbers of two bytes a token."""
     tokens, spread, types = 3 * 1024, Degrees(cp=4, tp=2), Types(2, 2)
     model = run_file().model
     layer = layer_bytes(model, model.layers[0], spread, types) * tokens / 4
