@@ -8,7 +8,7 @@ e num_experts, v vocab_size, c positions in the cache.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from meshwright.kernels.cross_entropy import NOT_COUNTED
@@ -67,14 +67,56 @@ def cached_attention(
     return _softmax_average(q, k, v, seen)
 
 
-def _softmax_average(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+def partial_attention(
+    q: Float[Tensor, "s b n d"],
+    k: Float[Tensor, "c b k d"],
+    v: Float[Tensor, "c b k d"],
+    seen: Bool[Tensor, "#b s c"],
+) -> tuple[Float[Tensor, "s b n d"], Float[Tensor, "s b n"]]:
+    """Return the average over the keys that are seen and the log-sum-exp; 0 and -inf for a row that sees none."""
+    scores, v_ = _scores(q, k).masked_fill(~seen[:, None], -torch.inf), _repeated(q, v)
+    lse = scores.logsumexp(-1)
+    out: Tensor = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp() @ v_
+    return out.permute(2, 0, 1, 3).to(q.dtype), lse.permute(2, 0, 1)
+
+
+def partial_attention_gradients(
+    grad: Float[Tensor, "s b n d"],
+    q: Float[Tensor, "s b n d"],
+    k: Float[Tensor, "c b k d"],
+    v: Float[Tensor, "c b k d"],
+    out: Float[Tensor, "s b n d"],
+    lse: Float[Tensor, "s b n"],
+    seen: Bool[Tensor, "#b s c"],
+) -> tuple[Float[Tensor, "s b n d"], Float[Tensor, "c b k d"], Float[Tensor, "c b k d"]]:
+    """Return dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q; out and lse are those of all keys."""
+    g, q_, o = (at_least_fp32(x).permute(1, 2, 0, 3) for x in (grad, q, out))  # [b, n, s, d]
+    k_, v_ = _repeated(q, k), _repeated(q, v)
+    p = (_scores(q, k).masked_fill(~seen[:, None], -torch.inf) - lse.permute(1, 2, 0)[..., None]).exp()
+    d = p * (g @ v_.transpose(-1, -2) - (g * o).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
     heads_per_kv = q.shape[2] // k.shape[2]
-    q_, k_, v_ = (at_least_fp32(x).permute(1, 2, 0, 3) for x in (q, k, v))  # [b, heads, s, d]
-    k_, v_ = k_.repeat_interleave(heads_per_kv, dim=1), v_.repeat_interleave(heads_per_kv, dim=1)
-    scores = q_ @ k_.transpose(-1, -2) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    averaged: Tensor = weights @ v_
+    of_k, of_v = (
+        x.unflatten(1, (-1, heads_per_kv)).sum(2) for x in (d.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ g)
+    )
+    of_q, of_k, of_v = (x.permute(2, 0, 1, 3).to(q.dtype) for x in (d @ k_, of_k, of_v))
+    return of_q, of_k, of_v
+
+
+def _softmax_average(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    weights = _scores(q, k).masked_fill(~seen, -torch.inf).softmax(-1)
+    averaged: Tensor = weights @ _repeated(q, v)
     return averaged.permute(2, 0, 1, 3).to(q.dtype)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """Return q k / sqrt(d), [b, n, s, c]."""
+    scores: Tensor = at_least_fp32(q).permute(1, 2, 0, 3) @ _repeated(q, k).transpose(-1, -2) * q.shape[-1] ** -0.5
+    return scores
+
+
+def _repeated(q: Tensor, k: Tensor) -> Tensor:
+    """Return keys or values once for each head of q: [c, b, k, d] -> [b, n, c, d]."""
+    return at_least_fp32(k).permute(1, 2, 0, 3).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
 
 
 def swiglu(gate: Float[Tensor, "*tokens f"], up: Float[Tensor, "*tokens f"]) -> Float[Tensor, "*tokens f"]:

@@ -70,7 +70,14 @@ def build_run(run_file: RunFile, store: TokenStore, mesh: Mesh, device: torch.de
     """Build the model with its initial weights, its optimizer and its tally, as this rank holds them."""
     stages = stages_of(run_file)
     held = HeldStages(layers_held(run_file, mesh.pp.rank), stages.count)
-    model = build_model(run_file.model, mesh=mesh, device="meta", dtype=held_dtype(run_file), held=held)
+    model = build_model(
+        run_file.model,
+        mesh=mesh,
+        context=run_file.parallel.context,
+        device="meta",
+        dtype=held_dtype(run_file),
+        held=held,
+    )
     table = placement_table(model)
     ranks = {f"memory.{rank}": 1 for rank in range(mesh.world.size)}
     entries = everyones_entries(declared_entries(model), mesh.pp)

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 from meshwright.kernels.choose import Choices, choices_from_dict
+from meshwright.kernels.flash import slower_than_flash
+from meshwright.parallel.config import ParallelConfig
 from meshwright.parallel.mesh import Mesh
 
 
@@ -47,6 +49,14 @@ def choices_of_run(stored: dict[str, str], mesh: Mesh, device: torch.device, dty
         return Chosen(choices_from_dict(box[0][0]), box[0][1])
     assert found is not None
     return found
+
+
+def ring_lines(parallel: ParallelConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Return a line for the log where ring attention cannot go by a flash operator, and why."""
+    if parallel.cp == 1 or parallel.context != "ring":
+        return []
+    why = slower_than_flash(device, dtype, head_dim)
+    return [] if why is None else [why]
 
 
 def _of_this_machine() -> Chosen:

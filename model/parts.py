@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from meshwright.model.block import Block, Layer
 from meshwright.model.config import ModelConfig
 from meshwright.model.feedforward.mlp import Mlp
 from meshwright.model.feedforward.moe import Experts, Moe
-from meshwright.model.mixers.attention import Attention, copies_of_kv_heads
+from meshwright.model.mixers.attention import Attention, Heads, Spread, copies_of_kv_heads
 from meshwright.model.norms import RMSNorm
 from meshwright.model.routers.topk import TopKRouter
 from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages
+from meshwright.parallel.context.attend import Way
 from meshwright.parallel.initialise import InitPolicy, fill, init_rules
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import placement_table, without_padding
@@ -29,19 +31,17 @@ from meshwright.parallel.vocabulary import Embedding, VocabularyRows
 MakePart = Callable[[ModelConfig, int, Mesh, InitPolicy], nn.Module]
 
 
-def make_attention(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy) -> nn.Module:
-    """Return attention as the config has it."""
+def make_attention(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy, context: Way = "ring") -> nn.Module:
+    """Return attention as the config has it; `context` is its way over cp."""
+    copies = mesh.neighbours(copies_of_kv_heads(config.num_kv_heads, mesh.tp.size))
     return Attention(
         config.hidden_size,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
+        Heads(config.num_heads, config.num_kv_heads, config.head_dim),
         rope_base=config.rope_base,
         qk_norm_eps=config.norm_eps if config.qk_norm else None,
         bias=frozenset(config.bias),
         init=init,
-        tp=mesh.tp,
-        kv_copies=mesh.neighbours(copies_of_kv_heads(config.num_kv_heads, mesh.tp.size)),
+        spread=Spread(mesh.tp, copies, mesh.cp, context),
     )
 
 
@@ -78,6 +78,7 @@ def build_model(
     *,
     seed: int = 0,
     mesh: Mesh | None = None,
+    context: Way = "ring",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     held: HeldStages | None = None,
@@ -85,6 +86,7 @@ def build_model(
     """Return the model with its initial weights; on `device="meta"` without weights, to be placed and filled later.
 
     `held`: only these stages of it, as a rank of a pipeline holds them.
+    `context` is how attention reaches the positions of a sample that lie on other ranks of the mesh's cp.
 
     Raises:
         ValueError: naming every reason why the config makes no model.
@@ -94,7 +96,7 @@ def build_model(
         raise ValueError("\n".join(problems))
     mesh = mesh or single_process_mesh()
     with torch.device(device):
-        model = _assemble(config, mesh, held or HeldStages({0: range(config.num_layers)}, 1))
+        model = _assemble(config, mesh, held or HeldStages({0: range(config.num_layers)}, 1), context)
         for parameter in model.parameters():  # not `model.to`: buffers keep their type
             parameter.data = parameter.data.to(dtype)
     if torch.device(device).type != "meta":
@@ -121,9 +123,11 @@ def reset_buffers(model: nn.Module) -> None:
             reset()
 
 
-def _assemble(config: ModelConfig, mesh: Mesh, held: HeldStages) -> LanguageModel:
+def _assemble(config: ModelConfig, mesh: Mesh, held: HeldStages, context: Way) -> LanguageModel:
     depth = 2 * config.num_layers if config.init_depth_scaled else 0
     init = InitPolicy(config.init, config.init_std, residual_depth=depth)
+
+    mixers: dict[str, MakePart] = {**MIXERS, "attention": partial(make_attention, context=context)}
 
     def block(table: dict[str, MakePart], kind: str | None, number: int) -> Block | None:
         if kind is None:
@@ -133,7 +137,7 @@ def _assemble(config: ModelConfig, mesh: Mesh, held: HeldStages) -> LanguageMode
         return Block(norm, table[kind](config, number, mesh, init), residual_dropout=config.residual_dropout, name=name)
 
     layers = {
-        number: Layer(block(MIXERS, kinds.mixer, number), block(FEEDFORWARDS, kinds.feedforward, number))
+        number: Layer(block(mixers, kinds.mixer, number), block(FEEDFORWARDS, kinds.feedforward, number))
         for number, kinds in enumerate(config.layers)
         if number in held.layers
     }

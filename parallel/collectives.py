@@ -5,6 +5,8 @@
     exchange_rows    x [sum(send), h] on each rank  ->  [sum(receive), h]     rows by destination, by source
     reduce_scatter   [n * part] on each rank        ->  [part]                the sum of everyone's piece for me
     all_gather       [part] on each rank            ->  [n * part]            everyone's piece, in axis order
+    pass_on          x on rank r                    ->  x of rank r - 1       one step around the ring
+    sequence_to_heads    [s/n, b, heads, d]         ->  [s, b, heads/n, d]    and `heads_to_sequence` back
 
 The communication stands where it is called; an axis of size 1 communicates nothing. Names of torch's
 collectives that differ between the versions we support (2.11 to 2.13) are resolved here and nowhere else.
@@ -153,3 +155,82 @@ def _all_to_all(x: Tensor, send: list[int], receive: list[int], axis: Axis) -> T
     out = x.new_empty((sum(receive), *x.shape[1:]))
     dist.all_to_all_single(out, x.contiguous(), receive, send, group=axis.group)
     return out
+
+
+class Passing:
+    """A tensor on its way to the next rank of a ring, and that of the rank before on its way here."""
+
+    def __init__(self, sent: Tensor, received: Tensor, works: list[Any]) -> None:
+        """Keep what is sent alive until it has left."""
+        self._sent, self._received, self._works = sent, received, works
+
+    def wait(self) -> Tensor:
+        """Return what the rank before sent."""
+        for work in self._works:
+            work.wait()
+        return self._received
+
+
+def pass_on(x: Tensor, axis: Axis) -> Passing:
+    """Send `x` to the next rank of the axis, the last to the first; asynchronous, `x` must not be written to."""
+    if not axis.is_split:
+        return Passing(x, x, [])
+    sent, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    to, source = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    send = dist.P2POp(dist.isend, sent, group=axis.group, group_peer=to)
+    receive = dist.P2POp(dist.irecv, received, group=axis.group, group_peer=source)
+    return Passing(sent, received, dist.batch_isend_irecv([send, receive]))
+
+
+def sequence_to_heads(x: Shaped[Tensor, "s_local b n d"], axis: Axis) -> Shaped[Tensor, "s b n_local d"]:
+    """Exchange a part of the sequence, all heads, for everyone's part, n/size heads; rows in axis order."""
+    if not axis.is_split:
+        return x
+    exchanged: Tensor = _SequenceToHeads.apply(x, axis)  # type: ignore[no-untyped-call]
+    return exchanged
+
+
+def heads_to_sequence(x: Shaped[Tensor, "s b n_local d"], axis: Axis) -> Shaped[Tensor, "s_local b n d"]:
+    """Exchange back what `sequence_to_heads` did."""
+    if not axis.is_split:
+        return x
+    exchanged: Tensor = _HeadsToSequence.apply(x, axis)  # type: ignore[no-untyped-call]
+    return exchanged
+
+
+class _SequenceToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _to_heads(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _to_sequence(grads[0], ctx.axis), None
+
+
+class _HeadsToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _to_sequence(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _to_heads(grads[0], ctx.axis), None
+
+
+def _to_heads(x: Tensor, axis: Axis) -> Tensor:
+    sent = (
+        torch.unflatten(x, 2, (axis.size, -1)).movedim(2, 0).contiguous()
+    )  # [size, s_local, b, n_local, d], by destination
+    out = torch.empty_like(sent)
+    dist.all_to_all_single(out, sent, group=axis.group)
+    return out.flatten(0, 1)
+
+
+def _to_sequence(x: Tensor, axis: Axis) -> Tensor:
+    sent = torch.unflatten(x.contiguous(), 0, (axis.size, -1))
+    out = torch.empty_like(sent)
+    dist.all_to_all_single(out, sent, group=axis.group)
+    return out.movedim(0, 2).flatten(2, 3)

@@ -11,16 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# Axes that have their keys, so that run files keep their form, but that this version does not split.
-NOT_YET = {
-    "cp": "context parallelism",
-}
-
 # More ranks than any cluster has: beyond it is a slip of the keyboard.
 MAX_RANKS = 2**20
 Degree = Annotated[int, Field(gt=0, le=MAX_RANKS)]
 SavedOp = Literal["attention", "matmul"]
 RecomputedModule = Literal["norm", "activation", "mixer", "feedforward", "experts"]
+ContextWay = Literal["ring", "ulysses"]
 
 Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
 ONE_STAGE = ("1f1b", "gpipe")
@@ -41,7 +37,9 @@ class ParallelConfig(BaseModel):
     pp: Degree = 1
     """Pipeline parallel: splits the stack into stages, as [pipeline] says. For models that no node holds."""
     cp: Degree = 1
-    """Context parallel: splits the sequence. Only 1 in this version."""
+    """Context parallel: splits each sample over ranks, for samples that one rank has no memory for."""
+    context: ContextWay = "ring"
+    """Attention over cp: ring passes keys and values around; ulysses exchanges heads (cp * tp divides num_heads)."""
     ep: Degree = 1
     """Expert parallel: splits the experts of each MoE layer over ranks that also share the data. 1 to num_experts.
     ep * etp divides dp * cp * tp: experts lie on the ranks of a stage in a way of their own."""
@@ -71,17 +69,6 @@ class ParallelConfig(BaseModel):
 
     def problems(self, world_size: int) -> list[str]:
         """Return every reason why this table cannot run on `world_size` ranks; empty means that it can."""
-        return [*self.refusals(), *self._world_problems(world_size)]
-
-    def refusals(self) -> list[str]:
-        """Return what this version cannot split at all, on any number of ranks."""
-        return [
-            f"parallel.{key} = {getattr(self, key)}: {what} is not in this version; 1 would fit"
-            for key, what in NOT_YET.items()
-            if getattr(self, key) > 1
-        ]
-
-    def _world_problems(self, world_size: int) -> list[str]:
         used = self._without_dp_shard
         found = []
         if world_size % used != 0:

@@ -6,6 +6,7 @@ No size divides by another, so that every cut is uneven: a norm of 6 over four r
 
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages, MicroBatch, stage_parts
 from meshwright.parallel.apply import Plan, apply, fill_initial_weights
 from meshwright.parallel.collectives import all_reduce
+from meshwright.parallel.context.attend import Way
+from meshwright.parallel.context.order import zigzag_positions
 from meshwright.parallel.grad_norm import clip_gradients, gradient_norm
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.pipeline.adapter import Pipeline
@@ -44,6 +47,16 @@ class Trace:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Samples(NamedTuple):
+    """How the positions of a sample see each other."""
+
+    context: Way = "ring"
+    mask_documents: bool = False
+
+
+CAUSAL = Samples()
+
+
 @dataclass
 class Run:
     """One rank's model, engine and tally."""
@@ -53,6 +66,7 @@ class Run:
     engine: ZeroEngine
     tally: Tally
     pipeline: Pipeline | None = None
+    samples: Samples = CAUSAL
 
 
 def dense_config(**changes: object) -> ModelConfig:
@@ -67,13 +81,19 @@ def moe_config(**changes: object) -> ModelConfig:
 
 
 def start(
-    mesh: Mesh, config: ModelConfig, plan: Plan, *, dtype: torch.dtype = torch.float64, stages: Stages | None = None
+    mesh: Mesh,
+    config: ModelConfig,
+    plan: Plan,
+    *,
+    dtype: torch.dtype = torch.float64,
+    stages: Stages | None = None,
+    samples: Samples = CAUSAL,
 ) -> Run:
     """Build a model and spread it, as a run does; `stages` where the mesh has a pipeline."""
     stages = stages or Stages("gpipe", 1)
     cut = cut_layers([1.0] * config.num_layers, stages.count)
     held = HeldStages({stage: cut[stage] for stage in stages.held_by(mesh.pp.rank)}, stages.count)
-    model = build_model(config, mesh=mesh, device="meta", dtype=dtype, held=held)
+    model = build_model(config, mesh=mesh, context=samples.context, device="meta", dtype=dtype, held=held)
     table = placement_table(model)
     tally = Tally({"loss": 1, **everyones_entries(declared_entries(model), mesh.pp)})
     layers = list(model.layers.values())
@@ -86,7 +106,7 @@ def start(
     fill_initial_weights(model, engine, seed=5)
     reset_buffers(model)
     pipeline = Pipeline(parts, stages, mesh.pp, torch.device("cpu"), dtype) if parts else None
-    return Run(mesh, model, engine, tally, pipeline)
+    return Run(mesh, model, engine, tally, pipeline, samples)
 
 
 def train(
@@ -97,14 +117,14 @@ def train(
     dtype: torch.dtype = torch.float64,
     steps: int = 2,
     micro_batch: int = 1,
-    learning_rate: float = 0.01,
     stages: Stages | None = None,
+    samples: Samples = CAUSAL,
 ) -> Trace:
     """Train a few steps with AdamW and clipping; some targets are padding, unevenly over the samples."""
-    run, trace = start(mesh, config, plan, dtype=dtype, stages=stages), Trace()
+    run, trace = start(mesh, config, plan, dtype=dtype, stages=stages, samples=samples), Trace()
     parts = run.engine.parts
     trace.initial = gather_all(run, [part.parameter for part in parts.values()])
-    optimizer = torch.optim.AdamW([p.parameter for p in parts.values() if p.parameter.numel()], lr=learning_rate)
+    optimizer = torch.optim.AdamW([p.parameter for p in parts.values() if p.parameter.numel()], lr=0.01)
     for step in range(steps):
         loss_sum = forward_backward(run, step, micro_batch)
         trace.norms.append(gradient_norm(parts.values(), mesh.pp))
@@ -136,6 +156,13 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
     return tokens, targets
 
 
+def documents_of(step: int) -> Tensor:
+    """Return each token's document; samples have another number of them each, from one up to one for each token."""
+    generator = torch.Generator().manual_seed(200 + step)
+    begins = torch.rand(SEQ, BATCH, generator=generator) < torch.linspace(0, 1, BATCH)
+    return begins.long().cumsum(0)
+
+
 def forward_backward(run: Run, step: int, micro_batch: int) -> Tensor:
     """Run this rank's samples of a step forward and backward; return its share of the loss."""
     per_rank = BATCH // run.mesh.dp.size
@@ -163,12 +190,13 @@ def micro_batch_of(run: Run, step: int, begin: int, size: int) -> MicroBatch:
     some = slice(begin, begin + size)
     where = place(
         torch.arange(begin, begin + size),
-        torch.zeros(SEQ, size, dtype=torch.int64),
+        documents_of(step)[:, some],
         targets[:, some] != -100,
-        torch.arange(SEQ),
+        zigzag_positions(SEQ, run.mesh.cp),
         run.mesh.tp,
         step=step,
         step_tokens=float((targets != -100).sum()),
+        mask_documents=run.samples.mask_documents,
     )
     mine = where.position_mixed
     return MicroBatch(tokens[mine, some], targets[mine, some], where)

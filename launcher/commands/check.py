@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from meshwright.data.meta import StoreMeta
-from meshwright.launcher.runfile.footprint import state_bytes
+from meshwright.launcher.runfile.footprint import micro_batch_bytes, state_bytes
 from meshwright.launcher.runfile.on_disk import store_of
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.tables import RunFile
@@ -61,6 +61,7 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
     layout += "".join(
         f", {name} {getattr(parallel, name)}" for name in ("tp", "pp", "cp") if getattr(parallel, name) > 1
     )
+    layout += f" ({parallel.context})" if parallel.cp > 1 else ""
     if model.moe:
         layout += f", ep {parallel.ep} x edp {parallel.edp_in(world_size)}"
         layout += f" x etp {parallel.etp}" if parallel.etp > 1 else ""
@@ -97,7 +98,7 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
             f"{_size(state.total)} on each rank: weights {_size(state.weights)}, masters {_size(state.masters)},"
             f" gradients {_size(state.gradients)}, moments {_size(state.moments)}",
         ),
-        ("", "activations come on top"),
+        ("", _activations_line(run_file)),
     ]
 
 
@@ -130,6 +131,16 @@ def _recompute_words(run_file: RunFile) -> str:
     table = run_file.recompute
     modules = f" ({', '.join(table.modules)})" if table.mode == "modules" else ""
     return f"recompute {table.mode}{modules}" + (", offload" if table.offload else "")
+
+
+def _activations_line(run_file: RunFile) -> str:
+    """Say what comes on top; in figures where samples are spread because they are long."""
+    if run_file.parallel.cp == 1:
+        return "activations come on top"
+    found = micro_batch_bytes(run_file)
+    bound = "" if run_file.recompute.mode in ("none", "full") else "at most "
+    text = f"activations on top: {bound}{_size(found.kept)} for each micro-batch until its backward"
+    return text + f", {_size(found.at_work)} while a layer is at work"
 
 
 def _model_line(run_file: RunFile) -> str:

@@ -37,7 +37,6 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
     return [
         *_name_problems(run_file),
         *run_file.model.problems(),
-        *run_file.parallel.refusals(),
         *layout_problems(run_file),
         *pipeline_problems(run_file),
         *run_file.recompute.problems(run_file.model.num_layers),

@@ -12,8 +12,8 @@ Dense weights have d = dp_shard * cp, and N is what tp leaves of them: matrices 
 there are heads, a vocabulary in equal rows with padding; norms and routers are whole. Routed experts are cut by ep and
 etp, and d = edp. With d = 1 stages 1 to 3 are stage 0. Dims that do not divide by d are cut like torch.chunk: the first
 ranks hold up to a row more of each than these averages say. With a pipeline N are the weights of a rank's stages, and
-what the rank with most holds is returned. Activations, the layer that is gathered, send buffers and the library's own
-memory come on top.
+what the rank with most holds is returned. What a micro-batch keeps for its backward is counted beside it; the layer
+that is gathered, send buffers and the library's own memory come on top.
 
 Muon has one moment where AdamW has two: of what it updates m*N and m*N/d.
 """
@@ -24,6 +24,7 @@ from typing import NamedTuple
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
+from meshwright.model.activations import ActivationBytes, Degrees, Held, Types, activation_bytes
 from meshwright.model.costs import WeightCounts, layer_weights
 from meshwright.model.shapes import is_expert, parameter_shapes
 
@@ -98,6 +99,32 @@ def muon_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[float, float]:
             rows = shape[0] / parallel.tp if name.startswith("layers.") else -(-shape[0] // parallel.tp)
             counts[False] += rows * prod(shape[1:])
     return counts[False], counts[True]
+
+
+def micro_batch_bytes(run_file: RunFile) -> ActivationBytes:
+    """Return what one micro-batch keeps on a rank; at most that where recompute is neither "none" nor "full".
+
+    With a pipeline it is that of all stages of the rank that keeps most.
+    """
+    return max((_activations_of(run_file, rank) for rank in range(run_file.parallel.pp)), key=lambda found: found.total)
+
+
+def _activations_of(run_file: RunFile, pp_rank: int) -> ActivationBytes:
+    parallel, precision, recompute = run_file.parallel, run_file.train.precision, run_file.recompute
+    types = {
+        "fp32": Types(4, 4),
+        "bf16_autocast": Types(4, 2, is_cast=True),
+        "bf16": Types(2, 2),
+        "fp64": Types(8, 8),
+    }[precision]
+    every = recompute.every if recompute.mode == "full" else 0
+    again = frozenset(range(0, run_file.model.num_layers, every)) if every else frozenset()
+    tokens = run_file.train.micro_batch_size * run_file.data.seq_len
+    spread = Degrees(parallel.cp, parallel.tp, parallel.etp)
+    held, last = layers_held(run_file, pp_rank), stages_of(run_file).count - 1
+    layers = frozenset(number for stage in held.values() for number in stage)
+    here = Held(layers, layers & again, has_head=last in held)
+    return activation_bytes(run_file.model, tokens, spread, types, here)
 
 
 def _bytes_of(number: float, muon: float, shards: int, stage: int, precision: str) -> StateBytes:

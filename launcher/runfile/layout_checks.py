@@ -1,11 +1,13 @@
 """What the axes of [parallel] ask of the model and the samples: which sizes must divide, and which sizes would.
 
     tp      num_heads, ffn_hidden_size, the shared expert's width; num_kv_heads divides tp or is divided by it
-    cp, tp  the tokens of a sample
+    cp, tp  the tokens of a sample; with Ulysses also num_heads
     ep      num_experts          etp     expert_hidden_size
 
 A vocabulary need not divide: it is padded. Nothing here loads torch.
 """
+
+from math import lcm
 
 from meshwright.launcher.runfile.messages import problem
 from meshwright.launcher.runfile.tables import RunFile
@@ -19,6 +21,7 @@ def layout_problems(run_file: RunFile) -> list[str]:
         *_head_problems(run_file),
         *_width_problems(run_file),
         *_token_problems(run_file),
+        *_context_problems(run_file),
         *_expert_problems(run_file),
     ]
 
@@ -53,13 +56,28 @@ def _width_problems(run_file: RunFile) -> list[str]:
 
 def _token_problems(run_file: RunFile) -> list[str]:
     """Refuse samples whose tokens cannot be cut evenly between layers."""
-    parallel, seq_len = run_file.parallel, run_file.data.seq_len
-    if seq_len % parallel.tp == 0:
+    cp, tp, seq_len = run_file.parallel.cp, run_file.parallel.tp, run_file.data.seq_len
+    step, rule = tp, f"parallel.tp = {tp}, whose ranks share its tokens between layers"
+    if cp > 1:
+        step = cp * lcm(2, tp)
+        rule = f"{step}: each rank of cp = {cp} holds two chunks of it, each rank of tp = {tp} a stretch of these"
+    if seq_len % step == 0:
         return []
-    below = seq_len // parallel.tp * parallel.tp
-    fits = [size for size in (below, below + parallel.tp) if size > 0]
-    rule = f"must be a multiple of parallel.tp = {parallel.tp}, whose ranks share its tokens between layers"
-    return [problem("data.seq_len", seq_len, rule, f"one of {fits} would fit")]
+    below = seq_len // step * step
+    fits = [size for size in (below, below + step) if size > 0]
+    return [problem("data.seq_len", seq_len, f"must be a multiple of {rule}", f"one of {fits} would fit")]
+
+
+def _context_problems(run_file: RunFile) -> list[str]:
+    """Refuse heads that cannot be exchanged for positions; the ring takes any number of them."""
+    parallel, heads = run_file.parallel, run_file.model.num_heads
+    cp, tp = parallel.cp, parallel.tp
+    if cp == 1 or parallel.context == "ring" or heads % (cp * tp) == 0:
+        return []
+    rule = f"cp * tp = {cp * tp} must divide model.num_heads = {heads}"
+    fits = [size for size in divisors(heads) if heads % (size * tp) == 0]
+    ways = f'"ring", or one of {nearest(fits, cp)} as parallel.cp, would fit' if fits else '"ring" would fit'
+    return [problem("parallel.context", parallel.context, rule, ways)]
 
 
 def _expert_problems(run_file: RunFile) -> list[str]:

@@ -21,6 +21,7 @@ from meshwright.launcher.observe.metrics import memory_in_use
 from meshwright.launcher.training.stopping import Signals, SpikeGuard, is_finite
 from meshwright.model.stage import MicroBatch, StagePart
 from meshwright.parallel.collectives import all_reduce
+from meshwright.parallel.context.order import zigzag_positions
 from meshwright.parallel.grad_norm import clip_gradients, gradient_norm
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where, place
@@ -152,7 +153,7 @@ def where_of(run: Run, inputs: Inputs, part: slice, step: int, step_tokens: floa
         inputs.sample[part],
         inputs.document[:, part],
         inputs.counted[:, part],
-        torch.arange(inputs.tokens.shape[0], device=run.device),
+        zigzag_positions(inputs.tokens.shape[0], run.mesh.cp).to(run.device),
         run.mesh.tp,
         step=step,
         step_tokens=step_tokens,

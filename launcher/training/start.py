@@ -24,7 +24,7 @@ from meshwright.launcher.build import (
     sizes_of,
     with_vocab_of,
 )
-from meshwright.launcher.kernel_choices import choices_of_run
+from meshwright.launcher.kernel_choices import choices_of_run, ring_lines
 from meshwright.launcher.memory_limit import check_memory
 from meshwright.launcher.observe.metrics import Meter
 from meshwright.launcher.observe.peak import choose_peak
@@ -90,6 +90,7 @@ def _train_locked(run: Run, signals: Signals, allow_change: Sequence[str], about
     chosen = choices_of_run(began.progress.kernels, run.mesh, run.device, held_dtype(run.run_file))
     use(chosen.choices)
     began.progress.kernels = chosen.choices.to_dict()
+    ring = ring_lines(run.run_file.parallel, run.device, _product_dtype(run), run.run_file.model.head_dim)
     is_first_rank, table = run.mesh.rank == 0, run.run_file
     with open_sinks(
         run.folder,
@@ -99,7 +100,7 @@ def _train_locked(run: Run, signals: Signals, allow_change: Sequence[str], about
         every=table.log.every,
         unit="gpu" if run.device.type == "cuda" else "rank",
     ) as sinks:
-        for event in [*about, *chosen.reasons, *began.events]:
+        for event in [*about, *chosen.reasons, *ring, *began.events]:
             sinks.event(event)
         if began.progress.step >= table.train.steps:
             sinks.event(f"all {table.train.steps} steps are made; a larger train.steps goes on from here")
@@ -112,10 +113,13 @@ def _train_locked(run: Run, signals: Signals, allow_change: Sequence[str], about
 
 def meter_of(run: Run) -> Meter:
     """Return what turns a step's raw numbers into named ones."""
-    precision = run.run_file.train.precision
-    dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(precision, torch.bfloat16)
     flops = training_flops_per_token(run.run_file.model, run.run_file.data.seq_len)
-    return Meter(run.mesh.world.size, flops, choose_peak(run.device, dtype))
+    return Meter(run.mesh.world.size, flops, choose_peak(run.device, _product_dtype(run)))
+
+
+def _product_dtype(run: Run) -> torch.dtype:
+    """Return the type that products are computed in."""
+    return {"fp32": torch.float32, "fp64": torch.float64}.get(run.run_file.train.precision, torch.bfloat16)
 
 
 def write_what_runs(run: Run, sinks: Sinks) -> dict[str, str]:

@@ -7,22 +7,27 @@ Under tensor parallelism a rank has n/tp query heads and the k/tp key heads that
 neighbouring ranks whose queries share a key head hold copies of it:
 
     x [s/tp, b, h] --gather--> [s, b, h] --q, k, v--> heads of this rank --output, sum--> [s/tp, b, h]
+
+Under context parallelism s is s/cp all along, and only the attention itself communicates (`parallel/context/`).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meshwright.kernels.attention import attention, cached_attention
+from meshwright.kernels.attention import cached_attention
 from meshwright.kernels.rope import apply_rope
 from meshwright.model.norms import RMSNorm
 from meshwright.model.positions import rotary_angles
 from meshwright.parallel.collectives import gather
+from meshwright.parallel.context.attend import Way, context_attention
+from meshwright.parallel.context.order import meetings
 from meshwright.parallel.initialise import InitPolicy
 from meshwright.parallel.linear import NO_COPIES, ColumnLinear, RowLinear, divide
-from meshwright.parallel.mesh import NO_TP, Axis
+from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 
@@ -36,37 +41,56 @@ class KeyValueCache:
     length: int = 0
 
 
+class Heads(NamedTuple):
+    """How many heads there are, and how wide each is."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Spread(NamedTuple):
+    """The axes over which heads and samples are spread."""
+
+    tp: Axis = NO_TP
+    kv_copies: Axis = NO_COPIES
+    """The neighbouring ranks of `tp` that hold the same key and value head (`copies_of_kv_heads`)."""
+    cp: Axis = NO_CP
+    context: Way = "ring"
+    """How positions of a sample on other ranks of `cp` are attended to."""
+
+
+ONE_RANK = Spread()
+
+
 class Attention(nn.Module):
     """Causal self-attention over the tokens of a sample."""
 
     def __init__(
         self,
         hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        heads: Heads,
         *,
         rope_base: float = 10_000.0,
         qk_norm_eps: float | None = None,
         bias: frozenset[str] = frozenset(),
         init: InitPolicy | None = None,
-        tp: Axis = NO_TP,
-        kv_copies: Axis = NO_COPIES,
+        spread: Spread = ONE_RANK,
     ) -> None:
         """Take global sizes; `qk_norm_eps` switches the norm of queries and keys on, `bias` names q, k, v, output.
-
-        `kv_copies` are the neighbouring ranks of `tp` that hold the same key and value head (`copies_of_kv_heads`).
 
         Raises:
             ValueError: if the key heads do not divide the query heads, or tp does not divide either.
         """
         super().__init__()
+        num_heads, num_kv_heads, head_dim = heads
+        tp, kv_copies = spread.tp, spread.kv_copies
         if num_heads % num_kv_heads != 0:
             raise ValueError(f"num_heads = {num_heads} does not divide by num_kv_heads = {num_kv_heads}")
         init = init or InitPolicy()
         divide(num_heads, tp.size, what="num_heads", by=tp.name)
         divide(num_kv_heads * kv_copies.size, tp.size, what="num_kv_heads * copies", by=tp.name)
-        self.head_dim, self.rope_base, self.tp = head_dim, rope_base, tp
+        self.head_dim, self.rope_base, self.spread = head_dim, rope_base, spread
         width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
         inward, kv_inward = init.matrix(hidden_size, width), init.matrix(hidden_size, kv_width)
         self.q = ColumnLinear(hidden_size, width, rule=inward, bias="q" in bias, tp=tp)
@@ -85,9 +109,13 @@ class Attention(nn.Module):
         cos, sin = where.derive(
             key, lambda: rotary_angles(where.position_mixed, self.head_dim, self.rope_base, x.dtype)
         )
-        q, k, v = self._heads(gather(x, self.tp), cos, sin)
+        q, k, v = self._heads(gather(x, self.spread.tp), cos, sin)
         document = where.document_whole if where.mask_documents else None
-        mixed = attention(q, k, v, is_causal=True, document=document)
+        meet = None
+        cp = self.spread.cp
+        if document is not None and cp.is_split:
+            meet = where.derive("context/meetings", lambda: meetings(where.document_whole, cp))
+        mixed = context_attention(q, k, v, cp, self.spread.context, document, meet)
         return self.output(mixed.flatten(2))  # type: ignore[no-any-return]
 
     def initial_state(self, batch: int, max_len: int) -> KeyValueCache:

@@ -10,7 +10,8 @@ from rank_pool import run_mesh
 from meshwright.kernels import measure as measuring
 from meshwright.kernels.choose import Choices
 from meshwright.kernels.measure import Measured
-from meshwright.launcher.kernel_choices import choices_of_run
+from meshwright.launcher.kernel_choices import choices_of_run, ring_lines
+from meshwright.parallel.config import ParallelConfig
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 
 CPU = torch.device("cpu")
@@ -105,3 +106,11 @@ def test_rank_0_measures_for_all(tmp_path: Path) -> None:
     first, second = run_mesh(Sizes(dp_shard=2), _on_two_ranks, str(tmp_path))
     assert first == (BLOCKS.to_dict(), 1)
     assert second == (BLOCKS.to_dict(), 0)
+
+
+def test_a_ring_without_a_flash_operator_is_told() -> None:
+    ring, cuda = ParallelConfig(cp=2), torch.device("cuda")
+    assert ring_lines(ring, cuda, torch.float32, 64)[0].startswith("ring attention (float32, heads of 64) on cuda goes")
+    assert ring_lines(ring, cuda, torch.bfloat16, 64) == []
+    assert ring_lines(ParallelConfig(cp=2, context="ulysses"), cuda, torch.float32, 64) == []
+    assert ring_lines(ParallelConfig(), cuda, torch.float32, 64) == []

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from meshwright.model.mixers.attention import Attention
+from meshwright.model.mixers.attention import Attention, Heads
 from meshwright.model.positions import rotary_angles
 from meshwright.parallel.where import Where, where_of_plain_tokens
 
@@ -26,7 +26,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 def attention(**changes: object) -> Attention:
     options = {"rope_base": BASE, "qk_norm_eps": EPS, "bias": frozenset({"q", "k", "v", "output"})} | changes
-    return randomised(Attention(H, N, K, D, **options).double())
+    return randomised(Attention(H, Heads(N, K, D), **options).double())
 
 
 def x_of(s: int = S) -> Tensor:
@@ -160,7 +160,7 @@ def test_the_angles_of_far_positions_are_exact() -> None:
 
 def test_heads_that_do_not_share_evenly_are_refused() -> None:
     with pytest.raises(ValueError, match="num_heads = 6 does not divide by num_kv_heads = 4"):
-        Attention(H, 6, 4, D)
+        Attention(H, Heads(6, 4, D))
 
 
 def test_layers_of_one_micro_batch_share_their_angles() -> None:
@@ -169,6 +169,6 @@ def test_layers_of_one_micro_batch_share_their_angles() -> None:
     angles = place.derived[f"rope/{D}/{BASE}"]
     part(x_of(), place, None)
     assert place.derived[f"rope/{D}/{BASE}"] is angles
-    other = Attention(H, N, K, D, rope_base=7.0).double()
+    other = Attention(H, Heads(N, K, D), rope_base=7.0).double()
     other(x_of(), place, None)
     assert len([key for key in place.derived if key.startswith("rope/")]) == 2

@@ -6,7 +6,7 @@ import torch
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.feedforward.mlp import Mlp
 from meshwright.model.feedforward.moe import Moe
-from meshwright.model.mixers.attention import Attention
+from meshwright.model.mixers.attention import Attention, Heads
 from meshwright.model.norms import RMSNorm
 from meshwright.model.parts import FEEDFORWARDS, MIXERS, build_model, initialise
 from meshwright.parallel.initialise import InitPolicy
@@ -89,12 +89,12 @@ def test_weights_have_the_type_and_the_seed_that_are_asked_for() -> None:
 
 
 def test_a_part_by_itself_begins_as_its_policy_says() -> None:
-    part = Attention(64, 4, 2, 16, qk_norm_eps=1e-6, bias=frozenset({"q"}), init=InitPolicy("normal", std=0.5))
+    part = Attention(64, Heads(4, 2, 16), qk_norm_eps=1e-6, bias=frozenset({"q"}), init=InitPolicy("normal", std=0.5))
     initialise(part, seed=3)
     assert part.v.weight.std().item() == pytest.approx(0.5, rel=0.1)
     assert part.q_norm.weight.unique().tolist() == [1.0]
     assert part.q.bias.unique().tolist() == [0.0]
-    again = Attention(64, 4, 2, 16, init=InitPolicy("normal", std=0.5))
+    again = Attention(64, Heads(4, 2, 16), init=InitPolicy("normal", std=0.5))
     initialise(again, seed=3)
     assert torch.equal(again.v.weight, part.v.weight)
 

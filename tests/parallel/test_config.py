@@ -1,10 +1,10 @@
-"""The layout's tables say what a world cannot hold, what is not in this version, and what would fit."""
+"""The layout's tables say what a world cannot hold, and what would fit."""
 
 from typing import Any
 
 import pytest
 
-from meshwright.parallel.config import NOT_YET, ParallelConfig, RecomputeConfig
+from meshwright.parallel.config import ParallelConfig, RecomputeConfig
 
 
 def problems(world_size: int, **keys: Any) -> list[str]:
@@ -14,11 +14,6 @@ def problems(world_size: int, **keys: Any) -> list[str]:
 @pytest.mark.parametrize("keys", [{}, {"ep": 2}, {"ep": 4}, {"dp_shard": 8}, {"ep": 8, "dp_shard": 8}])
 def test_a_layout_of_eight_ranks_fits(keys: dict[str, int]) -> None:
     assert problems(8, **keys) == []
-
-
-@pytest.mark.parametrize("key", list(NOT_YET))
-def test_an_axis_of_a_later_version_is_refused_by_name(key: str) -> None:
-    assert problems(8, **{key: 2}) == [f"parallel.{key} = 2: {NOT_YET[key]} is not in this version; 1 would fit"]
 
 
 def test_axes_that_do_not_divide_the_world_are_named() -> None:

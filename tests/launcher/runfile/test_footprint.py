@@ -1,11 +1,18 @@
-"""Bytes of state on a rank, counted by hand for each ZeRO stage."""
+"""Bytes of state on a rank, counted by hand for each ZeRO stage, and those of a micro-batch."""
 
 import pytest
 
-from meshwright.launcher.runfile.footprint import StateBytes, held_weights, muon_weights, state_bytes
+from meshwright.launcher.runfile.footprint import (
+    StateBytes,
+    held_weights,
+    micro_batch_bytes,
+    muon_weights,
+    state_bytes,
+)
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.model.activations import Degrees, Types, head_bytes, layer_bytes
 from meshwright.model.costs import parameter_count, routed_parameter_count
 from meshwright.model.parts import build_model
 from meshwright.model.shapes import parameter_shapes
@@ -109,3 +116,26 @@ def test_muon_has_one_moment_of_what_it_updates() -> None:
     without_experts = 'optimizer.groups=[{match = "*.experts.*", kind = "adamw"}]'
     found = state_bytes(run_file("optimizer.kind=muon", without_experts), 1).moments
     assert found == 4 * (2 * ALL - muon)
+
+
+LONG = ("parallel.cp=4", "parallel.tp=2", "data.seq_len=1024", "train.micro_batch_size=3", "train.precision=bf16")
+
+
+def test_a_micro_batch_of_a_rank_is_its_part_of_the_tokens() -> None:
+    """Of two layers the first is recomputed: it keeps its input, hidden_size / tp numbers of two bytes a token."""
+    tokens, spread, types = 3 * 1024, Degrees(cp=4, tp=2), Types(2, 2)
+    model = run_file().model
+    layer = layer_bytes(model, model.layers[0], spread, types) * tokens / 4
+    head = head_bytes(model, spread, types) * tokens / 4
+    whole = micro_batch_bytes(run_file(*LONG))
+    assert whole.kept == pytest.approx(2 * layer + head)
+    some = micro_batch_bytes(run_file(*LONG, "recompute.mode=full", "recompute.every=2"))
+    assert some.kept == pytest.approx(64 / 2 * 2 * tokens / 4 + layer + head)
+    assert some.at_work == pytest.approx(whole.at_work + layer)
+
+
+def test_the_stage_that_keeps_most_counts() -> None:
+    whole, halves = (micro_batch_bytes(run_file(*LONG, *more)) for more in ((), ("parallel.pp=2",)))
+    model, spread = run_file().model, Degrees(cp=4, tp=2)
+    first_layer = layer_bytes(model, model.layers[0], spread, Types(2, 2)) * 3 * 1024 / 4
+    assert halves.kept == pytest.approx(whole.kept - first_layer)

@@ -41,6 +41,22 @@ WIDE = {**MOE, "moe": {"num_experts": 12, "expert_hidden_size": 40, "num_shared_
             ],
         ),
         (
+            {"parallel": {"cp": 2, "tp": 4}, "data": {"seq_len": 68}},
+            8,
+            [
+                "data.seq_len = 68: must be a multiple of 8: each rank of cp = 2 holds two chunks of it, each rank of"
+                " tp = 4 a stretch of these; one of [64, 72] would fit"
+            ],
+        ),
+        (
+            {"parallel": {"cp": 4, "tp": 2, "context": "ulysses"}},
+            8,
+            [
+                'parallel.context = "ulysses": cp * tp = 8 must divide model.num_heads = 4; "ring", or one of [1, 2] as'
+                " parallel.cp, would fit"
+            ],
+        ),
+        (
             {"parallel": {"etp": 3}, "model": WIDE},
             3,
             [
@@ -76,6 +92,11 @@ def test_a_size_of_an_axis_that_is_said_to_fit_fits(key: str, size: int) -> None
         fits = [int(text) for text in re.findall(r"\d+", line.partition("one of [")[2].partition("]")[0])]
         assert fits
         assert any(not [found for found in lines(fit) if found.startswith(line.partition(":")[0][:12])] for fit in fits)
+
+
+def test_context_parallelism_fits_where_its_chunks_and_heads_divide() -> None:
+    for parallel in ({"cp": 2}, {"cp": 16}, {"cp": 8, "tp": 2}, {"cp": 2, "tp": 2, "context": "ulysses"}):
+        assert check(run_file(parallel=parallel), 16 if 16 in parallel.values() or "tp" in parallel else 2) == []
 
 
 def test_more_ranks_than_key_heads_and_an_uneven_vocabulary_fit() -> None:

@@ -1,0 +1,143 @@
+"""What a forward pass keeps for the backward, in bytes, counted from the config: a layer, a head, and a whole model.
+
+Kept for each token that a mixer of this rank sees (there are b * s/cp), n and k heads of width d, hidden size h:
+
+    a part's input     h/tp          what the norm before it was given; held between layers, in the stream's type
+    attention          h             the normed input, gathered over tp, for the gradients of q, k and v
+                       (n + 2k)d/tp  q, k, v as attention takes them       (n + k)d/tp more where queries are normed
+                       nd/tp         its output                            n/tp log-sum-exps in at least fp32
+    mlp                h             the normed input; its products gate, up and gate * up: 3f/tp
+    moe                h/tp          the normed input, for the router;     h with 3f_shared/tp for shared experts
+                       rows          each token comes top_k times: h of input, h of result, 3f_expert between
+    head               h/tp          the final norm's input                h of its gradient, in at least fp32
+                                     (logits are never held)
+
+Under bf16 autocast the stream stays in fp32 and each product keeps a bf16 copy of its input of its own: three of the
+normed input for q, k and v, two for gate and up. A layer that is recomputed keeps its input only, and while its turn
+is, what it would have kept. Attention over cp holds blocks of other ranks while it works (`context_bytes`).
+
+Rows of experts lie wherever they were routed: a rank has its share of them on average, times etp where they are
+shared, and more when routing is uneven. Norms' and routers' numbers of a few for each token are left out.
+"""
+
+from typing import NamedTuple
+
+from meshwright.model.config import ModelConfig
+from meshwright.model.pattern import LayerKinds
+
+
+class Types(NamedTuple):
+    """Bytes of a number, by what it is of."""
+
+    stream: int = 4
+    """The residual stream between layers."""
+    product: int = 4
+    """What products take and give."""
+    is_cast: bool = False
+    """Whether every product keeps a copy of its input in its own type (autocast)."""
+
+    @property
+    def wide(self) -> int:
+        """Return the bytes of what is summed in at least fp32."""
+        return max(4, self.product)
+
+    def inputs(self, products: int) -> int:
+        """Return the bytes that so many products of one input keep of each number of it."""
+        return self.product * (products if self.is_cast else 1)
+
+
+class Degrees(NamedTuple):
+    """Over how many ranks a sample and the matrices are spread."""
+
+    cp: int = 1
+    tp: int = 1
+    etp: int = 1
+
+
+class Held(NamedTuple):
+    """Which layers a rank has, by number."""
+
+    layers: frozenset[int]
+    recomputed: frozenset[int] = frozenset()
+    """Of these, those that keep their input only."""
+    has_head: bool = True
+
+
+class ActivationBytes(NamedTuple):
+    """Bytes on one rank for one micro-batch."""
+
+    kept: float
+    """From the forward pass to the backward."""
+    at_work: float
+    """Besides, while the layer is at work that needs most."""
+
+    @property
+    def total(self) -> float:
+        """Return the sum."""
+        return self.kept + self.at_work
+
+
+def activation_bytes(
+    config: ModelConfig, tokens: int, degrees: Degrees, types: Types, held: Held | None = None
+) -> ActivationBytes:
+    """Return what a micro-batch of `tokens` (b * s, over all ranks) takes, of the whole model or of what is held."""
+    held = held or Held(frozenset(range(config.num_layers)))
+    of_rank = tokens / degrees.cp
+    kept, at_work = head_bytes(config, degrees, types) if held.has_head else 0.0, 0.0
+    for number in held.layers:
+        kinds = config.layers[number]
+        whole, again = layer_bytes(config, kinds, degrees, types), number in held.recomputed
+        kept += config.hidden_size / degrees.tp * types.stream if again else whole
+        working = context_bytes(config, degrees, types) if kinds.mixer == "attention" else 0.0
+        at_work = max(at_work, working + (whole if again else 0.0))
+    return ActivationBytes(kept * of_rank, at_work * of_rank)
+
+
+def layer_bytes(config: ModelConfig, kinds: LayerKinds, degrees: Degrees, types: Types) -> float:
+    """Return what a layer keeps for each token that its mixer sees on this rank."""
+    found = 0.0
+    if kinds.mixer == "attention":
+        found += _attention(config, degrees, types)
+    if kinds.feedforward == "mlp":
+        found += config.hidden_size / degrees.tp * types.stream + _mlp(config, config.ffn_hidden_size, degrees, types)
+    if kinds.feedforward == "moe":
+        found += _moe(config, degrees, types)
+    return found
+
+
+def head_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
+    """Return what the final norm and the loss keep for each token that a mixer sees on this rank."""
+    return config.hidden_size * (types.stream / degrees.tp + types.wide)
+
+
+def context_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
+    """Return what ring attention holds besides, for each token: two blocks of keys and values, and two of gradients."""
+    if degrees.cp == 1:
+        return 0.0
+    kv_width = 2 * max(1.0, config.num_kv_heads / degrees.tp) * config.head_dim
+    return kv_width * 2 * (types.product + types.wide)
+
+
+def _attention(config: ModelConfig, degrees: Degrees, types: Types) -> float:
+    heads, kv_heads = config.num_heads / degrees.tp, max(1.0, config.num_kv_heads / degrees.tp)
+    own = 2 * heads + 2 * kv_heads + (heads + kv_heads if config.qk_norm else 0)
+    stream = config.hidden_size / degrees.tp * types.stream
+    return stream + config.hidden_size * types.inputs(3) + own * config.head_dim * types.product + heads * types.wide
+
+
+def _mlp(config: ModelConfig, width: int, degrees: Degrees, types: Types) -> float:
+    return config.hidden_size * types.inputs(2) + 3 * width / degrees.tp * types.product
+
+
+def _moe(config: ModelConfig, degrees: Degrees, types: Types) -> float:
+    assert config.moe is not None, "the checks see to it that E has its table"
+    moe, h = config.moe, config.hidden_size
+    routed = (
+        moe.top_k / degrees.tp * (h * degrees.etp * types.inputs(2) + (h + 3 * moe.expert_hidden_size) * types.product)
+    )
+    found = 2 * h / degrees.tp * types.stream + routed  # the norm's input and, for the router, its output
+    if moe.num_shared_experts:
+        shared = _mlp(config, moe.shared_hidden_size, degrees, types)
+        # On one rank of tp the shared experts take the very tensor that the router does, unless each keeps a copy.
+        found += shared - (h * types.product if degrees.tp == 1 and not types.is_cast else 0.0)
+    return found

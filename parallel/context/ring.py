@@ -1,0 +1,139 @@
+"""Ring attention: keys and values go around the context-parallel ranks, each rank's queries see all of them.
+
+    step                0          1          2          3         cp = 4
+    rank 0 has kv of    0          3          2          1
+    rank 1              1          0          3          2         a block goes to the next rank at every step,
+    rank 2              2          1          0          3         sent before the rank computes with its own copy
+    rank 3              3          2          1          0
+
+    forward    out, lse of each block's keys (kernels/flash.py) are merged into the sums so far, in at least fp32
+    backward   the blocks go around again; dk and dv of a block follow it one step behind, each rank adds its share,
+               and after the last step they are sent once more, home
+
+Kept for the backward: q, k, v, the output and the log-sum-exp, s/cp rows each. Two blocks of keys and values are held
+at a time (the backward: four, two of them gradients in at least fp32).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from meshwright.kernels.flash import Sight, merge_parts, partial_attention, partial_attention_gradients
+from meshwright.kernels.precision import at_least_fp32, autocast_inputs
+from meshwright.parallel.collectives import Passing, pass_on
+from meshwright.parallel.context.order import Meetings, Pair, chunks_of, meetings, pairs
+from meshwright.parallel.mesh import Axis
+
+
+class _Ring(NamedTuple):
+    """What decides which keys a rank's queries see."""
+
+    cp: Axis
+    document: Tensor | None
+    """Of the whole sample, in the order of positions."""
+    meet: Meetings | None
+
+    def source(self, step: int) -> int:
+        """Return whose keys and values this rank has at a step."""
+        return (self.cp.rank - step) % self.cp.size
+
+    def meeting(self, step: int, rows: int) -> list[tuple[Pair, Sight]]:
+        """Return the pairs of a step, and what is seen within each."""
+        source, found = self.source(step), []
+        for pair in pairs(self.cp.rank, source, self.cp.size, rows, self.meet):
+            if pair.by_document:
+                mine, theirs = self._documents(self.cp.rank), self._documents(source)
+                sight = Sight(pair.is_causal, mine[pair.queries], theirs[pair.keys])
+            else:
+                sight = Sight(pair.is_causal)
+            found.append((pair, sight))
+        return found
+
+    def _documents(self, rank: int) -> Tensor:
+        assert self.document is not None, "there are pairs by document only where documents are given"
+        chunks = self.document.chunk(2 * self.cp.size)
+        return torch.cat([chunks[at] for at in chunks_of(rank, self.cp.size)])
+
+
+def ring_attention(
+    q: Float[Tensor, "s_local b n d"],
+    k: Float[Tensor, "s_local b k d"],
+    v: Float[Tensor, "s_local b k d"],
+    cp: Axis,
+    document: Int[Tensor, "s b"] | None = None,
+    meet: Meetings | None = None,
+) -> Float[Tensor, "s_local b n d"]:
+    """Attend causally over the whole sample from this rank's positions (`zigzag_positions`).
+
+    `document` is that of every position of the whole sample; `meet` is what `meetings` makes of it, which need not be
+    computed for every layer.
+
+    Raises:
+        ValueError: if this rank's positions are not two chunks, or `document` is not as long as the sample.
+    """
+    rows, batch = q.shape[:2]
+    if rows % 2 != 0:
+        raise ValueError(
+            f"{rows} positions on a rank are not two chunks; seq_len must divide by 2 * cp = {2 * cp.size}"
+        )
+    if document is not None and tuple(document.shape) != (rows * cp.size, batch):
+        raise ValueError(
+            f"document has shape {list(document.shape)}; it must be the whole sample's, {[rows * cp.size, batch]}"
+        )
+    if document is not None and meet is None:
+        meet = meetings(document, cp)
+    q, k, v = autocast_inputs(q, k, v)
+    mixed: Tensor = _RingAttention.apply(q, k, v, _Ring(cp, document, meet))  # type: ignore[no-untyped-call]
+    return mixed
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
+        rows, wide = q.shape[0], at_least_fp32(q[:0]).dtype
+        out = torch.zeros_like(q, dtype=wide)
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+        block = torch.stack([k, v])
+        for step in range(ring.cp.size):
+            following = _send_unless_last(block, step, ring.cp)
+            for pair, sight in ring.meeting(step, rows):
+                at = pair.queries
+                part = partial_attention(q[at], block[0, pair.keys], block[1, pair.keys], sight)
+                out[at], lse[at] = merge_parts(out[at], lse[at], *part)
+            block = following.wait()
+        result = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, result, lse)
+        ctx.ring = ring
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        ring, grad, rows = ctx.ring, grads[0].contiguous(), q.shape[0]
+        of_q = torch.zeros_like(at_least_fp32(q))
+        block = torch.stack([k, v])
+        behind: Passing | None = None  # the gradients of the block that this rank has, from those that had it before
+        for step in range(ring.cp.size):
+            following = _send_unless_last(block, step, ring.cp)
+            of_block = torch.zeros_like(block, dtype=of_q.dtype)
+            for pair, sight in ring.meeting(step, rows):
+                at = pair.queries
+                inputs = (grad[at], q[at], block[0, pair.keys], block[1, pair.keys], out[at], lse[at])
+                some_q, some_k, some_v = partial_attention_gradients(*inputs, sight)
+                of_q[at] += some_q
+                of_block[0, pair.keys] += some_k
+                of_block[1, pair.keys] += some_v
+            if behind is not None:
+                of_block += behind.wait()
+            behind = pass_on(of_block, ring.cp)
+            block = following.wait()
+        assert behind is not None, "an axis has at least one rank"
+        of_k, of_v = behind.wait().to(k.dtype).unbind()
+        return of_q.to(q.dtype), of_k, of_v, None
+
+
+def _send_unless_last(block: Tensor, step: int, cp: Axis) -> Passing:
+    """Send the block on before anything is computed with it; after the last step nobody needs it."""
+    return pass_on(block, cp) if step < cp.size - 1 else Passing(block, block, [])

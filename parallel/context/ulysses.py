@@ -1,0 +1,53 @@
+"""Attention by exchanging heads for positions (Ulysses): each context-parallel rank sees whole samples, n/cp heads.
+
+    q, k, v  [s/cp, b, n, d]  -- all-to-all ->  [s, b, n/cp, d]  -- attention ->  [s, b, n/cp, d]  -- all-to-all ->
+    [s/cp, b, n, d]
+
+Rank i gets the i-th n/cp query heads, and with them the key heads that they share. Key heads that cp does not divide
+are repeated first, to the least common multiple: with n = 8, k = 2 and cp = 4 each twice,
+
+    query heads   0 1 | 2 3 | 4 5 | 6 7        key heads   0 | 0 | 1 | 1
+
+As k divides n, cp dividing n is all that is asked for.
+"""
+
+from math import lcm
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from meshwright.kernels.attention import attention
+from meshwright.kernels.precision import autocast_inputs
+from meshwright.parallel.collectives import heads_to_sequence, sequence_to_heads
+from meshwright.parallel.context.order import positions_to_ranks, ranks_to_positions
+from meshwright.parallel.mesh import Axis
+
+
+def ulysses_attention(
+    q: Float[Tensor, "s_local b n d"],
+    k: Float[Tensor, "s_local b k d"],
+    v: Float[Tensor, "s_local b k d"],
+    cp: Axis,
+    document: Int[Tensor, "s b"] | None = None,
+) -> Float[Tensor, "s_local b n d"]:
+    """Attend causally over the whole sample from this rank's positions (`zigzag_positions`).
+
+    `document` is that of every position of the whole sample.
+
+    Raises:
+        ValueError: if cp does not divide the query heads.
+    """
+    n, num_kv_heads = q.shape[2], k.shape[2]
+    if n % cp.size != 0:
+        raise ValueError(f"num_heads = {n} on a rank does not divide by cp = {cp.size}, as Ulysses attention needs")
+    q, k, v = autocast_inputs(q, k, v)  # before they are sent: half the bytes
+    each = lcm(num_kv_heads, cp.size) // num_kv_heads
+    if each > 1:
+        k, v = k.repeat_interleave(each, dim=2), v.repeat_interleave(each, dim=2)
+    parts = [torch.unflatten(x, 2, (cp.size, -1)) for x in (q, k, v)]
+    sizes = [part.shape[3] for part in parts]
+    together = torch.cat(parts, dim=3).flatten(2, 3)  # rank by rank its q, k and v heads: one exchange for all
+    whole = ranks_to_positions(sequence_to_heads(together, cp), cp)
+    mixed = attention(*torch.split(whole, sizes, dim=2), is_causal=True, document=document)
+    return heads_to_sequence(positions_to_ranks(mixed, cp), cp)
