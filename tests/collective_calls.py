@@ -230,7 +230,7 @@ METHODS: dict[str, Describe] = {
 def bytes_sent(call: Call) -> int:
     """Return the bytes that this rank sends in a call, as an algorithm that sends nothing twice would: a ring.
 
-        all_reduce 2 (n-1)/n x    reduce_scatter (n-1)/n x    all_gather (n-1) part    all_to_all, send: what leaves
+    all_reduce 2 (n-1)/n x    reduce_scatter (n-1)/n x    all_gather (n-1) part    all_to_all, send: what leaves
     """
     n, rank = call.group.size(), call.group.rank()
     held = sum(tensor.nbytes for tensor in call.inputs)
@@ -247,5 +247,3 @@ def bytes_sent(call: Call) -> int:
     if call.op == "broadcast":
         return held if call.root == rank else 0
     return held if call.op in ("send", "gather", "reduce", "scatter") else 0
-
-

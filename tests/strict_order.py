@@ -127,7 +127,9 @@ def _exchange(heads: dict[int, _Head]) -> tuple[str, bool]:
 
 
 def _stuck(heads: dict[int, _Head], ranks: list[int]) -> str:
-    said = [f"rank {rank} in {heads[rank]}" if rank in heads else f"rank {rank} makes no further call" for rank in ranks]
+    said = [
+        f"rank {rank} in {heads[rank]}" if rank in heads else f"rank {rank} makes no further call" for rank in ranks
+    ]
     return "would wait for ever: " + "; ".join(said)
 
 
