@@ -223,13 +223,10 @@ def _what(call: Call) -> str:
     if call.rows is not None:
         return f"{call.op} of {_shape_of(call.inputs[0][:0])}" if call.inputs[0].dim() else call.op
     words = [call.op, call.reduce_op, "" if call.root is None else f"root {call.root}"]
-    if call.op not in ("gather", "scatter"):  # their lists stand on the root alone
-        words += [
-            *map(_shape_of, call.inputs),
-            *(["->", *map(_shape_of, call.outputs)] if call.inputs is not call.outputs else []),
-        ]
-    else:
-        words += [_shape_of((call.inputs if call.op == "gather" else call.outputs)[0])]
+    # The lists of a gather and of a scatter stand on the root alone.
+    words += [_shape_of(call.outputs[0])] if call.op == "scatter" else [*map(_shape_of, call.inputs)]
+    if call.outputs is not call.inputs and call.op not in ("gather", "scatter"):
+        words += ["->", *map(_shape_of, call.outputs)]
     return " ".join(word for word in words if word)
 
 

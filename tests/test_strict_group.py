@@ -159,8 +159,8 @@ def one_waits_in_a_sum(world: Axis) -> None:
 @pytest.mark.parametrize(
     ("case", "text"),
     [
-        (two_types, r"rank 0, call 1 of group \S+, all_reduce, at test_strict_group.py:\d+: all_reduce SUM float32\[4\];"
-         r" rank 1, .*: all_reduce SUM int32\[4\]"),
+        (two_types, r"rank 0, call 1 of group \S+, all_reduce, at test_strict_group.py:\d+: all_reduce SUM"
+         r" float32\[4\]; rank 1, .*: all_reduce SUM int32\[4\]"),
         (two_shapes, r"all_reduce SUM float32\[2, 3\]; rank 1, .* all_reduce SUM float32\[3, 2\]"),
         (two_reductions, r"SUM float32\[4\]; rank 1, .*MAX float32\[4\]"),
         (two_roots, r"broadcast root 0 float32\[4\]; rank 1, .*broadcast root 1"),

@@ -8,6 +8,7 @@ draws are its own; what is sound is the product's to say.
 """
 
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any, Literal, get_args, get_origin
 
 from engine_cases import BATCH, SEQ, dense_config, moe_config
@@ -20,13 +21,12 @@ from meshwright.launcher.runfile.tables import RunFile
 from meshwright.parallel.mesh import Sizes
 
 MODELS = {
-    "dense": dense_config(),
+    "dense": dense_config(num_layers=4),  # for four stages
     "dense-tied-biased": dense_config(tie_embeddings=True, bias=("q", "k", "v", "output", "ffn")),
     "dense-one-kv-head": dense_config(num_kv_heads=1, qk_norm=True),
     "moe": moe_config(),
     "moe-step-balance": moe_config(num_experts=4, load_balancing="step", bias=("ffn",), normalise_top_k=False),
 }
-MOST_RANKS = 8
 # Tables whose choices are drawn; [parallel]'s sizes are drawn apart, as they must multiply.
 TABLES = ("parallel", "zero", "recompute", "pipeline")
 AXES = tuple(field.name for field in fields(Sizes))
@@ -55,6 +55,10 @@ class Sample:
         """Return what the product has against it."""
         return check(self.run_file(), self.world)
 
+    def has(self, axis: str) -> bool:
+        """Say whether an axis is split."""
+        return any(table == "parallel" and key == axis for table, key, _ in self.tables)
+
     def __str__(self) -> str:
         said = [f"{table}.{key}={value}" for table, key, value in self.tables]
         return f"{self.model} on {self.world}: {' '.join([*said, f'micro_batch={self.micro_batch}'])}"
@@ -66,30 +70,27 @@ def sample(model: str, *, micro_batch: int = 1, **changes: Any) -> Sample:
     for key, value in changes.items():
         table, _, name = key.rpartition("__")
         tables.append((table or "parallel", name, value))
-    world = 1
-    for _, key, value in tables:
-        world *= value if key in AXES and key not in ("ep", "etp") else 1
+    world = prod(value for _, key, value in tables if key in AXES and key not in ("ep", "etp"))
     return Sample(model, world, micro_batch, tuple(tables))
 
 
 @strategies.composite
 def samples(draw: Any) -> Sample:
     """Draw a sample that passes the product's checks."""
-    world = draw(strategies.sampled_from([2, 3, 4, 6, 8]))
-    tables: list[tuple[str, str, Any]] = []
-    left = world
-    for axis in draw(strategies.permutations([axis for axis in AXES if axis not in ("ep", "etp")])):
-        size = draw(strategies.sampled_from(divisors(left)))
-        left //= size
-        tables += [("parallel", axis, size)] if size > 1 else []
-    assume(left == 1)
-    tables += [("parallel", axis, draw(strategies.sampled_from([1, 2, 3, 4]))) for axis in ("ep", "etp")]
+    sizes = dict.fromkeys(AXES, 1)
+    dense = [axis for axis in AXES if axis not in ("ep", "etp")]
+    factors = draw(strategies.sampled_from([(2,), (3,), (2, 2), (2, 3), (2, 2, 2), (2, 2, 2)]))
+    for factor in factors:
+        sizes[draw(strategies.sampled_from(dense))] *= factor
+    for axis in ("ep", "etp"):
+        sizes[axis] = draw(strategies.sampled_from([1, 2, 3, 4]))
+    tables: list[tuple[str, str, Any]] = [("parallel", axis, size) for axis, size in sizes.items()]
     for table in TABLES:
-        if table in RunFile.model_fields:
+        if table != "pipeline" or sizes["pp"] > 1:
             tables += draw(strategies.tuples(*choices_of(table)))
     drawn = Sample(
         model=draw(strategies.sampled_from(sorted(MODELS))),
-        world=world,
+        world=prod(factors),
         micro_batch=draw(strategies.sampled_from([1, 2, 4])),
         tables=tuple(sorted(entry for entry in tables if entry[2] != default_of(*entry[:2]))),
     )
@@ -132,8 +133,3 @@ def default_of(table: str, key: str) -> Any:
     """Return what a key is where the file does not say."""
     default = table_of(table).model_fields[key].default
     return 1 if key in AXES else default
-
-
-def divisors(number: int) -> list[int]:
-    """Return what divides a number."""
-    return [size for size in range(1, number + 1) if number % size == 0]
