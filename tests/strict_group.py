@@ -163,14 +163,16 @@ def _marked(original: Callable[..., Any], rules: _Rules, *, begins: bool) -> Cal
 
 
 @contextmanager
-def inside_a_step() -> Iterator[None]:
-    """Say that what is inside belongs to a step, where no engine does."""
-    rules = _installed[-1]
-    before, rules.in_step = rules.in_step, True
+def inside_a_step(inside: bool = True) -> Iterator[None]:
+    """Say that what follows belongs to a step, where no engine does, or that it does not: a test's own look at it."""
+    before = [rules.in_step for rules in _installed]
+    for rules in _installed:
+        rules.in_step = inside
     try:
         yield
     finally:
-        rules.in_step = before
+        for rules, was in zip(_installed, before, strict=True):
+            rules.in_step = was
 
 
 def let_torch_call_past() -> None:
