@@ -14,7 +14,7 @@ split, h hidden_size; N weights of this rank, P the same with dims cut in n part
     etp            everyone's k t rows gathered and summed, forward and backward: 4 (n-1) k t h; counts
     pp             an activation t h forward, its gradient backward, at every border between ranks
 
-`LAYOUTS` has the numbers for some layouts; tests/parity/test_bytes.py holds them equal, benchmarks/layouts.py tells them.
+`LAYOUTS` has the numbers of some layouts; tests hold them equal, benchmarks/layouts.py tells them.
 """
 
 from collections import Counter
@@ -160,7 +160,7 @@ def rows_away(drawn: Sample, n: int) -> int:
     with patch.object(moe_module, "dispatch", note):
         forward_backward(start(single_process_mesh(), config, Plan()), 0, 1)
     owner_of = config.moe.num_experts // n
-    of_sample = [layers for layers in zip(*[iter(chosen)] * config.num_layers, strict=True)]
+    of_sample = list(zip(*[iter(chosen)] * config.num_layers, strict=True))
     return sum(
         int((expert // owner_of != sample_number // (BATCH // n)).sum())
         for sample_number, layers in enumerate(of_sample)
