@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from strict_group import inside_a_step
 from torch import Tensor
 
 from meshwright.model.config import ModelConfig, MoeConfig
@@ -209,7 +210,8 @@ def gather_all(run: Run, held: list[Tensor]) -> dict[str, Tensor]:
     if not run.mesh.pp.is_split:
         return mine
     of_stages: list[dict[str, Tensor]] = [{}] * run.mesh.pp.size
-    dist.all_gather_object(of_stages, mine, group=run.mesh.pp.group)
+    with inside_a_step(False):
+        dist.all_gather_object(of_stages, mine, group=run.mesh.pp.group)
     for stage in of_stages:
         for name in stage.keys() & mine.keys():
             assert torch.equal(stage[name], mine[name]), f"two stages hold different copies of {name}"

@@ -5,6 +5,9 @@
 
 Ranks are forked, so a case may be any picklable function of a test module. They meet in a temporary file: no
 port can be taken. A gloo error is fatal to its ranks, so after any failure the pool is made anew.
+
+Every case runs under NCCL's rules (tests/strict_group.py): each rank holds its own calls to them, and the ranks' calls
+are compared here, after the case and while it hangs.
 """
 
 import atexit
@@ -16,14 +19,20 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from time import monotonic
 from typing import Any
 
+import strict_group
 import torch
 import torch.distributed as dist
+from strict_order import disagreements, read_lines
 
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, build_mesh
 
 TIMEOUT = timedelta(seconds=60)
+# Ranks that wait for one that failed are given so long to say more; their collectives cannot end.
+GRACE = timedelta(seconds=10)
 _POOLS: dict[int, "_Pool"] = {}
 _MESHES: dict[Sizes, Mesh] = {}
 
@@ -53,6 +62,7 @@ def _with_axis(case: Callable[..., Any], *args: Any) -> Any:
 def _with_mesh(case: Callable[..., Any], sizes: Sizes, *args: Any) -> Any:
     if sizes not in _MESHES:
         _MESHES[sizes] = build_mesh(sizes, TIMEOUT)
+    strict_group.name_axes(_MESHES[sizes].axes)
     return case(_MESHES[sizes], *args)
 
 
@@ -69,9 +79,10 @@ class _Pool:
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.pipes: list[Connection] = []
         self.ranks = []
+        self.logs = [Path(self.folder.name, f"calls.{rank}") for rank in range(size)]
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, self.folder.name, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, self.logs[rank], theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -79,28 +90,36 @@ class _Pool:
 
     def run(self, case: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         """Hand the case to every rank and wait; on a failure end all ranks and raise with their tracebacks."""
+        for log in self.logs:  # the ranks are idle, and append
+            log.write_bytes(b"")
         for pipe in self.pipes:
             pipe.send((case, args))
         answers: dict[int, tuple[bool, Any]] = {}
-        while len(answers) < self.size:
+        until = monotonic() + 2 * TIMEOUT.total_seconds()
+        while len(answers) < self.size and monotonic() < until:
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
-            ready = wait(waiting, timeout=2 * TIMEOUT.total_seconds())
-            if not ready:
-                self.close()
-                raise RankFailed(f"ranks {sorted(set(range(self.size)) - set(answers))} did not answer")
+            ready = wait(waiting, timeout=0.5)
+            if not ready and self._differences(ended=set(answers)):
+                break  # they would wait for each other until their time is up
             for pipe in ready:
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
                 try:
                     answers[rank] = self.pipes[rank].recv()
                 except EOFError:
                     answers[rank] = (False, f"the process died with exit code {self.ranks[rank].exitcode}")
-        failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
-        if failed:
+                if not answers[rank][0]:
+                    until = min(until, monotonic() + GRACE.total_seconds())
+        differences = self._differences(ended=set(range(self.size)))
+        texts = {rank: text for rank, (ok, text) in answers.items() if not ok}
+        texts |= {rank: "did not answer" for rank in range(self.size) if rank not in answers}
+        if texts or differences:
             self.close()
-            raise RankFailed(
-                "\n".join(f"--- rank {rank} of {self.size}\n{text}" for rank, text in sorted(failed.items()))
-            )
+            said = [f"--- rank {rank} of {self.size}\n{text}" for rank, text in sorted(texts.items())]
+            raise RankFailed("\n".join([*said, *(f"--- the ranks' calls: {text}" for text in differences)]))
         return [answers[rank][1] for rank in range(self.size)]
+
+    def _differences(self, ended: set[int]) -> list[str]:
+        return disagreements([read_lines(log) for log in self.logs], ended)
 
     def close(self) -> None:
         """End the ranks; the next case gets a new pool."""
@@ -111,19 +130,22 @@ class _Pool:
         self.folder.cleanup()
 
 
-def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, log: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     _MESHES.clear()
-    store = dist.FileStore(os.path.join(folder, "store"), size)
+    store = dist.FileStore(str(log.parent / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    strict_group.install(log)
     while True:
         try:
             case, args = pipe.recv()
         except EOFError:
             os._exit(0)
         try:
+            strict_group.begin_case()
             result: tuple[bool, Any] = (True, case(*args))
+            strict_group.end_case()
         except BaseException:  # CheckpointException and KeyboardInterrupt are no Exceptions
             result = (False, traceback.format_exc())
         pipe.send(result)

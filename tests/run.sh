@@ -10,9 +10,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 source "$root/slurm/environment.sh" || exit 2
 cd "$root"
 
-if ! "$meshwright_python" -c 'import pytest, beartype' 2>/dev/null; then
-    meshwright_say "The active environment ($meshwright_python) has no pytest or no beartype." \
-        "Add them: $meshwright_python -m pip install -c constraints.txt pytest beartype"
+if ! "$meshwright_python" -c 'import pytest, beartype, hypothesis' 2>/dev/null; then
+    meshwright_say "The active environment ($meshwright_python) has no pytest, no beartype or no hypothesis." \
+        "Add them: $meshwright_python -m pip install -c constraints.txt pytest beartype hypothesis"
     exit 2
 fi
 PYTHONPATH=$root/tests:$PYTHONPATH "$meshwright_python" - <<'PYTHON'

@@ -83,6 +83,11 @@ def shard(
     axes = {parameters[name]: table[name].zero_axis(mesh) for name in by_fsdp}
     wrapped = shard_modules(units, axes, stage=stage, device=device, dtype=compute_dtype)
     model.to_empty(device=device)
+    for unit in wrapped:
+        # FSDP2 learns of new tensors where a conversion begins at or above the unit; the stages of a pipeline stand
+        # beside the model. A part made before it learns would not be what FSDP2 gathers, once it pads a short one.
+        assert isinstance(unit, nn.Module)
+        unit.to(device=device)
 
     placed = dict(model.named_parameters())
     engines: list[BucketEngine | FsdpEngine] = []

@@ -71,7 +71,9 @@ def test_sums_are_sums_and_pieces_come_in_axis_order() -> None:
 
 
 def an_asynchronous_sum_is_under_way(axis: Axis) -> bool:
-    return all_reduce(torch.ones(4), axis, asynchronous=True) is not DONE
+    pending = all_reduce(torch.ones(4), axis, asynchronous=True)
+    pending.wait()
+    return pending is not DONE
 
 
 def test_an_asynchronous_sum_gives_something_to_wait_for() -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import strict_group
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint_cases import held_state, whole
@@ -51,6 +52,7 @@ def torch_reads_ours(mesh: Mesh, folder: Path) -> None:
     state = {"gate": target, "moment.weight": torch.zeros(7, 3)}
     dcp.load(state, storage_reader=FolderReader(path))
     assert isinstance(state["gate"], DTensor)
+    strict_group.let_torch_call_past()
     assert torch.equal(state["gate"].full_tensor(), whole("gate"))
     assert torch.equal(state["moment.weight"], whole("moment.weight"))
 

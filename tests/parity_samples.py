@@ -1,0 +1,135 @@
+"""Layouts drawn at random, as run files: every axis, every stage, every choice that a table offers, any model.
+
+    world 8 = pp 2 x dp_shard 2 x tp 2    ep 2, etp 2    zero.stage 1    recompute.mode "full"    micro-batch 2    moe
+
+A sample is drawn from the fields of the tables themselves, so that a new axis or a new choice joins when its key is
+there, and kept if `check` (what `meshwright check` says) has nothing against it. Only numbers of axes that this file
+draws are its own; what is sound is the product's to say.
+"""
+
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Any, Literal, get_args, get_origin
+
+from engine_cases import BATCH, SEQ, dense_config, moe_config
+from hypothesis import assume, strategies
+from pydantic import BaseModel
+from runfile_cases import run_file
+
+from meshwright.launcher.runfile.cross_checks import check
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.parallel.mesh import Sizes
+
+MODELS = {
+    "dense": dense_config(num_layers=4),  # for four stages
+    "dense-tied-biased": dense_config(tie_embeddings=True, bias=("q", "k", "v", "output", "ffn")),
+    "dense-one-kv-head": dense_config(num_kv_heads=1, qk_norm=True),
+    "moe": moe_config(),
+    "moe-step-balance": moe_config(num_experts=4, load_balancing="step", bias=("ffn",), normalise_top_k=False),
+}
+# Tables whose choices are drawn; [parallel]'s sizes are drawn apart, as they must multiply.
+TABLES = ("parallel", "zero", "recompute", "pipeline")
+AXES = tuple(field.name for field in fields(Sizes))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One layout, one model, and how a rank computes it."""
+
+    model: str
+    world: int
+    micro_batch: int
+    tables: tuple[tuple[str, str, Any], ...]
+    """What differs from the defaults: table, key, value."""
+
+    def run_file(self) -> RunFile:
+        """Return the run file that a user would write."""
+        tables: dict[str, dict[str, Any]] = {}
+        for table, key, value in self.tables:
+            tables.setdefault(table, {})[key] = value
+        train = {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": self.micro_batch, "precision": "fp64"}
+        data = {"store": "s", "seq_len": SEQ}
+        return run_file(model=MODELS[self.model].model_dump(), train=train, data=data, **tables)
+
+    def problems(self) -> list[str]:
+        """Return what the product has against it."""
+        return check(self.run_file(), self.world)
+
+    def has(self, axis: str) -> bool:
+        """Say whether an axis is split."""
+        return any(table == "parallel" and key == axis for table, key, _ in self.tables)
+
+    def __str__(self) -> str:
+        said = [f"{table}.{key}={value}" for table, key, value in self.tables]
+        return f"{self.model} on {self.world}: {' '.join([*said, f'micro_batch={self.micro_batch}'])}"
+
+
+def sample(model: str, *, micro_batch: int = 1, **changes: Any) -> Sample:
+    """Return a sample by hand: `sample("moe", tp=2, ep=2, zero__stage=1)`; a key without a table is of [parallel]."""
+    tables = []
+    for key, value in changes.items():
+        table, _, name = key.rpartition("__")
+        tables.append((table or "parallel", name, value))
+    world = prod(value for _, key, value in tables if key in AXES and key not in ("ep", "etp"))
+    return Sample(model, world, micro_batch, tuple(tables))
+
+
+@strategies.composite
+def samples(draw: Any) -> Sample:
+    """Draw a sample that passes the product's checks."""
+    sizes = dict.fromkeys(AXES, 1)
+    dense = [axis for axis in AXES if axis not in ("ep", "etp")]
+    factors = draw(strategies.sampled_from([(2,), (3,), (2, 2), (2, 3), (2, 2, 2), (2, 2, 2)]))
+    for factor in factors:
+        sizes[draw(strategies.sampled_from(dense))] *= factor
+    for axis in ("ep", "etp"):
+        sizes[axis] = draw(strategies.sampled_from([1, 2, 3, 4]))
+    tables: list[tuple[str, str, Any]] = [("parallel", axis, size) for axis, size in sizes.items()]
+    for table in TABLES:
+        if table != "pipeline" or sizes["pp"] > 1:
+            tables += draw(strategies.tuples(*choices_of(table)))
+    drawn = Sample(
+        model=draw(strategies.sampled_from(sorted(MODELS))),
+        world=prod(factors),
+        micro_batch=draw(strategies.sampled_from([1, 2, 4])),
+        tables=tuple(sorted(entry for entry in tables if entry[2] != default_of(*entry[:2]))),
+    )
+    assume(not drawn.problems())
+    return drawn
+
+
+def choices_of(table: str) -> list[Any]:
+    """Return, for each key of a table that offers a choice, what draws (table, key, value)."""
+    drawn = []
+    for key, field in table_of(table).model_fields.items():
+        values = values_of(field.annotation, field.metadata)
+        if values and key not in AXES:
+            drawn.append(strategies.sampled_from([(table, key, value) for value in values]))
+    return drawn
+
+
+def values_of(annotation: Any, metadata: list[Any]) -> list[Any]:
+    """Return the values that a field of this type is tried with; none where it offers no choice."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    if annotation is bool:
+        return [False, True]
+    if annotation is int:
+        least = max([rule.ge for rule in metadata if hasattr(rule, "ge")] or [1])
+        most = min([rule.le for rule in metadata if hasattr(rule, "le")] or [2])
+        return list(range(least, min(most, least + 3) + 1)) if most <= 8 else [1, 2]
+    return []
+
+
+def table_of(table: str) -> type[BaseModel]:
+    """Return the class of a table."""
+    found = RunFile.model_fields[table].annotation
+    assert isinstance(found, type)
+    assert issubclass(found, BaseModel)
+    return found
+
+
+def default_of(table: str, key: str) -> Any:
+    """Return what a key is where the file does not say."""
+    default = table_of(table).model_fields[key].default
+    return 1 if key in AXES else default

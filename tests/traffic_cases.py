@@ -1,0 +1,201 @@
+"""Bytes that one rank sends in one step, by axis and operation, beside what a textbook says that it must.
+
+n ranks of the axis, m micro-batches a step on this rank, L layers, t = s * b tokens of a micro-batch before they are
+split, h hidden_size; N weights of this rank, P the same with dims cut in n parts rounded up. What each rank sends:
+
+    dp    ZeRO-0   all_reduce 2 (n-1)/n N
+          ZeRO-1   reduce_scatter (n-1)/n P, all_gather (n-1)/n P
+          ZeRO-2   m times both: FSDP2 gathers and reduces for every micro-batch, and adds up parts
+          ZeRO-3   the same, and gathers once more for each backward pass
+    HSDP           each rank's part again over dp_replicate: all_reduce 2 (r-1)/r P/n
+    tp + sp        attention, feed-forward, and each end of the model gather and scatter tokens once forward and once
+                   backward: m (2 L + 2) times (n-1)/n t h, twice; the loss 3 numbers a token; norms' gradients
+    ep             every row that leaves goes there, comes back, and both again backward: 4 h; counts e of int64
+    etp            everyone's k t rows gathered and summed, forward and backward: 4 (n-1) k t h; counts
+    pp             an activation t h forward, its gradient backward, at every border between ranks
+
+`LAYOUTS` has the numbers of some layouts; tests hold them equal, benchmarks/layouts.py tells them.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+from unittest.mock import patch
+
+from collective_calls import Call, bytes_sent, watching
+from engine_cases import BATCH, SEQ, forward_backward, start
+from parity_samples import Sample, sample
+from torch import Tensor
+
+import meshwright.model.feedforward.moe as moe_module
+from meshwright.launcher.build import plan_of
+from meshwright.launcher.stages import stages_of
+from meshwright.model.config import ModelConfig
+from meshwright.model.parts import build_model
+from meshwright.parallel.apply import Plan
+from meshwright.parallel.mesh import Mesh, single_process_mesh
+from meshwright.parallel.placement import chunk_bounds
+
+Bytes = Counter[tuple[str, str]]
+WIDTH = 8  # fp64
+# One group may be several axes; it is called by the first of these.
+NAMES = ("tp", "cp", "pp", "ep", "etp", "dp_shard", "edp", "dp_replicate", "zero", "data", "dp", "token", "ends")
+
+
+@dataclass
+class Traffic:
+    """Adds up what this rank sends."""
+
+    names: dict[str, str]
+    sent: Bytes
+    away: list[int]
+    """Rows that each all-to-all of rows sent to others."""
+
+    def before(self, call: Call) -> None:
+        """Count a call."""
+        self.sent[self.names[call.name], call.op] += bytes_sent(call)
+        if call.rows is not None and call.inputs[0].is_floating_point():
+            self.away.append(sum(call.rows[0]) - call.rows[0][call.group.rank()])
+
+    def after(self, call: Call, work: Any) -> None:
+        """Nothing is left to count."""
+
+    def waited(self, work: Any) -> None:
+        """Nothing is left to count."""
+
+
+def traffic_of_a_step(mesh: Mesh, drawn: Sample) -> Bytes:
+    """Run one step, until the weights are published, and return what this rank sent."""
+    run_file = drawn.run_file()
+    run = start(mesh, run_file.model, plan_of(run_file), stages=stages_of(run_file))
+    names: dict[str, str] = {}
+    for name in (*NAMES, *mesh.axes):
+        axis = mesh.axes.get(name)
+        if axis is not None and axis.group is not None:
+            names.setdefault(axis.group.group_name, name)
+    traffic = Traffic(names, Counter(), [])
+    if mesh.pp.is_split:
+        forward_backward(run, 0, drawn.micro_batch)  # torch's stages say hello in their first step: 4 bytes
+    with watching(traffic):
+        forward_backward(run, 0, drawn.micro_batch)
+        run.engine.publish_weights()
+    return Counter({key: sent for key, sent in traffic.sent.items() if sent})
+
+
+def weights_of(config: ModelConfig) -> list[tuple[int, ...]]:
+    """Return the shapes of a model's parameters."""
+    return [tuple(parameter.shape) for parameter in build_model(config, device="meta").parameters()]
+
+
+def numel(shapes: list[tuple[int, ...]], parts: int = 1, index: int = 0) -> int:
+    """Return the numbers of one part of each, cut along dim 0 as torch.chunk does: the first is the largest."""
+    total = 0
+    for rows, *rest in shapes:
+        begin, end = chunk_bounds(rows, parts, index)
+        total += (end - begin) * prod(rest)
+    return total
+
+
+def dp_bytes(drawn: Sample, n: int, rank: int, replicas: int = 1) -> Bytes:
+    """Return what ZeRO sends over n ranks that share state, and over copies of them."""
+    run_file = drawn.run_file()
+    stage, shapes = run_file.zero.stage, weights_of(run_file.model)
+    m = BATCH // (n * replicas) // drawn.micro_batch
+    part = numel(shapes, n)
+    times = m if stage >= 2 else 1
+    if stage == 0:
+        found = Counter({("dp_shard", "all_reduce"): 2 * (n - 1) * numel(shapes) // n})
+        found["dp_replicate", "all_reduce"] = 2 * (replicas - 1) * numel(shapes) // replicas
+    else:
+        found = Counter({("dp_shard", "reduce_scatter"): times * (n - 1) * part})
+        found["dp_shard", "all_gather"] = times * (2 if stage == 3 else 1) * (n - 1) * part
+        # Buckets are summed with their padding; FSDP2's parts, of which a later rank's are shorter, without.
+        held = part if stage == 1 else numel(shapes, n, rank % n)
+        found["dp_replicate", "all_reduce"] = 2 * (replicas - 1) * held // replicas
+    return in_bytes(found)
+
+
+def tp_bytes(drawn: Sample, n: int) -> Bytes:
+    """Return what tensor parallelism with sequence parallelism sends, in a dense model without biases."""
+    model = drawn.run_file().model
+    m, t, h, layers = BATCH // drawn.micro_batch, SEQ * drawn.micro_batch, model.hidden_size, model.num_layers
+    blocks = m * (n - 1) * t * h // n
+    moves = blocks * (4 * layers + 2)
+    found = Counter({("tp", "all_gather"): moves, ("tp", "reduce_scatter"): moves})
+    norms = (2 * layers + 1) * h
+    found["tp", "all_reduce"] = 2 * (n - 1) * (3 * m * t + norms) // n
+    return in_bytes(found)
+
+
+def pp_bytes(drawn: Sample) -> Bytes:
+    """Return what one border sends: two stages, one on each rank."""
+    t = SEQ * drawn.micro_batch
+    return in_bytes(Counter({("pp", "send"): BATCH // drawn.micro_batch * t * drawn.run_file().model.hidden_size}))
+
+
+def etp_bytes(drawn: Sample, n: int) -> Bytes:
+    """Return what expert tensor parallelism sends over n data-parallel ranks, without its gradients' sums."""
+    model = drawn.run_file().model
+    assert model.moe is not None
+    m, rows = BATCH // n // drawn.micro_batch, SEQ * drawn.micro_batch * model.moe.top_k
+    moved = m * model.num_layers * (n - 1) * rows * model.hidden_size
+    counts = m * model.num_layers * (n - 1) * model.moe.num_experts
+    return in_bytes(Counter({("etp", "all_gather"): 2 * moved + counts, ("etp", "reduce_scatter"): 2 * moved}))
+
+
+def rows_away(drawn: Sample, n: int) -> int:
+    """Return how many rows leave for an expert elsewhere in a step, on all n ranks; from one process's choices."""
+    config = drawn.run_file().model
+    assert config.moe is not None
+    chosen: list[Tensor] = []
+
+    def note(x: Tensor, expert: Tensor, *rest: Any) -> Any:
+        chosen.append(expert)
+        return moe_module_dispatch(x, expert, *rest)
+
+    moe_module_dispatch = moe_module.dispatch
+    with patch.object(moe_module, "dispatch", note):
+        forward_backward(start(single_process_mesh(), config, Plan()), 0, 1)
+    owner_of = config.moe.num_experts // n
+    of_sample = list(zip(*[iter(chosen)] * config.num_layers, strict=True))
+    return sum(
+        int((expert // owner_of != sample_number // (BATCH // n)).sum())
+        for sample_number, layers in enumerate(of_sample)
+        for expert in layers
+    )
+
+
+def ep_bytes_of_all_ranks(drawn: Sample, n: int) -> int:
+    """Return what all n ranks together send to each other's experts."""
+    model = drawn.run_file().model
+    assert model.moe is not None
+    m = BATCH // n // drawn.micro_batch
+    counts = n * m * model.num_layers * (n - 1) * (model.moe.num_experts // n)
+    return WIDTH * (4 * rows_away(drawn, n) * model.hidden_size + counts)
+
+
+def in_bytes(numbers: Counter[tuple[str, str]]) -> Bytes:
+    """Return bytes for numbers; what is 0 is left out."""
+    return Counter({key: WIDTH * count for key, count in numbers.items() if count})
+
+
+def of_zero(name: str, replicas: int) -> dict[str, tuple[Sample, Callable[[int], Bytes]]]:
+    """Return the four stages over two ranks, and over so many copies of them."""
+    copies = {"dp_replicate": replicas} if replicas > 1 else {}
+    drawn = [sample("dense", **copies, dp_shard=2, zero__stage=stage) for stage in range(4)]
+    return {
+        f"{name}ZeRO-{stage}": (each, partial(dp_bytes, each, 2, replicas=replicas)) for stage, each in enumerate(drawn)
+    }
+
+
+TP, PP = sample("dense", tp=2, micro_batch=2), sample("dense", pp=2, micro_batch=2)
+# By name: a layout, and what each of its ranks sends.
+LAYOUTS: dict[str, tuple[Sample, Callable[[int], Bytes]]] = {
+    **of_zero("", 1),
+    **of_zero("HSDP, ", 2),
+    "tp + sp": (TP, lambda rank: tp_bytes(TP, 2)),
+    "pp": (PP, lambda rank: pp_bytes(PP)),
+}
