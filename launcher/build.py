@@ -23,10 +23,11 @@ from meshwright.launcher.training.optimizer import Optimizer
 from meshwright.launcher.training.stopping import FLAGS
 from meshwright.model.block import RECOMPUTED_WHOLE, RUN_AGAIN
 from meshwright.model.config import ModelConfig
-from meshwright.model.parts import build_model, reset_buffers
+from meshwright.model.parts import Ways, build_model, reset_buffers
 from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages, stage_parts
 from meshwright.parallel.apply import Plan, apply, fill_initial_weights
+from meshwright.parallel.deep_ep import why_not as why_not_deep_ep
 from meshwright.parallel.mesh import Mesh, Sizes
 from meshwright.parallel.pipeline.adapter import Pipeline
 from meshwright.parallel.placement import placement_table
@@ -73,10 +74,10 @@ def build_run(run_file: RunFile, store: TokenStore, mesh: Mesh, device: torch.de
     model = build_model(
         run_file.model,
         mesh=mesh,
-        context=run_file.parallel.context,
         device="meta",
         dtype=held_dtype(run_file),
         held=held,
+        ways=Ways(run_file.parallel.context, run_file.parallel.expert_exchange),
     )
     table = placement_table(model)
     ranks = {f"memory.{rank}": 1 for rank in range(mesh.world.size)}
@@ -173,6 +174,17 @@ def check_compiler(run_file: RunFile, device: torch.device) -> None:
             "train.compile",
             ["true: needs a C++ compiler on a CPU (Debian, Ubuntu: apt-get install g++); false would fit"],
         )
+
+
+def check_exchange(run_file: RunFile, device: torch.device) -> None:
+    """Refuse to exchange tokens by a package that is not here.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    wanted = run_file.parallel.expert_exchange
+    if wanted == "deep_ep" and (reason := why_not_deep_ep(device)):
+        raise ConfigError("parallel.expert_exchange", [f'"deep_ep": {reason}; "all_to_all" would fit'])
 
 
 def with_vocab_of(run_file: RunFile, store: TokenStore) -> RunFile:

@@ -1,14 +1,14 @@
 """The tables of parts, and how a config becomes a model: a new kind is one file and one line here.
 
-    MIXERS["attention"]      a function (config, number, mesh, init) -> module
+    MIXERS["attention"]      a function (config, number, mesh, init, ways) -> module
     FEEDFORWARDS["moe"]      the same
 
 `build_model` returns an ordinary `nn.Module`; with a mesh each part holds what its rank holds.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,16 +23,29 @@ from meshwright.model.routers.topk import TopKRouter
 from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages
 from meshwright.parallel.context.attend import Way
+from meshwright.parallel.deep_ep import DeepEpExchange
+from meshwright.parallel.experts import AllToAll
 from meshwright.parallel.initialise import InitPolicy, fill, init_rules
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import placement_table, without_padding
 from meshwright.parallel.vocabulary import Embedding, VocabularyRows
 
-MakePart = Callable[[ModelConfig, int, Mesh, InitPolicy], nn.Module]
+
+@dataclass(frozen=True)
+class Ways:
+    """How parts reach what lies on other ranks, where there is more than one way to the same result."""
+
+    context: Way = "ring"
+    """How attention reaches the positions of a sample over cp."""
+    expert_exchange: Literal["all_to_all", "deep_ep"] = "all_to_all"
+    """How tokens reach their experts over ep."""
 
 
-def make_attention(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy, context: Way = "ring") -> nn.Module:
-    """Return attention as the config has it; `context` is its way over cp."""
+MakePart = Callable[[ModelConfig, int, Mesh, InitPolicy, Ways], nn.Module]
+
+
+def make_attention(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy, ways: Ways) -> nn.Module:
+    """Return attention as the config has it."""
     copies = mesh.neighbours(copies_of_kv_heads(config.num_kv_heads, mesh.tp.size))
     return Attention(
         config.hidden_size,
@@ -41,20 +54,21 @@ def make_attention(config: ModelConfig, number: int, mesh: Mesh, init: InitPolic
         qk_norm_eps=config.norm_eps if config.qk_norm else None,
         bias=frozenset(config.bias),
         init=init,
-        spread=Spread(mesh.tp, copies, mesh.cp, context),
+        spread=Spread(mesh.tp, copies, mesh.cp, ways.context),
     )
 
 
-def make_mlp(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy) -> nn.Module:
+def make_mlp(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy, ways: Ways) -> nn.Module:
     """Return the dense feed-forward."""
     return Mlp(config.hidden_size, config.ffn_hidden_size, bias="ffn" in config.bias, init=init, tp=mesh.tp)
 
 
-def make_moe(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy) -> nn.Module:
+def make_moe(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy, ways: Ways) -> nn.Module:
     """Return the mixture of experts, of which this rank holds 1/(ep * etp)."""
     moe, h, bias = config.moe, config.hidden_size, "ffn" in config.bias
     assert moe is not None, "the checks let no E pass without a [model.moe]"
     shared = Mlp(h, moe.shared_hidden_size, bias=bias, init=init, tp=mesh.tp) if moe.num_shared_experts else None
+    exchanges = {"all_to_all": AllToAll, "deep_ep": DeepEpExchange}
     return Moe(
         TopKRouter(h, moe.num_experts, moe.top_k, normalise=moe.normalise_top_k, init=init, tp=mesh.tp),
         Experts(h, moe.expert_hidden_size, moe.num_experts, ep=mesh.ep, etp=mesh.etp, bias=bias, init=init),
@@ -66,11 +80,13 @@ def make_moe(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy) -> 
         capacity_factor=moe.capacity_factor,
         router_jitter=moe.router_jitter,
         token=mesh.token,
+        exchange=exchanges[ways.expert_exchange](moe.num_experts, mesh.ep),
     )
 
 
 MIXERS: dict[str, MakePart] = {"attention": make_attention}
 FEEDFORWARDS: dict[str, MakePart] = {"mlp": make_mlp, "moe": make_moe}
+PARTS = {"mixer": MIXERS, "feedforward": FEEDFORWARDS}
 
 
 def build_model(
@@ -78,15 +94,14 @@ def build_model(
     *,
     seed: int = 0,
     mesh: Mesh | None = None,
-    context: Way = "ring",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     held: HeldStages | None = None,
+    ways: Ways | None = None,
 ) -> LanguageModel:
     """Return the model with its initial weights; on `device="meta"` without weights, to be placed and filled later.
 
     `held`: only these stages of it, as a rank of a pipeline holds them.
-    `context` is how attention reaches the positions of a sample that lie on other ranks of the mesh's cp.
 
     Raises:
         ValueError: naming every reason why the config makes no model.
@@ -96,7 +111,7 @@ def build_model(
         raise ValueError("\n".join(problems))
     mesh = mesh or single_process_mesh()
     with torch.device(device):
-        model = _assemble(config, mesh, held or HeldStages({0: range(config.num_layers)}, 1), context)
+        model = _assemble(config, mesh, held or HeldStages({0: range(config.num_layers)}, 1), ways or Ways())
         for parameter in model.parameters():  # not `model.to`: buffers keep their type
             parameter.data = parameter.data.to(dtype)
     if torch.device(device).type != "meta":
@@ -123,21 +138,19 @@ def reset_buffers(model: nn.Module) -> None:
             reset()
 
 
-def _assemble(config: ModelConfig, mesh: Mesh, held: HeldStages, context: Way) -> LanguageModel:
+def _assemble(config: ModelConfig, mesh: Mesh, held: HeldStages, ways: Ways) -> LanguageModel:
     depth = 2 * config.num_layers if config.init_depth_scaled else 0
     init = InitPolicy(config.init, config.init_std, residual_depth=depth)
 
-    mixers: dict[str, MakePart] = {**MIXERS, "attention": partial(make_attention, context=context)}
-
-    def block(table: dict[str, MakePart], kind: str | None, number: int) -> Block | None:
+    def block(place: str, kind: str | None, number: int) -> Block | None:
         if kind is None:
             return None
         norm = RMSNorm(config.hidden_size, config.norm_eps, tp=mesh.tp)
-        name = f"layers.{number}.{'mixer' if table is MIXERS else 'feedforward'}"
-        return Block(norm, table[kind](config, number, mesh, init), residual_dropout=config.residual_dropout, name=name)
+        part = PARTS[place][kind](config, number, mesh, init, ways)
+        return Block(norm, part, residual_dropout=config.residual_dropout, name=f"layers.{number}.{place}")
 
     layers = {
-        number: Layer(block(mixers, kinds.mixer, number), block(FEEDFORWARDS, kinds.feedforward, number))
+        number: Layer(block("mixer", kinds.mixer, number), block("feedforward", kinds.feedforward, number))
         for number, kinds in enumerate(config.layers)
         if number in held.layers
     }

@@ -15,7 +15,7 @@ from strict_group import inside_a_step
 from torch import Tensor
 
 from meshwright.model.config import ModelConfig, MoeConfig
-from meshwright.model.parts import build_model, reset_buffers
+from meshwright.model.parts import Ways, build_model, reset_buffers
 from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages, MicroBatch, stage_parts
 from meshwright.parallel.apply import Plan, apply, fill_initial_weights
@@ -94,7 +94,7 @@ def start(
     stages = stages or Stages("gpipe", 1)
     cut = cut_layers([1.0] * config.num_layers, stages.count)
     held = HeldStages({stage: cut[stage] for stage in stages.held_by(mesh.pp.rank)}, stages.count)
-    model = build_model(config, mesh=mesh, context=samples.context, device="meta", dtype=dtype, held=held)
+    model = build_model(config, mesh=mesh, device="meta", dtype=dtype, held=held, ways=Ways(samples.context))
     table = placement_table(model)
     tally = Tally({"loss": 1, **everyones_entries(declared_entries(model), mesh.pp)})
     layers = list(model.layers.values())

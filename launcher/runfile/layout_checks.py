@@ -22,6 +22,7 @@ def layout_problems(run_file: RunFile) -> list[str]:
         *_width_problems(run_file),
         *_token_problems(run_file),
         *_context_problems(run_file),
+        *_exchange_problems(run_file),
         *_expert_problems(run_file),
     ]
 
@@ -78,6 +79,25 @@ def _context_problems(run_file: RunFile) -> list[str]:
     fits = [size for size in divisors(heads) if heads % (size * tp) == 0]
     ways = f'"ring", or one of {nearest(fits, cp)} as parallel.cp, would fit' if fits else '"ring" would fit'
     return [problem("parallel.context", parallel.context, rule, ways)]
+
+
+def _exchange_problems(run_file: RunFile) -> list[str]:
+    """Refuse DeepEP where it has nothing to do, or cannot do it on any machine."""
+    if run_file.parallel.expert_exchange == "all_to_all":
+        return []
+    rows = [
+        (run_file.parallel.ep == 1, "exchanges tokens over parallel.ep, which is 1"),
+        (
+            run_file.run.device not in ("auto", "cuda"),
+            f'runs on NVIDIA GPUs, not on run.device = "{run_file.run.device}"',
+        ),
+        (
+            run_file.train.precision in ("fp32", "fp64"),
+            f'moves bf16, and train.precision = "{run_file.train.precision}"',
+        ),
+    ]
+    way_out = '"all_to_all" would fit'
+    return [problem("parallel.expert_exchange", "deep_ep", rule, way_out) for is_refused, rule in rows if is_refused]
 
 
 def _expert_problems(run_file: RunFile) -> list[str]:

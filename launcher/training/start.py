@@ -19,6 +19,7 @@ from meshwright.launcher.build import (
     Run,
     build_run,
     check_compiler,
+    check_exchange,
     held_dtype,
     resolve_device,
     sizes_of,
@@ -64,6 +65,7 @@ def run_rank(request: Request, info: RankInfo) -> None:
     run_file = with_vocab_of(run_file, store)
     device = resolve_device(run_file.run.device, info.local_rank)
     check_compiler(run_file, device)
+    check_exchange(run_file, device)
     check_memory(run_file, device, info.world_size, info.local_world_size)
     threads = threads_of(info, run_file.train.threads)
     torch.set_num_threads(threads)

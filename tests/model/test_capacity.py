@@ -13,7 +13,7 @@ from meshwright.launcher.observe.clock import Laps
 from meshwright.launcher.observe.metrics import Meter, RawStep
 from meshwright.launcher.observe.peak import Peak
 from meshwright.model.feedforward.moe import Moe
-from meshwright.model.parts import initialise, make_moe
+from meshwright.model.parts import Ways, initialise, make_moe
 from meshwright.model.routers.capacity import capacity_of, within_capacity
 from meshwright.parallel import experts as exchange
 from meshwright.parallel.initialise import InitPolicy
@@ -86,7 +86,7 @@ def test_the_capacity_is_exact() -> None:
 
 def built(factor: float, mesh: Mesh | None = None) -> Moe:
     config = engine_cases.moe_config(hidden_size=H, num_experts=E if mesh is None else 6, capacity_factor=factor)
-    moe = make_moe(config, 0, mesh or single_process_mesh(), InitPolicy(std=0.7)).double()
+    moe = make_moe(config, 0, mesh or single_process_mesh(), InitPolicy(std=0.7), Ways()).double()
     initialise(moe, seed=1)
     return moe
 

@@ -9,6 +9,7 @@ from meshwright.model.feedforward.moe import Moe
 from meshwright.model.mixers.attention import Attention, Heads
 from meshwright.model.norms import RMSNorm
 from meshwright.model.parts import FEEDFORWARDS, MIXERS, build_model, initialise
+from meshwright.model.presets import preset
 from meshwright.parallel.initialise import InitPolicy
 
 H, N, K, D, F, V, E, X = 12, 4, 2, 6, 10, 33, 3, 5
@@ -112,3 +113,9 @@ def test_a_config_that_makes_no_model_is_refused_with_every_reason() -> None:
     assert "model.num_kv_heads = 3" in text
     assert "[model.moe]" in text
     assert "model.vocab_size = 0: give the size here" in text
+
+
+def test_every_block_draws_its_dropout_by_a_name_of_its_own() -> None:
+    model = build_model(preset("moe-tiny", vocab_size=64), device="meta")
+    names = [block.name for layer in model.layers.values() for block in layer.blocks]
+    assert names == ["layers.0.mixer", "layers.0.feedforward", "layers.1.mixer", "layers.1.feedforward"]

@@ -65,6 +65,18 @@ WIDE = {**MOE, "moe": {"num_experts": 12, "expert_hidden_size": 40, "num_shared_
             ],
         ),
         (
+            {"parallel": {"expert_exchange": "deep_ep"}, "model": MOE, "run": {"device": "cpu"}},
+            2,
+            [
+                f'parallel.expert_exchange = "deep_ep": {rule}; "all_to_all" would fit'
+                for rule in (
+                    "exchanges tokens over parallel.ep, which is 1",
+                    'runs on NVIDIA GPUs, not on run.device = "cpu"',
+                    'moves bf16, and train.precision = "fp32"',
+                )
+            ],
+        ),
+        (
             {"parallel": {"ep": 2, "etp": 2}},
             4,
             [
