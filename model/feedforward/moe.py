@@ -11,7 +11,7 @@ the ranks of etp compute each other's rows:
     rows [r, h] --share_rows--> everyone's rows [R, h] --gate, up, down--> partial sums [R, h] --return_rows--> [r, h]
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -41,6 +41,7 @@ from meshwright.parallel.where import Where
 NO_TOKEN = Axis("token")
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """How tokens come to the ranks of their experts, and back."""
 
