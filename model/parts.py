@@ -16,7 +16,7 @@ from torch import nn
 from meshwright.model.block import Block, Layer
 from meshwright.model.config import ModelConfig
 from meshwright.model.feedforward.mlp import Mlp
-from meshwright.model.feedforward.moe import Experts, Moe
+from meshwright.model.feedforward.moe import Experts, Moe, RouterLosses
 from meshwright.model.mixers.attention import Attention, Heads, Spread, copies_of_kv_heads
 from meshwright.model.norms import RMSNorm
 from meshwright.model.routers.topk import TopKRouter
@@ -68,19 +68,18 @@ def make_moe(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy, way
     moe, h, bias = config.moe, config.hidden_size, "ffn" in config.bias
     assert moe is not None, "the checks let no E pass without a [model.moe]"
     shared = Mlp(h, moe.shared_hidden_size, bias=bias, init=init, tp=mesh.tp) if moe.num_shared_experts else None
-    exchanges = {"all_to_all": AllToAll, "deep_ep": DeepEpExchange}
+    exchange = {"all_to_all": AllToAll, "deep_ep": DeepEpExchange}[ways.expert_exchange](moe.num_experts, mesh.ep)
+    sizes = (h, moe.expert_hidden_size, moe.num_experts)
+    experts = Experts(*sizes, ep=mesh.ep, etp=mesh.etp, bias=bias, init=init, exchange=exchange)
     return Moe(
         TopKRouter(h, moe.num_experts, moe.top_k, normalise=moe.normalise_top_k, init=init, tp=mesh.tp),
-        Experts(h, moe.expert_hidden_size, moe.num_experts, ep=mesh.ep, etp=mesh.etp, bias=bias, init=init),
+        experts,
         name=f"layers.{number}",
         shared=shared,
-        load_balancing=moe.load_balancing,
-        load_balancing_weight=moe.load_balancing_weight,
-        z_loss_weight=moe.z_loss_weight,
+        losses=RouterLosses(moe.load_balancing, moe.load_balancing_weight, moe.z_loss_weight),
         capacity_factor=moe.capacity_factor,
         router_jitter=moe.router_jitter,
         token=mesh.token,
-        exchange=exchanges[ways.expert_exchange](moe.num_experts, mesh.ep),
     )
 
 

@@ -68,7 +68,7 @@ class DeepEpExchange:
         buffer = self._buffer_for(x, chosen.shape[1])
         found = _Received()
         tokens, weights = _Dispatch.apply(  # type: ignore[no-untyped-call]
-            x.to(self.dtype), weight.float(), chosen, buffer, self.num_experts, self._room, found
+            x.to(self.dtype), weight.to(torch.float32), chosen, buffer, self.num_experts, self._room, found
         )
         e_local = self.num_experts // self.ep.size
         # Whether experts are numbered here or globally, the remainder is their number here.

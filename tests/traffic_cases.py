@@ -30,11 +30,11 @@ from engine_cases import BATCH, SEQ, forward_backward, start
 from parity_samples import Sample, sample
 from torch import Tensor
 
-import meshwright.model.feedforward.moe as moe_module
 from meshwright.launcher.build import plan_of
 from meshwright.launcher.stages import stages_of
 from meshwright.model.config import ModelConfig
 from meshwright.model.parts import build_model
+from meshwright.parallel import experts
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import chunk_bounds
@@ -154,10 +154,10 @@ def rows_away(drawn: Sample, n: int) -> int:
 
     def note(x: Tensor, expert: Tensor, *rest: Any) -> Any:
         chosen.append(expert)
-        return moe_module_dispatch(x, expert, *rest)
+        return real_dispatch(x, expert, *rest)
 
-    moe_module_dispatch = moe_module.dispatch
-    with patch.object(moe_module, "dispatch", note):
+    real_dispatch = experts.dispatch
+    with patch.object(experts, "dispatch", note):
         forward_backward(start(single_process_mesh(), config, Plan()), 0, 1)
     owner_of = config.moe.num_experts // n
     of_sample = list(zip(*[iter(chosen)] * config.num_layers, strict=True))

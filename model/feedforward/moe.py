@@ -11,7 +11,8 @@ the ranks of etp compute each other's rows:
     rows [r, h] --share_rows--> everyone's rows [R, h] --gate, up, down--> partial sums [R, h] --return_rows--> [r, h]
 """
 
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -67,8 +68,11 @@ class Experts(nn.Module):
         etp: Axis = NO_ETP,
         bias: bool = False,
         init: InitPolicy | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         """Take global sizes; hold 1/ep of the experts, and 1/etp of each.
+
+        `exchange` brings tokens to their experts and back over ep, by an all-to-all if it is not given.
 
         Raises:
             ValueError: if ep does not divide the experts, or etp their width.
@@ -77,6 +81,7 @@ class Experts(nn.Module):
         e_local = divide(num_experts, ep.size, what="num_experts", by=ep.name)
         h, f = hidden_size, divide(expert_hidden_size, etp.size, what="expert_hidden_size", by=etp.name)
         self.ep, self.etp, init = ep, etp, init or InitPolicy()
+        self.exchange = exchange or AllToAll(num_experts, ep)
         inward = init.matrix(h, expert_hidden_size)
         self.rules = {"gate": inward, "up": inward, "down": init.matrix(expert_hidden_size, h, to_residual=True)}
         self.activation = SwiGlu()
@@ -112,6 +117,15 @@ class Experts(nn.Module):
         return _add_bias(y, self.down_bias, counts)  # after the sum over etp, so once
 
 
+@dataclass(frozen=True)
+class RouterLosses:
+    """Which losses keep a router in order, and how strongly; the weights are of the run's total loss."""
+
+    load_balancing: Literal["sequence", "step", "none"] = "sequence"
+    load_balancing_weight: float = 0.0
+    z_loss_weight: float = 0.0
+
+
 class Moe(nn.Module):
     """Routed experts, and optionally one that every token goes to."""
 
@@ -124,32 +138,26 @@ class Moe(nn.Module):
         *,
         name: str = "moe",
         shared: Mlp | None = None,
-        load_balancing: str = "sequence",
-        load_balancing_weight: float = 0.0,
-        z_loss_weight: float = 0.0,
+        losses: RouterLosses | None = None,
         capacity_factor: float = 0.0,
         router_jitter: float = 0.0,
         token: Axis = NO_TOKEN,
-        exchange: Exchange | None = None,
     ) -> None:
         """Compose the parts; `name` is the layer's global name, under which load and losses are tallied.
 
-        `token` is the axis over which the tokens of one sequence lie, cp and tp together; `exchange` brings tokens to
-        their experts and back, by an all-to-all if it is not given.
+        `token` is the axis over which the tokens of one sequence lie, cp and tp together.
         """
         super().__init__()
-        self.exchange = exchange or AllToAll(router.weight.shape[0], experts.ep)
         self.capacity_factor, self.router_jitter = capacity_factor, router_jitter
         self.name, self.num_experts = name, router.weight.shape[0]
         self.router, self.experts, self.shared = router, experts, shared
-        self.load_balancing, self.token = load_balancing, token
-        self.load_balancing_weight, self.z_loss_weight = load_balancing_weight, z_loss_weight
-        if load_balancing == "step":
+        self.losses, self.token = losses or RouterLosses(), token
+        if self.losses.load_balancing == "step":
             self.register_buffer("previous_share", torch.empty(self.num_experts))
 
     def reset_buffers(self) -> None:
         """Begin as if every expert had had the same share of the step before the first."""
-        if self.load_balancing == "step":
+        if self.losses.load_balancing == "step":
             self.previous_share.fill_(1.0 / self.num_experts)
 
     def tally_entries(self) -> dict[str, int]:
@@ -159,7 +167,7 @@ class Moe(nn.Module):
 
     def finish_step(self, sums: dict[str, Tensor]) -> None:
         """Take the step's global load, once it is known, as what the next step's loss counts with."""
-        if self.load_balancing == "step":
+        if self.losses.load_balancing == "step":
             load = sums[f"{self.name}.load"]
             self.previous_share.copy_(load / load.sum().clamp(min=1.0))
 
@@ -202,8 +210,8 @@ class Moe(nn.Module):
         return where.decide(f"taken/{id(self)}", choose)
 
     def _experts_and_shared(self, tokens: Tensor, routing: Routing, taken: Tensor | None = None) -> Tensor:
-        rows, counts, sent = self.exchange.send(tokens, routing.expert, routing.weight, taken)
-        y = self.exchange.bring_back(self.experts(rows, counts), sent)
+        rows, counts, sent = self.experts.exchange.send(tokens, routing.expert, routing.weight, taken)
+        y = self.experts.exchange.bring_back(self.experts(rows, counts), sent)
         return y if self.shared is None else y + self.shared(tokens)
 
     def _attach_losses(self, tokens: Tensor, routing: Routing, where: Where, tally: Tally) -> Tensor:
@@ -211,8 +219,8 @@ class Moe(nn.Module):
         probability = routing.probability.view(s, b, -1)
         choices = choices_per_sequence(routing.expert.view(s, b, -1), where.counted, self.num_experts)
         tally.add(f"{self.name}.load", choices.sum(0))
-        if self.load_balancing != "none":
-            if self.load_balancing == "step":
+        if self.losses.load_balancing != "none":
+            if self.losses.load_balancing == "step":
                 loss = step_balance_loss(probability, self.previous_share, where.counted, step_tokens=where.step_tokens)
             else:
                 loss = sequence_balance_loss(
@@ -224,10 +232,10 @@ class Moe(nn.Module):
                     step_tokens=where.step_tokens,
                 )
             tally.add(f"{self.name}.balance", loss)
-            tokens = attach_loss(tokens, loss * self.load_balancing_weight)
+            tokens = attach_loss(tokens, loss * self.losses.load_balancing_weight)
         z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=where.step_tokens)
         tally.add(f"{self.name}.z", z)
-        return attach_loss(tokens, z * self.z_loss_weight)
+        return attach_loss(tokens, z * self.losses.z_loss_weight)
 
     def _of_whole_sequences(self, choices: Tensor, where: Where) -> Tensor:
         """Return how often each expert was chosen in each sequence, over all ranks that share it."""

@@ -1,4 +1,4 @@
-"""Capacity per sequence: a plain loop over tokens is the rule, and dropless experts with zeros for weights the result."""
+"""Capacity per sequence: a plain loop over tokens is the rule, dropless experts with zeros for weights the result."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,7 @@ from torch import Tensor
 from meshwright.launcher.observe.clock import Laps
 from meshwright.launcher.observe.metrics import Meter, RawStep
 from meshwright.launcher.observe.peak import Peak
-from meshwright.model.feedforward.moe import Moe
+from meshwright.model.feedforward.moe import Moe, RouterLosses
 from meshwright.model.parts import Ways, initialise, make_moe
 from meshwright.model.routers.capacity import capacity_of, within_capacity
 from meshwright.parallel import experts as exchange
@@ -126,7 +126,7 @@ def test_a_dropped_choice_adds_nothing_and_gets_no_gradient() -> None:
     dropped = where.counted[..., None] & ~taken
     assert 0 < dropped.sum() == tally.reduce(single_process_mesh())["layers.0.dropped"]
     above = torch.randn_like(y)
-    moe.load_balancing_weight = moe.z_loss_weight = 0.0
+    moe.losses = RouterLosses()
     (of_x,) = torch.autograd.grad(moe(x, where, Tally(moe.tally_entries())), x, above, retain_graph=True)
     torch.testing.assert_close(of_x, torch.autograd.grad(expected, x, above, retain_graph=True)[0])
     moe(x, where, Tally(moe.tally_entries())).backward(above)

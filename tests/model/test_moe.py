@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meshwright.model.feedforward.mlp import Mlp
-from meshwright.model.feedforward.moe import Experts, Moe
+from meshwright.model.feedforward.moe import Experts, Moe, RouterLosses
 from meshwright.model.routers.topk import TopKRouter
 from meshwright.parallel.mesh import Axis, single_process_mesh
 from meshwright.parallel.tally import Tally
@@ -96,7 +96,7 @@ def tally_of(part: Moe) -> Tally:
 
 @pytest.mark.parametrize("kind", ["sequence", "step", "none"])
 def test_losses_reach_the_router_with_their_weights_and_the_tally_without(kind: str) -> None:
-    part = moe(load_balancing=kind, load_balancing_weight=0.3, z_loss_weight=0.7)
+    part = moe(losses=RouterLosses(kind, 0.3, 0.7))
     tally, place = tally_of(part), where(length=4, step_tokens=30.0)
     (0 * part(x_of(), place, tally)).sum().backward()
     sums = tally.reduce(single_process_mesh())
@@ -123,7 +123,7 @@ def test_losses_reach_the_router_with_their_weights_and_the_tally_without(kind: 
 
 
 def test_nothing_is_counted_or_attached_in_evaluation() -> None:
-    part = moe(load_balancing_weight=0.3, z_loss_weight=0.7)
+    part = moe(losses=RouterLosses("sequence", 0.3, 0.7))
     tally = tally_of(part)
     trained = part(x_of(), where(), tally)
     assert tally.reduce(single_process_mesh())["moe.load"].sum() > 0
@@ -133,7 +133,7 @@ def test_nothing_is_counted_or_attached_in_evaluation() -> None:
 
 
 def test_the_step_loss_counts_with_the_share_of_the_step_before_and_keeps_it_in_a_buffer() -> None:
-    part = moe(load_balancing="step", load_balancing_weight=1.0)
+    part = moe(losses=RouterLosses("step", 1.0))
     tally = tally_of(part)
     assert part.state_dict()["previous_share"].tolist() == [0.25] * E
     shares = []
@@ -151,7 +151,7 @@ def test_the_step_loss_counts_with_the_share_of_the_step_before_and_keeps_it_in_
     assert torch.isfinite(part.previous_share).all()
     part.reset_buffers()
     assert part.previous_share.tolist() == [0.25] * E
-    assert "previous_share" not in moe(load_balancing="sequence").state_dict()
+    assert "previous_share" not in moe(losses=RouterLosses("sequence")).state_dict()
 
 
 def test_tokens_one_after_the_other_give_what_the_sequence_gives() -> None:

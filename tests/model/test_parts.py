@@ -5,7 +5,7 @@ import torch
 
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.feedforward.mlp import Mlp
-from meshwright.model.feedforward.moe import Moe
+from meshwright.model.feedforward.moe import Moe, RouterLosses
 from meshwright.model.mixers.attention import Attention, Heads
 from meshwright.model.norms import RMSNorm
 from meshwright.model.parts import FEEDFORWARDS, MIXERS, build_model, initialise
@@ -71,7 +71,7 @@ def test_a_config_is_spent_on_its_parts() -> None:
     assert attention.rope_base == 77.0
     assert {module.eps for module in model.modules() if isinstance(module, RMSNorm)} == {0.25}
     assert isinstance(moe, Moe)
-    assert (moe.load_balancing, moe.load_balancing_weight, moe.z_loss_weight) == ("sequence", 0.01, 0.001)
+    assert moe.losses == RouterLosses("sequence", 0.01, 0.001)
     assert (moe.router.top_k, moe.router.normalise, moe.name) == (1, True, "layers.1")
     assert isinstance(model.layers["0"].feedforward.part, Mlp)
     assert set(MIXERS) == {"attention"}

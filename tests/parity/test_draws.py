@@ -63,7 +63,7 @@ def test_every_other_layout_draws_and_drops_the_same(sizes: Sizes, name: str) ->
 @pytest.mark.parametrize("name", ["dropout", "jitter", "capacity"])
 def test_each_of_them_changes_the_result(name: str) -> None:
     plain = train(single_process_mesh(), moe_config(), Plan(), micro_batch=2, steps=1)
-    assert definition(name).losses[0] != pytest.approx(plain.losses[0], rel=1e-4)
+    assert definition(name).losses[0] != pytest.approx(plain.losses[0], rel=1e-9)
 
 
 MODULES = {

@@ -1,4 +1,4 @@
-"""The adapter around torch's schedules, held to a 1F1B written by hand; forward passes alone; several forms of a step."""
+"""The adapter around torch's schedules, held to a 1F1B written by hand; forward passes alone; forms of a step."""
 
 import pytest
 import torch
