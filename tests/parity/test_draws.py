@@ -4,9 +4,8 @@ from functools import cache
 
 import pytest
 import torch
-from engine_cases import Trace, moe_config, train
+from engine_cases import Trace, assert_same, moe_config, train
 from rank_pool import run_mesh
-from test_layouts import assert_same
 from torch import Tensor, nn
 
 from meshwright.model.block import RECOMPUTED_WHOLE, RUN_AGAIN, Block
