@@ -8,10 +8,12 @@ from rank_pool import run_mesh
 
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
+from meshwright.parallel.pipeline.orders import Stages
 
 CONFIGS = {
     "dense": dense_config(),
     "moe": moe_config(num_experts=4, expert_hidden_size=18),
+    "draws": moe_config(num_experts=4, residual_dropout=0.2, router_jitter=0.2, capacity_factor=0.75),
     "mqa": dense_config(num_kv_heads=1),
 }
 
@@ -23,7 +25,9 @@ def definition(name: str, mask_documents: bool) -> Trace:
 
 
 def case(mesh: Mesh, name: str, plan: Plan, context: str, mask_documents: bool) -> Trace:
-    return train(mesh, CONFIGS[name], plan, micro_batch=2, samples=Samples(context, mask_documents))
+    stages = Stages("1f1b", mesh.pp.size) if mesh.pp.is_split else None
+    samples = Samples(context, mask_documents)
+    return train(mesh, CONFIGS[name], plan, micro_batch=2, stages=stages, samples=samples)
 
 
 def slow(*values: object) -> object:
@@ -45,6 +49,9 @@ def slow(*values: object) -> object:
         slow(Sizes(cp=2, dp_shard=2), "dense", 3, "ring"),
         slow(Sizes(cp=2, dp_replicate=2, ep=2), "moe", 1, "ring"),
         slow(Sizes(cp=2, dp_shard=2, tp=2, ep=2), "moe", 3, "ring"),
+        slow(Sizes(cp=2, tp=2, ep=2), "draws", 1, "ring"),
+        slow(Sizes(pp=2, cp=2), "moe", 1, "ring"),
+        slow(Sizes(pp=2, cp=2, tp=2), "dense", 2, "ulysses"),
     ],
 )
 def test_spread_samples_train_like_whole_ones(sizes: Sizes, name: str, stage: int, context: str) -> None:
