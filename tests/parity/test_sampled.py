@@ -51,6 +51,9 @@ def case(mesh: Mesh, drawn: Sample) -> Trace:
 
 
 def assert_like_one_process(drawn: Sample) -> None:
+    refused = drawn.run_file().parallel.refusals()
+    if refused:
+        pytest.skip("; ".join(refused))
     for trace in run_mesh(sizes_of(drawn.run_file(), drawn.world), case, drawn):
         assert_same(trace, definition(drawn.model))
 
@@ -62,7 +65,9 @@ def test_a_fixed_layout_computes_what_one_process_computes(drawn: Sample) -> Non
 
 def test_the_fixed_layouts_have_every_pair_of_axes_and_every_choice_of_memory() -> None:
     assert len(FIXED) == 12
-    assert all(drawn.problems() == [] for drawn in FIXED)
+    problems = {str(drawn): drawn.problems() for drawn in FIXED}
+    refusals = {str(drawn): drawn.run_file().parallel.refusals() for drawn in FIXED}
+    assert problems == refusals, "a layout may only be left out where this version has no such axis"
     together = {pair for drawn in FIXED for pair in combinations([axis for axis in AXES if drawn.has(axis)], 2)}
     assert set(combinations(AXES, 2)) - together == set()
     chosen = {(table, key, value) for drawn in FIXED for table, key, value in drawn.tables}

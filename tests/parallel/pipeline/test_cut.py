@@ -40,7 +40,7 @@ def test_the_cut_of_the_module_docstring_is_right() -> None:
 
 
 def test_equal_layers_are_cut_evenly() -> None:
-    assert cut_layers([1.0] * 8, 4) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+    assert cut_layers([1.0] * 8, 4) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
 
 
 @pytest.mark.parametrize("stages", [0, 4])
