@@ -42,12 +42,14 @@ class Sample:
     tables: tuple[tuple[str, str, Any], ...]
     """What differs from the defaults: table, key, value."""
 
-    def run_file(self) -> RunFile:
-        """Return the run file that a user would write."""
+    def run_file(self, *, precision: str = "fp64", stage: int | None = None) -> RunFile:
+        """Return the run file that a user would write; `stage` is another ZeRO stage than the sample's."""
         tables: dict[str, dict[str, Any]] = {}
         for table, key, value in self.tables:
             tables.setdefault(table, {})[key] = value
-        train = {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": self.micro_batch, "precision": "fp64"}
+        if stage is not None:
+            tables["zero"] = {"stage": stage}
+        train = {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": self.micro_batch, "precision": precision}
         data = {"store": "s", "seq_len": SEQ}
         return run_file(model=MODELS[self.model].model_dump(), train=train, data=data, **tables)
 

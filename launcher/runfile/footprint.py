@@ -2,11 +2,11 @@
 
     N weights over d ranks that shard state; c bytes in the type computed with, m in the type updated in (at least fp32)
 
-    stage   weights   masters             gradients   moments
-    0       c*N       m*N if c < m        m*N         2*m*N
-    1       c*N       m*N/d if c < m      m*N         2*m*N/d
-    2       c*N       m*N/d               m*N/d       2*m*N/d        the weights are gathered for each pass
-    3       -         m*N/d               m*N/d       2*m*N/d        one layer at a time is gathered, not counted
+    stage   weights   masters             gradients     moments
+    0       c*N       m*N if c < m        m*N           2*m*N
+    1       c*N       m*N/d if c < m      m*N + m*N/d   2*m*N/d      the sums land beside what is sent
+    2       c*N       m*N/d               m*N/d         2*m*N/d      the weights are gathered for each pass
+    3       -         m*N/d               m*N/d         2*m*N/d      one layer at a time is gathered, not counted
 
 Dense weights have d = dp_shard * cp, and N is what tp leaves of them: matrices are cut, key and value heads as far as
 there are heads, a vocabulary in equal rows with padding; norms and routers are whole. Routed experts are cut by ep and
@@ -136,6 +136,6 @@ def _bytes_of(number: float, muon: float, shards: int, stage: int, precision: st
     return StateBytes(
         weights=0.0 if stage == 3 else compute * number,
         masters=update * (part if stage >= 1 else number) if has_masters else 0.0,
-        gradients=update * (part if stage >= 2 else number),
+        gradients=update * ((0 if stage >= 2 else number) + (0 if stage == 0 else part)),
         moments=update * (2 * number - muon) / (shards if stage >= 1 else 1),
     )

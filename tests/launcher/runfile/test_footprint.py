@@ -43,7 +43,7 @@ PART = (ALL - EXPERTS) / 8 + EXPERTS / 2 / 4
     ("stage", "expected"),
     [
         (0, StateBytes(4 * HELD, 0, 4 * HELD, 8 * HELD)),
-        (1, StateBytes(4 * HELD, 0, 4 * HELD, 8 * PART)),
+        (1, StateBytes(4 * HELD, 0, 4 * HELD + 4 * PART, 8 * PART)),
         (2, StateBytes(4 * HELD, 4 * PART, 4 * PART, 8 * PART)),
         (3, StateBytes(0, 4 * PART, 4 * PART, 8 * PART)),
     ],
