@@ -81,12 +81,15 @@ class Inputs:
 
 
 def to_device(batch: Batch, device: torch.device) -> Inputs:
-    """Shift tokens against targets, put the sequence first, and move to the device."""
+    """Shift tokens against targets, put the sequence first, and move to the device.
+
+    A negative token is no target; as an input it is read as token 0.
+    """
     tokens = torch.from_numpy(batch.tokens).T.to(device, non_blocking=True)
     document = torch.from_numpy(batch.document).T.to(device, non_blocking=True)
     targets = tokens[1:].contiguous()
     return Inputs(
-        tokens[:-1].contiguous(),
+        tokens[:-1].clamp(min=0),
         targets,
         document[:-1].contiguous(),
         torch.from_numpy(batch.sample).to(device),

@@ -1,0 +1,249 @@
+"""What differs between the records of a layout's ranks and those of one process, and by how much.
+
+    exact    fp64; 1e-9 of each tensor's largest value; tokens and experts equal       everything that is recorded
+    fast     fp32; 1e-5 of each tensor's norm                                          loss, norm, gradients, experts
+    own      a few times the error that one process has in the same precision          gradients, loss, norm
+
+Every rank's piece is held against the same box of what one process has, copies too, and together the pieces must
+leave nothing out. A gradient that is nowhere above 1e-12 of the norm is zero but for rounding (a bias that cancels
+out): the ranks' must be so too, and nothing more is asked.
+
+Differences are told in the order of a step: what the model saw, the layers' outputs and choices from the first to the
+last, the loss, gradients from the last to the first, the norm, the weights. The first one is where to look.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshwright.launcher.proof.passes import ROUNDING
+from meshwright.launcher.proof.record import Array, AtTokens, Piece, RankRecord, boxes
+
+EXACT, FAST = 1e-9, 1e-5
+_NOTHING = 1e-12
+Size = Callable[[Array], float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One quantity that is not as it is on one process."""
+
+    what: str
+    """tokens, targets, output, experts, loss, sum, gradient, norm, weight, checkpoint."""
+    name: str
+    """Of the tensor, the layer or the sum; "" where there is but one."""
+    step: int
+    error: float
+    """In units of the tensor's largest value, or of its norm; of experts and ids, how many differ."""
+    note: str = ""
+
+    def __str__(self) -> str:
+        """Return the difference as part of a sentence."""
+        by = self.note or f"off by {self.error:.2g}"
+        return f"step {self.step + 1}, {self.what}{' of ' if self.name else ''}{self.name}: {by}"
+
+
+@dataclass
+class Verdict:
+    """What came of a comparison."""
+
+    differences: list[Difference]
+    worst: float = 0.0
+    """The largest error of a tensor, also where it is allowed."""
+    ties: int = 0
+    """Tokens whose experts differ because rounding decides between them."""
+
+    def miss(self, name: str, note: str, *, what: str = "gradient", step: int = 0, error: float = np.nan) -> None:
+        """Add a difference that is told in words."""
+        self.differences.append(Difference(what, name, step, error, note))
+
+
+def compare_exactly(one: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
+    """Compare everything, in fp64."""
+    verdict = Verdict([])
+    for step in range(len(one.steps)):
+        _compare_tokens(verdict, one, ranks, step)
+        _compare_loss(verdict, one, ranks, step, EXACT)
+        _compare_tensors(verdict, one, ranks, step, "gradients", largest, EXACT)
+        _judge(verdict, "norm", "", step, _relative(ranks[0].steps[step].norm, one.steps[step].norm), EXACT)
+        _compare_tensors(verdict, one, ranks, step, "weights", largest, EXACT)
+    return verdict
+
+
+def compare_fast(one: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
+    """Compare what fp32 can be held to."""
+    verdict = Verdict([])
+    for step in range(len(one.steps)):
+        _compare_experts(verdict, one, ranks, step, ROUNDING)
+        _compare_loss(verdict, one, ranks, step, FAST)
+        _compare_tensors(verdict, one, ranks, step, "gradients", norm, FAST)
+        _judge(verdict, "norm", "", step, _relative(ranks[0].steps[step].norm, one.steps[step].norm), FAST)
+    return verdict
+
+
+def compare_checkpoint(loaded: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
+    """Compare what one process loaded with what the ranks saved, bit for bit."""
+    verdict = Verdict([])
+    for name in {name: None for record in ranks for name in record.held}:
+        for rank, record in enumerate(ranks):
+            piece, whole = record.held.get(name), loaded.held.get(name)
+            if whole is None:
+                verdict.miss(name, "is not in it", what="checkpoint")
+            elif piece is not None and not np.array_equal(piece.values, whole.values[box_of(piece)]):
+                error = float(np.abs(piece.values - whole.values[box_of(piece)]).max())
+                verdict.miss(name, f"rank {rank} holds other numbers", what="checkpoint", error=error)
+    return verdict
+
+
+def errors_of(one: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[tuple[int, str, float]]:
+    """Yield (step, tensor, error in units of its norm) of every gradient, of the loss and of the norm."""
+    for step, theirs in enumerate(one.steps):
+        yield step, "loss", _relative(ranks[0].steps[step].loss, theirs.loss)
+        yield step, "norm", _relative(ranks[0].steps[step].norm, theirs.norm)
+        for name, pieces in _by_name(ranks, "gradients", step).items():
+            whole = theirs.gradients[name].values
+            if largest(whole) > _NOTHING * theirs.norm:
+                yield step, name, worst_error(whole, pieces, norm)[0]
+
+
+def largest(values: Array) -> float:
+    """Return the largest absolute value; 0 of nothing."""
+    return float(np.abs(values).max(initial=0.0))
+
+
+def norm(values: Array) -> float:
+    """Return the 2-norm, in fp64."""
+    return float(np.linalg.norm(values.astype(np.float64).reshape(-1)))
+
+
+def box_of(piece: Piece) -> tuple[slice, ...]:
+    """Return where a piece lies in its global tensor."""
+    return tuple(slice(begin, begin + n) for begin, n in zip(piece.offset, piece.values.shape, strict=True))
+
+
+def worst_error(whole: Array, pieces: Sequence[tuple[int, Piece]], size: Size) -> tuple[float, int]:
+    """Return the error of the worst complete set of pieces, in units of the whole's size, and whose is the worst piece.
+
+    Of copies of a piece the worst one counts.
+    """
+    of_place: dict[tuple[int, ...], tuple[float, int]] = {}
+    for rank, piece in pieces:
+        error = size(piece.values.astype(np.float64) - whole[box_of(piece)])
+        error = error if np.isfinite(error) else np.inf
+        of_place[piece.offset] = max(of_place.get(piece.offset, (-1.0, rank)), (error, rank))
+    if not of_place:
+        return 0.0, 0
+    together = size(np.array([error for error, _ in of_place.values()]))
+    return _relative_to(together, size(whole)), max(of_place.values())[1]
+
+
+def _compare_tensors(
+    verdict: Verdict, one: RankRecord, ranks: Sequence[RankRecord], step: int, kind: str, size: Size, allowed: float
+) -> None:
+    wholes: dict[str, Piece] = getattr(one.steps[step], kind)
+    what = kind.removesuffix("s")
+    held = _by_name(ranks, kind, step)
+    nothing = _NOTHING * one.steps[step].norm if what == "gradient" else 0.0
+    for name in reversed(wholes) if what == "gradient" else wholes:
+        whole, pieces = wholes[name], held.get(name, [])
+        if odd := [piece.shape for _, piece in pieces if piece.shape != whole.shape]:
+            verdict.miss(name, f"has the global shape {odd[0]}, not {whole.shape}", what=what, step=step)
+            continue
+        covered = np.zeros(whole.shape, bool)
+        for _, piece in pieces:
+            covered[box_of(piece)] = True
+        if not covered.all():
+            verdict.miss(
+                name, f"no rank has {int((~covered).sum())} of its {covered.size} numbers", what=what, step=step
+            )
+        if max([largest(whole.values), *(largest(piece.values) for _, piece in pieces)]) <= nothing:
+            continue
+        error, rank = worst_error(whole.values, pieces, size)
+        note = f"off by {error:.2g} of its {'largest value' if size is largest else 'norm'}, most on rank {rank}"
+        _judge(verdict, what, name, step, error, allowed, note)
+
+
+def _compare_loss(verdict: Verdict, one: RankRecord, ranks: Sequence[RankRecord], step: int, allowed: float) -> None:
+    ours, theirs = ranks[0].steps[step], one.steps[step]
+    _judge(verdict, "loss", "", step, _relative(ours.loss, theirs.loss), allowed)
+    for name, value in theirs.sums.items():
+        off = largest(ours.sums[name] - value)
+        # Loads are counts of tokens.
+        _judge(verdict, "sum", name, step, _relative_to(off, largest(value)), 0.0 if name.endswith("load") else allowed)
+
+
+def _compare_tokens(verdict: Verdict, one: RankRecord, ranks: Sequence[RankRecord], step: int) -> None:
+    """Compare ids, outputs and choices, in the order in which one process came to them."""
+    for name, theirs in one.steps[step].at_tokens.items():
+        layer, _, what = name.rpartition(" ")
+        if what == "experts":
+            _compare_experts(verdict, one, ranks, step, 0.0, only=layer)
+        elif what != "margin":
+            worst = 0.0
+            for ours, rows in _matched(verdict, what, layer, step, theirs, ranks, name):
+                off = np.abs(ours.values.astype(np.float64) - theirs.values[rows])
+                worst = max(worst, off.max(initial=0.0) if np.isfinite(off).all() else np.inf)
+            size = largest(theirs.values) if what == "output" else 1.0
+            _judge(verdict, what, layer, step, _relative_to(worst, size), EXACT)
+
+
+def _compare_experts(
+    verdict: Verdict, one: RankRecord, ranks: Sequence[RankRecord], step: int, tie: float, only: str = ""
+) -> None:
+    """Compare the sets of experts of each token; where one process' margin is below `tie`, they may differ."""
+    for name, theirs in one.steps[step].at_tokens.items():
+        layer, _, what = name.rpartition(" ")
+        if what != "experts" or (only and layer != only):
+            continue
+        wrong, margins = 0, one.steps[step].at_tokens[f"{layer} margin"].values
+        for ours, rows in _matched(verdict, what, layer, step, theirs, ranks, name):
+            differ = (np.sort(ours.values, 1) != np.sort(theirs.values[rows], 1)).any(1)
+            verdict.ties += int((differ & (margins[rows] < tie)).sum())
+            wrong += int((differ & ~(margins[rows] < tie)).sum())
+        if wrong:
+            verdict.miss(layer, f"{wrong} tokens go to other experts", what=what, step=step, error=wrong)
+
+
+def _matched(
+    verdict: Verdict, what: str, layer: str, step: int, theirs: AtTokens, ranks: Sequence[RankRecord], name: str
+) -> Iterator[tuple[AtTokens, Array]]:
+    """Yield each rank's rows, and where one process has the same tokens; tell what is missing or should not be there."""
+    row_of = {at: row for row, at in enumerate(zip(theirs.sample.tolist(), theirs.position.tolist(), strict=True))}
+    seen = np.zeros(len(row_of), bool)
+    for rank, record in enumerate(ranks):
+        ours = record.steps[step].at_tokens.get(name)
+        if ours is None:
+            continue
+        places = zip(ours.sample.tolist(), ours.position.tolist(), strict=True)
+        rows = np.array([row_of.get(at, -1) for at in places])
+        if (rows < 0).any():
+            verdict.miss(
+                layer, f"rank {rank} has {int((rows < 0).sum())} tokens that are none of it", what=what, step=step
+            )
+            continue
+        seen[rows] = True
+        yield ours, rows
+    if not seen.all():
+        verdict.miss(layer, f"{int((~seen).sum())} of {len(seen)} tokens are on no rank", what=what, step=step)
+
+
+def _by_name(ranks: Sequence[RankRecord], kind: str, step: int) -> dict[str, list[tuple[int, Piece]]]:
+    found: dict[str, list[tuple[int, Piece]]] = {}
+    for rank, name, piece in boxes(ranks, kind, step):
+        found.setdefault(name, []).append((rank, piece))
+    return found
+
+
+def _judge(verdict: Verdict, what: str, name: str, step: int, error: float, allowed: float, note: str = "") -> None:
+    verdict.worst = max(verdict.worst, error)
+    if not error <= allowed:
+        verdict.differences.append(Difference(what, name, step, error, note))
+
+
+def _relative(ours: float, theirs: float) -> float:
+    return _relative_to(abs(ours - theirs), abs(theirs)) if np.isfinite(ours) else np.inf
+
+
+def _relative_to(error: float, size: float) -> float:
+    return error / size if size else (0.0 if error == 0 else np.inf)

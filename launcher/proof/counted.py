@@ -1,0 +1,79 @@
+"""A store whose tokens are counted, not read: what the proof trains on where there is no store.
+
+Token i of the endless row is a function of i alone, so every layout reads the same. Documents are 5, 9, 13 and 6
+tokens long, over and over, so that a window holds several and ends within one. Some targets are left out, and every
+third window has none at all: ranks then count different numbers of tokens, and one may count nothing.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from meshwright.data.meta import SplitMeta, StoreMeta, TokenizerMeta
+from meshwright.data.store import Origin, Split, TokenStore
+from meshwright.kernels.cross_entropy import NOT_COUNTED
+
+_DOCUMENTS = np.cumsum([0, 5, 9, 13, 6])
+_PERIOD = int(_DOCUMENTS[-1])
+_LEFT_OUT = 7  # every seventh token, roughly, is no target
+
+
+class CountedSplit(Split):
+    """A split whose tokens come from arithmetic."""
+
+    def __init__(self, name: str, num_tokens: int, seq_len: int, num_ids: int) -> None:
+        """Take the length of the row and of a window, and how many ids there are."""
+        self.name, self.num_tokens = name, num_tokens
+        self.num_documents = num_tokens // _PERIOD * (len(_DOCUMENTS) - 1)
+        self._seq_len, self._num_ids = seq_len, num_ids
+
+    def read(self, start: int, length: int) -> Int64[np.ndarray, "length"]:
+        """Return tokens from a position on; what is not counted as a target has the id that says so."""
+        at = np.arange(start, start + length, dtype=np.uint64)
+        mixed = at * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+        tokens = (mixed % np.uint64(self._num_ids)).astype(np.int64)
+        # The target of a window's token i is token i + 1, so that windows share the token between them.
+        window = (at.astype(np.int64) - 1) // self._seq_len
+        left_out = (mixed >> np.uint64(7)) % np.uint64(_LEFT_OUT) == 0
+        tokens[left_out | (window % 3 == 1)] = NOT_COUNTED
+        return tokens
+
+    def documents_of(self, start: int, length: int) -> Int64[np.ndarray, "length"]:
+        """Return the number of the document that each token belongs to."""
+        period, place = np.divmod(np.arange(start, start + length), _PERIOD)
+        within = np.searchsorted(_DOCUMENTS, place, side="right") - 1
+        return (period * (len(_DOCUMENTS) - 1) + within).astype(np.int64)
+
+    def origin(self, document: int) -> Origin:
+        """Say that a document came from no file."""
+        return Origin("counted tokens", "document", document)
+
+
+class CountedStore(TokenStore):
+    """A store that lies nowhere."""
+
+    def __init__(self, meta: StoreMeta, splits: dict[str, Split]) -> None:
+        """Take the splits as they are: there are no files to open."""
+        self.path, self.meta, self.splits = Path("counted"), meta, splits
+
+
+def counted_store(seq_len: int, vocab_size: int) -> TokenStore:
+    """Return a store for windows of `seq_len`; a few ids of the vocabulary are never seen, as in most models."""
+    num_tokens = 64 * seq_len + 1
+    ids = (vocab_size or 64) - 3
+    meta = StoreMeta(
+        format="meshwright-tokens",
+        version=1,
+        corpus="counted",
+        vocab_size=ids,
+        dtype="uint16",
+        tokenizer=TokenizerMeta(sha256="0" * 64, origin="counted", end_of_text="<end>", end_of_text_id=0),
+        splits={"train": SplitMeta(num_tokens=num_tokens, num_documents=1, arrays={})},
+        validation_unigram_nats=None,
+        sources=[],
+        recipe={"seq_len": seq_len, "ids": ids},
+        written_with={},
+    )
+    return CountedStore(meta, {"train": CountedSplit("train", num_tokens, seq_len, ids)})

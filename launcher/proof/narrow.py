@@ -1,0 +1,203 @@
+"""A smaller run with the same features: small enough for a few CPU ranks, alike in everything that can go wrong.
+
+    kept        every feature and every kind of layer; what divides by what, and what does not: heads and KV heads by
+                tp (KV heads fewer than tp stay fewer), experts by ep, inner widths by tp and etp, the vocabulary by tp
+                or not; width = heads * head_dim, or not; one expert on a rank, or several
+    made small  widths, heads, experts, layers (whole periods, at least one for each stage), the sequence, the batch,
+                the schedule: the proof's few steps have its warm-up, its peak and its way down
+    put aside   what is no part of the computation: the store (tokens are counted, `counted.py`), the device,
+                evaluation, weights to begin from, the compiler
+
+Below, `many` is what a size must divide by in all sub-layouts together (`Needs`). No torch is needed here.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, lcm
+from typing import Any, NamedTuple
+
+from meshwright.launcher.runfile.resume_rules import Change
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.runfile.write import as_tables
+from meshwright.model.config import ModelConfig, MoeConfig
+from meshwright.model.pattern import FEEDFORWARDS, MIXERS, LayerKinds, parse_pattern
+from meshwright.parallel.mesh import Sizes
+
+STEPS = 3
+"""Updates that are compared."""
+_SEQUENCE = 32
+_VOCABULARY, _ODD_VOCABULARY = 64, 61
+_PERIOD = 4  # layers; a longer period keeps the first layer of each kind
+_ALIGNED = 8  # numbers of bf16 in the 16 bytes that grouped products ask for
+
+
+class Needs(NamedTuple):
+    """By what the sizes of the small run must divide, over all the layouts that it will run on."""
+
+    tp: int
+    pp: int
+    cp: int
+    ep: int
+    etp: int
+    dp: int
+
+    @classmethod
+    def of(cls, layouts: Sequence[Sizes]) -> "Needs":
+        """Collect the sizes of the axes."""
+        named = {name: lcm(*(getattr(sizes, name) for sizes in layouts)) for name in ("tp", "pp", "cp", "ep", "etp")}
+        return cls(**named, dp=lcm(*(sizes.dp_replicate * sizes.dp_shard for sizes in layouts)))
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """The small run, and every key in which it differs from the user's."""
+
+    run_file: RunFile
+    changes: tuple[Change, ...]
+
+
+def narrow(run_file: RunFile, target: Sizes, layouts: Sequence[Sizes]) -> Narrowed:
+    """Return the run that stands for `run_file` on `target` and fits on each of `layouts`."""
+    needs = Needs.of([*layouts, Sizes()])
+    updates = {
+        "run": {"device": "cpu", "timeout_seconds": 60},
+        "data": {"store": "counted", "seq_len": _sequence(run_file.data.seq_len, needs), "prefetch": 0},
+        "train": _train(run_file, target, needs),
+        "learning_rate": {"warmup_steps": min(run_file.learning_rate.warmup_steps, 1)},
+        "checkpoint": {"every": 0, "keep_every": 0},
+        "evaluation": {"every": 0},
+        "init": {"source": "", "load": "weights"},
+    }
+    model = _model(run_file.model, target, needs)
+    updates["recompute"] = {"every": min(run_file.recompute.every, max(1, model.num_layers // 2))}
+    small = run_file.model_copy(
+        update={name: getattr(run_file, name).model_copy(update=table) for name, table in updates.items()}
+        | {"model": model}
+    )
+    return Narrowed(small, tuple(_changes(run_file, small)))
+
+
+def on_layout(run_file: RunFile, sizes: Sizes) -> RunFile:
+    """Return the run file with the axes of a layout in [parallel]."""
+    axes = {name: getattr(sizes, name) for name in ("tp", "pp", "cp", "ep", "etp", "dp_replicate", "dp_shard")}
+    return run_file.model_copy(update={"parallel": run_file.parallel.model_copy(update=axes)})
+
+
+def _model(model: ModelConfig, target: Sizes, needs: Needs) -> ModelConfig:
+    heads, kv_heads = _heads(model.num_heads, model.num_kv_heads, target.tp, needs.tp)
+    head_dim = min(model.head_dim, 8 + model.head_dim % 8)
+    hidden = heads * head_dim
+    if model.hidden_size != model.num_heads * model.head_dim:
+        hidden += _ALIGNED + model.hidden_size % _ALIGNED
+    ffn = _inner(model.ffn_hidden_size, target.tp, needs.tp, above=max(hidden, heads * head_dim))
+    pattern, period = _pattern(model.pattern)
+    divides = model.vocab_size % target.tp == 0
+    sizes: dict[str, Any] = {
+        "preset": "",
+        "pattern": pattern,
+        "num_layers": min(period * ceil(max(needs.pp, 2) / period), model.num_layers),
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "ffn_hidden_size": ffn,
+        # 0 is the tokenizer's size, rounded up to a multiple of 64, which the counted store has.
+        "vocab_size": 0 if not model.vocab_size else _vocabulary(needs.tp) if divides else _ODD_VOCABULARY,
+    }
+    if model.moe is not None:
+        sizes["moe"] = _moe(model.moe, target, needs, above=ffn)
+    return model.model_copy(update=sizes)
+
+
+def _heads(heads: int, kv_heads: int, tp: int, many: int) -> tuple[int, int]:
+    """Return numbers of heads that relate to each other, and to tp, as the model's do."""
+    group = heads // kv_heads
+    if kv_heads < tp:  # several ranks hold copies of one KV head
+        return many * min(2, max(1, heads // tp)), 1
+    few = 1 if kv_heads == 1 else many * (1 if kv_heads == tp else 2)
+    return few * (1 if group == 1 else 3 if group % 2 else 2), few
+
+
+def _inner(size: int, axis: int, many: int, *, above: int) -> int:
+    """Return an inner width above another, so that no two dims are equal, that splits as `size` splits over `axis`."""
+    rest = size // axis % _ALIGNED
+    return many * (_ALIGNED * (above // (many * _ALIGNED) + 1) + rest)
+
+
+def _moe(moe: MoeConfig, target: Sizes, needs: Needs, *, above: int) -> MoeConfig:
+    of_a_rank = moe.num_experts // target.ep
+    few = 1 if of_a_rank == 1 else 3 if of_a_rank % 2 else 2
+    top_k = min(moe.top_k, 2)
+    experts = needs.ep * few
+    while experts < min(moe.num_experts, top_k + 1):
+        experts += needs.ep * few
+    return moe.model_copy(
+        update={
+            "num_experts": experts,
+            "top_k": top_k,
+            "expert_hidden_size": _inner(moe.expert_hidden_size, target.etp, needs.etp, above=above),
+            "num_shared_experts": min(moe.num_shared_experts, 2),
+        }
+    )
+
+
+def _vocabulary(many: int) -> int:
+    return many * ceil(_VOCABULARY / many)
+
+
+def _pattern(pattern: str) -> tuple[str, int]:
+    """Return a pattern with every kind of layer, and its length: the same one unless it is long."""
+    period = parse_pattern(pattern)
+    if len(period) <= _PERIOD:
+        return pattern, len(period)
+    kinds = tuple(dict.fromkeys(period))
+    written = "".join(_letters(kind) for kind in kinds)
+    # A layer without a mixer reads as part of the one before it, if that has no feed-forward.
+    return (written, len(kinds)) if parse_pattern(written) == kinds else (pattern, len(period))
+
+
+def _letters(kinds: LayerKinds) -> str:
+    of_kind = {kind: letter for letters in (MIXERS, FEEDFORWARDS) for letter, kind in letters.items()}
+    return "".join(of_kind[kind] for kind in kinds if kind is not None)
+
+
+def _sequence(length: int, needs: Needs) -> int:
+    """Return a length that each rank gets equal parts of, in two chunks where the axis cp cuts it so."""
+    part = needs.tp * needs.cp * (2 if needs.cp > 1 else 1)
+    return min(part * ceil(_SEQUENCE / part), length)
+
+
+def _train(run_file: RunFile, target: Sizes, needs: Needs) -> dict[str, Any]:
+    """Return a batch with more than one micro-batch where the run has that, and the few steps."""
+    train = run_file.train
+    at_once = min(train.micro_batch_size, 2)
+    of_a_rank = train.global_batch_size // (target.dp_replicate * target.dp_shard)
+    accumulated = 2 if of_a_rank > train.micro_batch_size else 1
+    if needs.pp > 1:
+        accumulated = 2 * needs.pp
+    batch = needs.dp * at_once * accumulated
+    ramp = train.batch_ramp[:1]
+    return {
+        # One more than are made, so that no learning rate of the proof is that of a last step, which may be 0.
+        "steps": STEPS + 1,
+        "global_batch_size": batch * 2 if ramp else batch,
+        "micro_batch_size": at_once,
+        "batch_ramp": tuple(e.model_copy(update={"samples": batch, "global_batch_size": batch}) for e in ramp),
+        "compile": False,
+        "threads": 1,
+    }
+
+
+def _changes(before: RunFile, after: RunFile) -> Iterator[Change]:
+    old, new = (dict(_flat(as_tables(run_file))) for run_file in (before, after))
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key) != new.get(key):
+            yield Change(key, old.get(key), new.get(key))
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,183 @@
+"""What the ranks of one layout do for the proof: train a few steps in each precision, and leave their records.
+
+    pass      precision         learning rate   experts
+    exact     fp64              the run's       as the router chooses
+    start     fp64              0               as the router chooses           one process only: what `own` is held to
+    fast      fp32              0               the reference's where its margin is within rounding
+    own       the run file's    0               the reference's
+
+With a learning rate of 0 every step begins from the same weights: where a gradient is zero but for rounding, Adam
+makes a whole step of the rounding, and no later step could be compared.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from meshwright.launcher.build import Run, build_run, sizes_of, with_vocab_of
+from meshwright.launcher.observe.clock import StepClock
+from meshwright.launcher.proof.counted import counted_store
+from meshwright.launcher.proof.narrow import STEPS
+from meshwright.launcher.proof.record import Array, Decide, RankRecord, Recorder, piece_of
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.training.learning_rate import learning_rate_at
+from meshwright.launcher.training.loop import batches_of
+from meshwright.launcher.training.one_step import one_step
+from meshwright.launcher.training.progress import Progress, held_tensors
+from meshwright.launcher.training.saving import Resumed, Saver, resume
+from meshwright.launcher.training.stopping import Signals, SpikeGuard
+from meshwright.parallel.mesh import Mesh, build_mesh
+
+Precision = Literal["fp32", "bf16_autocast", "bf16", "fp64"]
+ROUNDING = 1e-5
+"""In fp32: how near two experts' probabilities must be for rounding to choose between them."""
+_HELD_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One training of a few steps."""
+
+    name: str
+    precision: Precision
+    steps: int = STEPS
+    is_held: bool = False
+    """Whether the learning rate is 0."""
+    replays: Literal["nothing", "near ties", "all"] = "nothing"
+    """Which of the reference's choices of experts are taken over."""
+    reference: str = ""
+    """The pass, of one process, whose choices they are."""
+
+
+def passes_of(precision: Precision) -> list[Pass]:
+    """Return what every layout goes through, for a run file's precision."""
+    found = [
+        Pass("exact", "fp64"),
+        Pass("fast", "fp32", _HELD_STEPS, is_held=True, replays="near ties", reference="fast"),
+    ]
+    if precision.startswith("bf16"):
+        found.append(Pass("own", precision, _HELD_STEPS, is_held=True, replays="all", reference="start"))
+    return found
+
+
+def reference_passes(precision: Precision) -> list[Pass]:
+    """Return what one process goes through, each pass after those that it takes choices from."""
+    start = [Pass("start", "fp64", _HELD_STEPS, is_held=True)] if precision.startswith("bf16") else []
+    own = [one for one in passes_of(precision) if one.name == "own"]
+    return [Pass("exact", "fp64"), *start, Pass("fast", "fp32", _HELD_STEPS, is_held=True), *own]
+
+
+Choices = Mapping[tuple[int, str], "Chosen"]
+"""By step and layer."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What one process chose for each token of a step, by its place."""
+
+    first_sample: int
+    experts: Array
+    """[samples, positions, k]."""
+    margin: Array
+    """[samples, positions]."""
+
+
+def choices_in(record: RankRecord) -> dict[tuple[int, str], Chosen]:
+    """Return what a router of one process chose, so that it can be looked up by token."""
+    found = {}
+    for number, step in enumerate(record.steps):
+        for name, rows in step.at_tokens.items():
+            layer = name.removesuffix(" experts")
+            if layer == name:
+                continue
+            first, shape = int(rows.sample.min()), (int(np.ptp(rows.sample)) + 1, int(rows.position.max()) + 1)
+            experts = np.zeros((*shape, rows.values.shape[1]), rows.values.dtype)
+            margin = np.zeros(shape)
+            experts[rows.sample - first, rows.position] = rows.values
+            margins = step.at_tokens[f"{layer} margin"]
+            margin[margins.sample - first, margins.position] = margins.values
+            found[number, layer] = Chosen(first, experts, margin)
+    return found
+
+
+def run_passes(
+    run_file: RunFile, passes: list[Pass], choices: Mapping[str, Choices], folder: Path | None, _rank: int = 0
+) -> dict[str, RankRecord]:
+    """Run each pass as one of the ranks, or alone; save what the exact one ends with to `folder`."""
+    sizes = sizes_of(run_file, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+    mesh = build_mesh(sizes, timedelta(seconds=run_file.run.timeout_seconds))
+    signals, found = Signals(), {}
+    for one in passes:
+        run = build(run_file, one.precision, mesh)
+        # Alone, a pass that refers to another process's takes over those of a pass before it.
+        known = choices.get(one.reference) or (choices_in(found[one.reference]) if one.reference in found else {})
+        found[one.name] = train_pass(run, one, known, signals)
+        if one.name == "exact" and folder is not None:
+            save(run, folder, found[one.name])
+    return found
+
+
+def build(run_file: RunFile, precision: Precision, mesh: Mesh, **keys: str) -> Run:
+    """Build the run, on counted tokens, in a precision; `keys` are those of [run] to change."""
+    table = run_file.model_copy(
+        update={
+            "train": run_file.train.model_copy(update={"precision": precision}),
+            "run": run_file.run.model_copy(update=keys),
+        }
+    )
+    store = counted_store(table.data.seq_len, table.model.vocab_size)
+    return build_run(with_vocab_of(table, store), store, mesh, torch.device("cpu"))
+
+
+def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankRecord:
+    """Train as the training loop does, step by step, and record."""
+    record, step = RankRecord(), 0
+
+    def decide(layer: str, sample: Array, position: Array, chosen: Array, _margin: Array) -> Array:
+        reference = choices[step, layer]
+        theirs: Array = reference.experts[sample - reference.first_sample, position]
+        if one.replays == "all":
+            return theirs
+        near = reference.margin[sample - reference.first_sample, position] < ROUNDING
+        mixed: Array = np.where(near[:, None], theirs, chosen)
+        return mixed
+
+    hook: Decide | None = decide if choices and one.replays != "nothing" else None
+    recorder = Recorder(run, outputs=one.name == "exact", decide=hook)
+    # Torch's profiler tells what it does on stderr, at every level that it has.
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    guard, clock = SpikeGuard(run.run_file.train.skip_norm_spike), StepClock(run.device)
+    batches = batches_of(run, 0)
+    with torch.autograd.profiler.profile(enabled=one.name == "fast" and run.mesh.rank == 0, use_kineto=False) as seen:
+        for step in range(one.steps):
+            rate = learning_rate_at(step, run.run_file.train.steps, run.run_file.learning_rate)
+            rate = 0.0 if one.is_held else rate
+            result = one_step(run, next(batches), step, rate, guard=guard, signals=signals, clock=clock)
+            record.steps.append(recorder.finish(rate, result.loss, result.grad_norm, result.sums))
+    batches.close()
+    if one.name == "fast" and run.mesh.rank == 0:
+        record.operators = frozenset(event.name for event in seen.function_events or ())
+    record.held = {name: piece_of(part) for name, part in held_tensors(run).items()}
+    return record
+
+
+def save(run: Run, folder: Path, record: RankRecord) -> None:
+    """Write a checkpoint of the run into a folder of the proof's, as training does."""
+    run.run_file = run.run_file.model_copy(update={"run": run.run_file.run.model_copy(update={"folder": str(folder)})})
+    steps = len(record.steps)
+    saver = Saver(run, Resumed(Progress(), []))
+    saver.save(Progress(step=steps, samples=0, updates=steps))
+    saver.close()
+
+
+def restored(run_file: RunFile, folder: Path, _rank: int = 0) -> RankRecord:
+    """Return what one process finds in the checkpoint that a layout wrote there."""
+    run = build(run_file, "fp64", build_mesh(sizes_of(run_file, 1)), folder=str(folder))
+    resume(run)
+    return RankRecord(held={name: piece_of(part) for name, part in held_tensors(run).items()})

@@ -1,0 +1,232 @@
+"""Prove a layout: the same small run on one process and on every sub-layout, compared number by number.
+
+plan    the run file's layout -> sub-layouts of at most 8 ranks -> a run that is narrow enough for them
+prove   one process leaves its records; then each sub-layout's ranks leave theirs, and a checkpoint, which one
+        process loads; each is compared (compare.py)
+axis    where something differs: the smallest of these layouts, with one axis off at a time
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from meshwright.launcher.build import sizes_of
+from meshwright.launcher.proof.compare import Verdict, compare_checkpoint, compare_exactly, compare_fast
+from meshwright.launcher.proof.forked import Fork, RankLost
+from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
+from meshwright.launcher.proof.own_precision import compare_own
+from meshwright.launcher.proof.passes import (
+    Choices,
+    Pass,
+    choices_in,
+    passes_of,
+    reference_passes,
+    restored,
+    run_passes,
+)
+from meshwright.launcher.proof.record import RankRecord
+from meshwright.launcher.proof.sublayouts import AXES, Cover, candidates, cover, said, without
+from meshwright.launcher.runfile.cross_checks import check
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.parallel.mesh import Sizes
+
+ONE = Sizes()
+_SECONDS_OF_A_LAYOUT = 150.0
+# What an fp32 run on a CPU goes by where it can: torch's names of the fast operators.
+_GROUPED, _FLASH, _FUSED = (
+    "aten::_grouped_mm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_fused_adamw_",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is proved, and on what."""
+
+    run_file: RunFile
+    target: Sizes
+    cover: Cover
+    narrowed: Narrowed
+
+
+@dataclass
+class LayoutResult:
+    """What came of one sub-layout."""
+
+    sizes: Sizes
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    """By pass: exact, fast, own; and checkpoint."""
+    lost: str = ""
+    """Why its ranks did not come to an end, where they did not."""
+    details: str = ""
+    seconds: float = 0.0
+
+    @property
+    def is_same(self) -> bool:
+        """Say whether everything is as on one process."""
+        return not self.lost and not any(verdict.differences for verdict in self.verdicts.values())
+
+    @property
+    def first(self) -> str:
+        """Return the first difference as words; "" if there is none."""
+        if self.lost:
+            return self.lost
+        found = ((name, v.differences[0]) for name, v in self.verdicts.items() if v.differences)
+        return next((f"{name}: {difference}" for name, difference in found), "")
+
+
+@dataclass(frozen=True)
+class Blame:
+    """Which axes a difference comes with."""
+
+    sizes: Sizes
+    """The smallest layout that shows it."""
+    axes: tuple[str, ...]
+    """Without any one of these the difference is gone."""
+
+
+@dataclass
+class Proof:
+    """The whole answer."""
+
+    plan: Plan
+    results: list[LayoutResult] = field(default_factory=list)
+    blame: Blame | None = None
+    seconds: float = 0.0
+
+    @property
+    def is_same(self) -> bool:
+        """Say whether the layout computes what one process computes."""
+        return all(result.is_same for result in self.results)
+
+
+def plan_proof(run_file: RunFile, world_size: int) -> Plan:
+    """Choose sub-layouts and a narrow run; the run file must have passed its checks on so many ranks.
+
+    Raises:
+        ConfigError: if there is nothing to compare, or the narrow run fits on no sub-layout.
+    """
+    target = sizes_of(run_file, world_size)
+    if target.world == 1:
+        raise ConfigError("world size", ["1: one process has no layout to prove; -n 2 would fit"])
+    has_experts = run_file.model.moe is not None
+    narrowed = narrow(run_file, target, candidates(target))
+    covered = cover(target, has_experts=has_experts, accepts=lambda sizes: not refusals(narrowed.run_file, sizes))
+    if not covered.layouts:
+        problems = refusals(narrowed.run_file, candidates(target)[0])
+        raise ConfigError("the narrowed run file", problems)
+    # Again, for these alone: what no sub-layout asks for need not divide.
+    return Plan(run_file, target, covered, narrow(run_file, target, covered.layouts))
+
+
+def refusals(run_file: RunFile, sizes: Sizes) -> list[str]:
+    """Return what the run file's checks say against a layout."""
+    return check(on_layout(run_file, sizes), sizes.world)
+
+
+def prove(plan: Plan, tell: Callable[[LayoutResult], None] = lambda _: None) -> Proof:
+    """Compare every sub-layout with one process; `tell` hears of each when it is done.
+
+    Raises:
+        RankLost: if the one process itself does not come to an end.
+    """
+    began = time.monotonic()
+    judge, proof = Judge(plan.narrowed.run_file), Proof(plan)
+    for sizes in plan.cover.layouts:
+        result = judge.judge(sizes)
+        proof.results.append(result)
+        tell(result)
+    if different := [result for result in proof.results if not result.is_same]:
+        proof.blame = find_axis(judge, min(different, key=lambda result: result.sizes.world))
+    proof.seconds = time.monotonic() - began
+    return proof
+
+
+class Judge:
+    """Holds the records of one process, and compares layouts with them."""
+
+    def __init__(self, run_file: RunFile) -> None:
+        """Let one process train.
+
+        Raises:
+            RankLost: if it fails.
+        """
+        self.run_file, self.precision = run_file, run_file.train.precision
+        passes = reference_passes(self.precision)
+        (self.one,) = _answers(1, partial(run_passes, on_layout(run_file, ONE), passes, {}, None))
+        self.choices: Mapping[str, Choices] = {name: choices_in(record) for name, record in self.one.items()}
+
+    def judge(self, sizes: Sizes, *, zero_stage: int | None = None, only: str = "") -> LayoutResult:
+        """Run a layout and compare it; `only` names one pass, without the checkpoint."""
+        began, result = time.monotonic(), LayoutResult(sizes)
+        passes = [one for one in passes_of(self.precision) if only in ("", one.name)]
+        table = on_layout(self.run_file, sizes)
+        if zero_stage is not None:
+            table = table.model_copy(update={"zero": table.zero.model_copy(update={"stage": zero_stage})})
+        with tempfile.TemporaryDirectory(prefix="meshwright-proof-") as folder:
+            try:
+                self._compare(result, table, passes, None if only else Path(folder))
+            except RankLost as error:
+                result.lost, result.details = str(error), error.details
+        result.seconds = time.monotonic() - began
+        return result
+
+    def _compare(self, result: LayoutResult, table: RunFile, passes: Sequence[Pass], folder: Path | None) -> None:
+        work = partial(run_passes, table, passes, self.choices, folder)
+        ranks: list[dict[str, RankRecord]] = _answers(result.sizes.world, work)
+        of_pass = {one.name: [rank[one.name] for rank in ranks] for one in passes}
+        if "exact" in of_pass:
+            result.verdicts["exact"] = compare_exactly(self.one["exact"], of_pass["exact"])
+        if "fast" in of_pass:
+            result.verdicts["fast"] = compare_fast(self.one["fast"], of_pass["fast"])
+            require_fast_paths(result.verdicts["fast"], self.run_file, of_pass["fast"])
+        if "own" in of_pass:
+            result.verdicts["own"] = compare_own(self.one["start"], self.one["own"], of_pass["own"])
+        if folder is not None:
+            (loaded,) = _answers(1, partial(restored, on_layout(table, ONE), folder))
+            result.verdicts["checkpoint"] = compare_checkpoint(loaded, of_pass["exact"])
+
+
+def _answers(size: int, work: Callable[[int], Any]) -> list[Any]:
+    with Fork(size, work) as ranks:
+        return ranks.answers(_SECONDS_OF_A_LAYOUT)
+
+
+def require_fast_paths(verdict: Verdict, run_file: RunFile, ranks: Sequence[RankRecord]) -> None:
+    """Add a difference for each fast operator that the run should have gone by in fp32, and did not."""
+    ran = frozenset[str]().union(*(record.operators for record in ranks))
+    wanted = {_FUSED: True, _GROUPED: run_file.model.num_moe_layers > 0}
+    wanted[_FLASH] = any(layer.mixer == "attention" for layer in run_file.model.layers)
+    for name, is_wanted in wanted.items():
+        if is_wanted and name not in ran:
+            verdict.miss(name, "the fast path was not taken", what="operator")
+
+
+def find_axis(judge: Judge, shown: LayoutResult) -> Blame:
+    """Return the smallest layout that still shows a difference, and the axes without which it is gone."""
+    only = next((name for name, verdict in shown.verdicts.items() if verdict.differences), "")
+    only = "" if only == "checkpoint" or shown.lost else only
+    sizes, stage = shown.sizes, judge.run_file.zero.stage
+    needed: list[str] = []
+    for axis in reversed([axis for axis in AXES if getattr(sizes, axis) > 1]):
+        smaller = without(sizes, axis)
+        if smaller is None or refusals(judge.run_file, smaller):
+            continue
+        if smaller == ONE or judge.judge(smaller, zero_stage=stage, only=only).is_same:
+            needed.append(axis)
+        else:
+            sizes = smaller
+    if stage > 0 and judge.judge(sizes, zero_stage=0, only=only).is_same:
+        needed.append(f"ZeRO-{stage}")
+    return Blame(sizes, tuple(needed) or tuple(axis for axis in AXES if getattr(sizes, axis) > 1))
+
+
+def described(plan: Plan) -> str:
+    """Return the layout that is proved, as a person writes it."""
+    return f"{said(plan.target)}, ZeRO-{plan.run_file.zero.stage}, {plan.run_file.train.precision}"

@@ -1,0 +1,208 @@
+"""What a run leaves to compare, in global terms: every number with its place in what one device would hold.
+
+    Piece     a box of a global tensor: where it begins, and its numbers (padding is cut off)
+    AtTokens  rows that belong to tokens: for each the global sample, the position in it, and numbers
+
+    step   tokens and targets      as the model saw them
+           outputs                 of the embedding and of every block, at each token
+           decisions, margins      experts of each token by layer, and by how much the last of them won
+           loss, norm, sums        over all ranks
+           gradients               summed over the ranks, before they are clipped
+           weights                 after the update
+
+A `Recorder` listens to a run that is driven by the product's own `one_step`; it computes nothing of its own. A rank
+records what it holds, and the comparison sees to it that together they hold everything.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from meshwright.launcher.build import Run
+from meshwright.launcher.training.progress import held_tensors
+from meshwright.model.block import Block
+from meshwright.model.heads import Embedding
+from meshwright.parallel.checkpoint.describe import HeldPart
+from meshwright.parallel.where import Where
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Decide = Callable[[str, Array, Array, Array, Array], Array]
+"""(layer, sample, position, what the router chose, margins) -> what it is to choose."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a global tensor."""
+
+    shape: tuple[int, ...]
+    """Of the global tensor."""
+    offset: tuple[int, ...]
+    values: Array
+
+
+@dataclass
+class AtTokens:
+    """Rows of numbers, each of one token."""
+
+    sample: Array
+    position: Array
+    values: Array
+
+    @classmethod
+    def joined(cls, parts: "list[AtTokens]") -> "AtTokens":
+        """Return the rows of several micro-batches together."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+
+@dataclass
+class StepRecord:
+    """What one rank saw of one step."""
+
+    learning_rate: float = 0.0
+    loss: float = 0.0
+    norm: float = 0.0
+    sums: dict[str, Array] = field(default_factory=dict)
+    at_tokens: dict[str, AtTokens] = field(default_factory=dict)
+    """tokens, targets, `<module> output`, `<layer> experts`, `<layer> margin`; in the order of the forward pass."""
+    gradients: dict[str, Piece] = field(default_factory=dict)
+    weights: dict[str, Piece] = field(default_factory=dict)
+
+
+@dataclass
+class RankRecord:
+    """What one rank leaves."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    held: dict[str, Piece] = field(default_factory=dict)
+    """Everything that a checkpoint has, at the end."""
+    operators: frozenset[str] = frozenset()
+    """Names of torch's operators that ran in the first step, where they were asked for."""
+
+
+class Recorder:
+    """Listens to a run; `finish` hands out what was heard since the last call."""
+
+    def __init__(self, run: Run, *, outputs: bool = True, decide: Decide | None = None) -> None:
+        """Hook into the run's modules and its engine; `decide` may choose experts in the router's place."""
+        self._run, self._decide = run, decide
+        self._where: Where | None = None
+        self._rows: dict[str, list[AtTokens]] = {}
+        self._gradients: dict[str, Piece] = {}
+        self._seen: set[tuple[str, int, int]] = set()
+        run.model.register_forward_pre_hook(self._on_model, with_kwargs=True)
+        for name, module in run.model.named_modules():
+            if isinstance(module, Block):
+                module.register_forward_pre_hook(self._on_block, with_kwargs=True)
+            if outputs and isinstance(module, Block | Embedding):
+                module.register_forward_hook(self._on_output(name))
+            if callable(getattr(module, "choose", None)):
+                self._watch_router(name, module)
+        _after(run.engine, "finish_gradients", self._take_gradients)
+
+    def finish(self, learning_rate: float, loss: float, norm: float, sums: dict[str, Tensor]) -> StepRecord:
+        """Return the step that has just been made."""
+        of_layers = {name: value.numpy() for name, value in sums.items() if name.startswith("layers.")}
+        rows = {name: AtTokens.joined(parts) for name, parts in self._rows.items()}
+        parts = held_tensors(self._run, optimizer=False)
+        weights = {name: piece_of(part) for name, part in parts.items() if not name.startswith("buffers.")}
+        step = StepRecord(learning_rate, loss, norm, of_layers, rows, self._gradients, weights)
+        self._rows, self._gradients, self._seen = {}, {}, set()
+        return step
+
+    def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, *kwargs.values()]
+        self._where = next((value for value in given if isinstance(value, Where)), self._where)
+        # Of a stage in the middle of a pipeline neither is of whole numbers.
+        whole = [value for value in given if isinstance(value, Tensor) and value.dtype == torch.int64]
+        for name, ids in zip(("tokens", "targets"), whole, strict=False):
+            self._add(name, ids.flatten())
+
+    def _on_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._where = next((value for value in (*args, *kwargs.values()) if isinstance(value, Where)), self._where)
+
+    def _on_output(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def take(_module: nn.Module, _given: Any, output: Tensor) -> None:
+            self._add(f"{name} output", output.flatten(0, 1))
+
+        return take
+
+    def _watch_router(self, name: str, router: nn.Module) -> None:
+        choose: Callable[[Tensor], Tensor] = router.choose  # type: ignore[assignment]
+
+        def watched(probability: Tensor) -> Tensor:
+            chosen = choose(probability)
+            held = probability.detach().gather(1, chosen)
+            others = probability.detach().scatter(1, chosen, -torch.inf)
+            margin = held.amin(1) - others.amax(1)
+            where, rows = self._places(len(chosen))
+            self._add(f"{name} experts", chosen)
+            self._add(f"{name} margin", margin)
+            if self._decide is None:
+                return chosen
+            decided = self._decide(name, where, rows, chosen.numpy(), _numbers(margin))
+            return torch.from_numpy(decided)
+
+        setattr(router, "choose", watched)  # noqa: B010  (a module takes a function as an attribute)
+
+    def _places(self, count: int) -> tuple[Array, Array]:
+        """Return sample and position of each of `count` tokens, sequence first, as this rank holds them."""
+        where = self._where
+        assert where is not None, "a part of the model was called without a place"
+        sample = where.sample.numpy()
+        for name in ("position", "position_mixed"):
+            position: Tensor | None = getattr(where, name, None)
+            if position is not None and len(position) * len(sample) == count:
+                return np.tile(sample, len(position)), np.repeat(position.numpy(), len(sample))
+        raise AssertionError(f"{count} tokens are none of a layer's")
+
+    def _add(self, name: str, rows: Tensor) -> None:
+        """Keep a row for each token; a pass that is made again for the backward is not kept."""
+        sample, position = self._places(len(rows))
+        key = name, int(sample[0]), int(position[0])
+        if key not in self._seen:
+            self._seen.add(key)
+            self._rows.setdefault(name, []).append(AtTokens(sample, position, _numbers(rows)))
+
+    def _take_gradients(self) -> None:
+        for name, part in self._run.engine.parts.items():
+            gradient = part.parameter.grad
+            if gradient is not None:
+                self._gradients[name] = piece_of(HeldPart(gradient, part.global_shape, part.offset))
+
+
+def piece_of(part: HeldPart) -> Piece:
+    """Return a copy of what a rank holds, without the rows that lie beyond the global tensor."""
+    held = part.tensor.detach()
+    for dim, (size, begin) in enumerate(zip(part.global_shape, part.offset, strict=True)):
+        held = held.narrow(dim, 0, max(0, min(held.shape[dim], size - begin)))
+    return Piece(part.global_shape, part.offset, _numbers(held))
+
+
+def _numbers(tensor: Tensor) -> Array:
+    """Return a copy in numpy, which has no bf16."""
+    tensor = tensor.detach().cpu()
+    array: Array = (tensor.to(torch.float32) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array.copy()
+
+
+def _after(target: object, name: str, then: Callable[[], None]) -> None:
+    """Let `then` be called after each call of a method of this one object."""
+    method: Callable[..., Any] = getattr(target, name)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        then()
+        return result
+
+    setattr(target, name, called)
+
+
+def boxes(records: Sequence[RankRecord], kind: str, step: int) -> Iterator[tuple[int, str, Piece]]:
+    """Yield (rank, name, piece) of everything that the ranks hold of a kind: gradients or weights of a step."""
+    for rank, record in enumerate(records):
+        for name, piece in getattr(record.steps[step], kind).items():
+            yield rank, name, piece
