@@ -208,7 +208,7 @@ def _compare_experts(
 def _matched(
     verdict: Verdict, what: str, layer: str, step: int, theirs: AtTokens, ranks: Sequence[RankRecord], name: str
 ) -> Iterator[tuple[AtTokens, Array]]:
-    """Yield each rank's rows, and where one process has the same tokens; tell what is missing or should not be there."""
+    """Yield each rank's rows, and where one process has the same tokens; tell what is missing or too much."""
     row_of = {at: row for row, at in enumerate(zip(theirs.sample.tolist(), theirs.position.tolist(), strict=True))}
     seen = np.zeros(len(row_of), bool)
     for rank, record in enumerate(ranks):

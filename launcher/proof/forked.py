@@ -1,7 +1,7 @@
 """Ranks on this machine's CPU, forked from a process that has loaded everything: they begin in milliseconds.
 
     with Fork(8, work) as ranks:        rank r calls work(r) within a gloo group of 8, and answers
-        answers = ranks.answers(120)    in rank order; a rank that fails, dies or hangs raises RankLost
+        answers = ranks.answers(120)    in rank order; a rank that fails, dies or hangs raises RankLostError
 
 What `work` needs is inherited by the fork; what it returns is pickled. The ranks meet in a file in a folder of their
 own, so that no port can be taken. Whatever happens, they are ended: by `with`, or by the kernel if this process dies.
@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 _SETTLE_SECONDS = 2.0  # after a rank was lost: how long the others may take to say that they miss it
 _PR_SET_PDEATHSIG = 1
 
 
-class RankLost(RuntimeError):
+class RankLostError(RuntimeError):
     """A rank raised an error, died or did not answer."""
 
     is_same_on_all_ranks = True
@@ -75,7 +76,7 @@ class Fork:
         """Return what every rank's work returned.
 
         Raises:
-            RankLost: naming the first rank that failed, or those that are silent when the time is up.
+            RankLostError: naming the first rank that failed, or those that are silent when the time is up.
         """
         found: dict[int, Any] = {}
         lost: dict[int, tuple[str, str]] = {}
@@ -94,7 +95,7 @@ class Fork:
         if lost:
             raise self._lost(lost)
         if silent := [rank for rank in range(self.size) if rank not in found]:
-            raise RankLost(f"of {self.size} ranks {silent} did not answer within {seconds:.0f} s, and were ended")
+            raise RankLostError(f"of {self.size} ranks {silent} did not answer within {seconds:.0f} s, and were ended")
         return [found[rank] for rank in range(self.size)]
 
     def _received(self, rank: int) -> tuple[bool, Any]:
@@ -107,18 +108,18 @@ class Fork:
             return False, (how, "")
         return bool(ok), answer
 
-    def _lost(self, lost: dict[int, tuple[str, str]]) -> RankLost:
+    def _lost(self, lost: dict[int, tuple[str, str]]) -> RankLostError:
         """Return the error of the rank that failed by itself: the others only miss it."""
         causes = [rank for rank, (line, _) in lost.items() if not _is_consequence(line)] or list(lost)
         line, details = lost[causes[0]]
-        return RankLost(f"rank {causes[0]} of {self.size} {line}", details)
+        return RankLostError(f"rank {causes[0]} of {self.size} {line}", details)
 
     def _serve(self, rank: int, work: Callable[[int], Any], pipe: Connection) -> None:
         _die_with_parent()
         torch.set_num_threads(1)
         try:
             if self.size > 1:
-                store = dist.FileStore(str(Path(self._folder.name) / "store"), self.size)
+                store = FileStore(str(Path(self._folder.name) / "store"), self.size)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=self.size, timeout=self.timeout)
             answer: tuple[bool, Any] = (True, work(rank))
         except BaseException as error:  # whatever it is, the parent must hear of it

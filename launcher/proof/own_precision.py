@@ -1,7 +1,7 @@
 """A layout in the run file's own precision, where that is below fp32: is it as near to fp64 as one process is?
 
-    error of a tensor   |gradient - gradient in fp64| / |gradient in fp64|       2-norms; every step from the same weights
-    allowed             OWN_TIMES the error of one process in the same precision, of the same experts
+    error of a tensor   |gradient - gradient in fp64| / |gradient in fp64|, 2-norms; every step from the same weights
+    allowed             OWN_TIMES the error of one process in the same precision, by the same experts
 
 Where one process happens to be very near, as with a number or a short vector it may be by chance, the typical error of
 all its tensors in that step counts instead.

@@ -11,7 +11,7 @@ makes a whole step of the rounding, and no later step could be compared.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -53,6 +53,8 @@ class Pass:
     """Which of the reference's choices of experts are taken over."""
     reference: str = ""
     """The pass, of one process, whose choices they are."""
+    needed_by: str = ""
+    """The pass that this one is only for."""
 
 
 def passes_of(precision: Precision) -> list[Pass]:
@@ -68,7 +70,7 @@ def passes_of(precision: Precision) -> list[Pass]:
 
 def reference_passes(precision: Precision) -> list[Pass]:
     """Return what one process goes through, each pass after those that it takes choices from."""
-    start = [Pass("start", "fp64", _HELD_STEPS, is_held=True)] if precision.startswith("bf16") else []
+    start = [Pass("start", "fp64", _HELD_STEPS, is_held=True, needed_by="own")] if precision.startswith("bf16") else []
     own = [one for one in passes_of(precision) if one.name == "own"]
     return [Pass("exact", "fp64"), *start, Pass("fast", "fp32", _HELD_STEPS, is_held=True), *own]
 
@@ -107,12 +109,13 @@ def choices_in(record: RankRecord) -> dict[tuple[int, str], Chosen]:
 
 
 def run_passes(
-    run_file: RunFile, passes: list[Pass], choices: Mapping[str, Choices], folder: Path | None, _rank: int = 0
+    run_file: RunFile, passes: Sequence[Pass], choices: Mapping[str, Choices], folder: Path | None, _rank: int = 0
 ) -> dict[str, RankRecord]:
     """Run each pass as one of the ranks, or alone; save what the exact one ends with to `folder`."""
     sizes = sizes_of(run_file, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
     mesh = build_mesh(sizes, timedelta(seconds=run_file.run.timeout_seconds))
-    signals, found = Signals(), {}
+    signals = Signals()
+    found: dict[str, RankRecord] = {}
     for one in passes:
         run = build(run_file, one.precision, mesh)
         # Alone, a pass that refers to another process's takes over those of a pass before it.

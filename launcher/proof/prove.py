@@ -16,12 +16,11 @@ from typing import Any
 
 from meshwright.launcher.build import sizes_of
 from meshwright.launcher.proof.compare import Verdict, compare_checkpoint, compare_exactly, compare_fast
-from meshwright.launcher.proof.forked import Fork, RankLost
+from meshwright.launcher.proof.forked import Fork, RankLostError
 from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
 from meshwright.launcher.proof.own_precision import compare_own
 from meshwright.launcher.proof.passes import (
     Choices,
-    Pass,
     choices_in,
     passes_of,
     reference_passes,
@@ -36,6 +35,7 @@ from meshwright.launcher.runfile.tables import RunFile
 from meshwright.parallel.mesh import Sizes
 
 ONE = Sizes()
+PASSES = ("exact", "fast", "own", "checkpoint")
 _SECONDS_OF_A_LAYOUT = 150.0
 # What an fp32 run on a CPU goes by where it can: torch's names of the fast operators.
 _GROUPED, _FLASH, _FUSED = (
@@ -53,6 +53,7 @@ class Plan:
     target: Sizes
     cover: Cover
     narrowed: Narrowed
+    passes: tuple[str, ...] = PASSES
 
 
 @dataclass
@@ -134,10 +135,10 @@ def prove(plan: Plan, tell: Callable[[LayoutResult], None] = lambda _: None) -> 
     """Compare every sub-layout with one process; `tell` hears of each when it is done.
 
     Raises:
-        RankLost: if the one process itself does not come to an end.
+        RankLostError: if the one process itself does not come to an end.
     """
     began = time.monotonic()
-    judge, proof = Judge(plan.narrowed.run_file), Proof(plan)
+    judge, proof = Judge(plan.narrowed.run_file, plan.passes), Proof(plan)
     for sizes in plan.cover.layouts:
         result = judge.judge(sizes)
         proof.results.append(result)
@@ -151,44 +152,47 @@ def prove(plan: Plan, tell: Callable[[LayoutResult], None] = lambda _: None) -> 
 class Judge:
     """Holds the records of one process, and compares layouts with them."""
 
-    def __init__(self, run_file: RunFile) -> None:
+    def __init__(self, run_file: RunFile, passes: Sequence[str] = PASSES) -> None:
         """Let one process train.
 
         Raises:
-            RankLost: if it fails.
+            RankLostError: if it fails.
         """
-        self.run_file, self.precision = run_file, run_file.train.precision
-        passes = reference_passes(self.precision)
-        (self.one,) = _answers(1, partial(run_passes, on_layout(run_file, ONE), passes, {}, None))
+        self.run_file, self.passes = run_file, tuple(passes)
+        wanted = [one for one in reference_passes(run_file.train.precision) if {one.name, one.needed_by} & {*passes}]
+        (self.one,) = _answers(1, partial(run_passes, on_layout(run_file, ONE), wanted, {}, None))
         self.choices: Mapping[str, Choices] = {name: choices_in(record) for name, record in self.one.items()}
 
     def judge(self, sizes: Sizes, *, zero_stage: int | None = None, only: str = "") -> LayoutResult:
-        """Run a layout and compare it; `only` names one pass, without the checkpoint."""
+        """Run a layout and compare it; `only` names the one thing that is compared."""
         began, result = time.monotonic(), LayoutResult(sizes)
-        passes = [one for one in passes_of(self.precision) if only in ("", one.name)]
+        wanted = (only,) if only else self.passes
         table = on_layout(self.run_file, sizes)
         if zero_stage is not None:
             table = table.model_copy(update={"zero": table.zero.model_copy(update={"stage": zero_stage})})
         with tempfile.TemporaryDirectory(prefix="meshwright-proof-") as folder:
             try:
-                self._compare(result, table, passes, None if only else Path(folder))
-            except RankLost as error:
+                self._compare(result, table, wanted, Path(folder))
+            except RankLostError as error:
                 result.lost, result.details = str(error), error.details
         result.seconds = time.monotonic() - began
         return result
 
-    def _compare(self, result: LayoutResult, table: RunFile, passes: Sequence[Pass], folder: Path | None) -> None:
-        work = partial(run_passes, table, passes, self.choices, folder)
+    def _compare(self, result: LayoutResult, table: RunFile, wanted: Sequence[str], folder: Path) -> None:
+        saves = "checkpoint" in wanted
+        names = {"exact" if name == "checkpoint" else name for name in wanted}
+        passes = [one for one in passes_of(table.train.precision) if one.name in names]
+        work = partial(run_passes, table, passes, self.choices, folder if saves else None)
         ranks: list[dict[str, RankRecord]] = _answers(result.sizes.world, work)
         of_pass = {one.name: [rank[one.name] for rank in ranks] for one in passes}
-        if "exact" in of_pass:
+        if "exact" in wanted:
             result.verdicts["exact"] = compare_exactly(self.one["exact"], of_pass["exact"])
         if "fast" in of_pass:
             result.verdicts["fast"] = compare_fast(self.one["fast"], of_pass["fast"])
             require_fast_paths(result.verdicts["fast"], self.run_file, of_pass["fast"])
         if "own" in of_pass:
             result.verdicts["own"] = compare_own(self.one["start"], self.one["own"], of_pass["own"])
-        if folder is not None:
+        if saves:
             (loaded,) = _answers(1, partial(restored, on_layout(table, ONE), folder))
             result.verdicts["checkpoint"] = compare_checkpoint(loaded, of_pass["exact"])
 
@@ -211,7 +215,7 @@ def require_fast_paths(verdict: Verdict, run_file: RunFile, ranks: Sequence[Rank
 def find_axis(judge: Judge, shown: LayoutResult) -> Blame:
     """Return the smallest layout that still shows a difference, and the axes without which it is gone."""
     only = next((name for name, verdict in shown.verdicts.items() if verdict.differences), "")
-    only = "" if only == "checkpoint" or shown.lost else only
+    only = "" if shown.lost else only
     sizes, stage = shown.sizes, judge.run_file.zero.stage
     needed: list[str] = []
     for axis in reversed([axis for axis in AXES if getattr(sizes, axis) > 1]):

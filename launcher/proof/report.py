@@ -54,7 +54,8 @@ def ending(proof: Proof) -> Iterator[str]:
     yield f"DIFFERENT from one process on {len(failed)} of {len(proof.results)} layouts; {proof.seconds:.0f} s"
     yield f"  first    {failed[0].first}"
     if proof.blame is not None:
-        yield f"  axis     {', '.join(proof.blame.axes)}; the smallest layout that shows it is {said(proof.blame.sizes)}"
+        axes = ", ".join(proof.blame.axes)
+        yield f"  axis     {axes}; the smallest layout that shows it is {said(proof.blame.sizes)}"
 
 
 def write_json(path: Path, name: str, proof: Proof) -> None:
