@@ -11,7 +11,8 @@ makes a whole step of the rounding, and no later step could be compared.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch._dynamo  # here, where it is loaded once: AdamW would load it in each of the forked ranks
 
 from meshwright.launcher.build import Run, build_run, sizes_of, with_vocab_of
 from meshwright.launcher.observe.clock import StepClock
@@ -153,21 +155,32 @@ def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankR
 
     hook: Decide | None = decide if choices and one.replays != "nothing" else None
     recorder = Recorder(run, outputs=one.name == "exact", decide=hook)
-    # Torch's profiler tells what it does on stderr, at every level that it has.
-    os.environ["KINETO_LOG_LEVEL"] = "99"
     guard, clock = SpikeGuard(run.run_file.train.skip_norm_spike), StepClock(run.device)
     batches = batches_of(run, 0)
-    with torch.autograd.profiler.profile(enabled=one.name == "fast" and run.mesh.rank == 0, use_kineto=False) as seen:
-        for step in range(one.steps):
-            rate = learning_rate_at(step, run.run_file.train.steps, run.run_file.learning_rate)
-            rate = 0.0 if one.is_held else rate
+    for step in range(one.steps):
+        rate = learning_rate_at(step, run.run_file.train.steps, run.run_file.learning_rate)
+        rate = 0.0 if one.is_held else rate
+        # One step of one rank: reading what the profiler saw takes longer than the step.
+        with _operators(record, is_on=one.name == "fast" and step == run.mesh.rank == 0):
             result = one_step(run, next(batches), step, rate, guard=guard, signals=signals, clock=clock)
-            record.steps.append(recorder.finish(rate, result.loss, result.grad_norm, result.sums))
+        record.steps.append(recorder.finish(rate, result.loss, result.grad_norm, result.sums))
     batches.close()
-    if one.name == "fast" and run.mesh.rank == 0:
-        record.operators = frozenset(event.name for event in seen.function_events or ())
     record.held = {name: piece_of(part) for name, part in held_tensors(run).items()}
     return record
+
+
+@contextmanager
+def _operators(record: RankRecord, *, is_on: bool) -> Iterator[None]:
+    """Note the names of torch's operators that run inside, also those within operators of ours."""
+    if not is_on:
+        yield
+        return
+    # The profiler tells what it does on stderr, at every level that it has.
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    with torch.autograd.profiler.profile(use_kineto=False) as seen:
+        yield
+    assert seen.kineto_results is not None
+    record.operators = frozenset(event.name() for event in seen.kineto_results.events())
 
 
 def save(run: Run, folder: Path, record: RankRecord) -> None:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from meshwright.launcher.build import Run
 from meshwright.launcher.training.progress import held_tensors
 from meshwright.model.block import Block
-from meshwright.model.heads import Embedding
 from meshwright.parallel.checkpoint.describe import HeldPart
+from meshwright.parallel.vocabulary import Embedding
 from meshwright.parallel.where import Where
 
 Array = np.ndarray[Any, np.dtype[Any]]
