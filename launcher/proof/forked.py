@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 _SETTLE_SECONDS = 2.0  # after a rank was lost: how long the others may take to say that they miss it
+_LONGEST = 300
 _PR_SET_PDEATHSIG = 1
 
 
@@ -112,6 +113,7 @@ class Fork:
         """Return the error of the rank that failed by itself: the others only miss it."""
         causes = [rank for rank, (line, _) in lost.items() if not _is_consequence(line)] or list(lost)
         line, details = lost[causes[0]]
+        line = line if len(line) <= _LONGEST else line[:_LONGEST] + " ..."
         return RankLostError(f"rank {causes[0]} of {self.size} {line}", details)
 
     def _serve(self, rank: int, work: Callable[[int], Any], pipe: Connection) -> None:

@@ -35,6 +35,8 @@ class Needs(NamedTuple):
     """By what the sizes of the small run must divide, over all the layouts that it will run on."""
 
     tp: int
+    fewest_tp: int
+    """The smallest size of tp above 1, or 1."""
     pp: int
     cp: int
     ep: int
@@ -45,7 +47,12 @@ class Needs(NamedTuple):
     def of(cls, layouts: Sequence[Sizes]) -> "Needs":
         """Collect the sizes of the axes."""
         named = {name: lcm(*(getattr(sizes, name) for sizes in layouts)) for name in ("tp", "pp", "cp", "ep", "etp")}
-        return cls(**named, dp=lcm(*(sizes.dp_replicate * sizes.dp_shard for sizes in layouts)))
+        above_one = [sizes.tp for sizes in layouts if sizes.tp > 1]
+        return cls(
+            **named,
+            fewest_tp=min(above_one, default=1),
+            dp=lcm(*(sizes.dp_replicate * sizes.dp_shard for sizes in layouts)),
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def on_layout(run_file: RunFile, sizes: Sizes) -> RunFile:
 
 
 def _model(model: ModelConfig, target: Sizes, needs: Needs) -> ModelConfig:
-    heads, kv_heads = _heads(model.num_heads, model.num_kv_heads, target.tp, needs.tp)
+    heads, kv_heads = _heads(model, target.tp, needs)
     head_dim = min(model.head_dim, 8 + model.head_dim % 8)
     hidden = heads * head_dim
     if model.hidden_size != model.num_heads * model.head_dim:
@@ -109,11 +116,12 @@ def _model(model: ModelConfig, target: Sizes, needs: Needs) -> ModelConfig:
     return model.model_copy(update=sizes)
 
 
-def _heads(heads: int, kv_heads: int, tp: int, many: int) -> tuple[int, int]:
+def _heads(model: ModelConfig, tp: int, needs: Needs) -> tuple[int, int]:
     """Return numbers of heads that relate to each other, and to tp, as the model's do."""
+    heads, kv_heads, many = model.num_heads, model.num_kv_heads, needs.tp
     group = heads // kv_heads
-    if kv_heads < tp:  # several ranks hold copies of one KV head
-        return many * min(2, max(1, heads // tp)), 1
+    if kv_heads < tp:  # several ranks hold copies of one KV head, and several heads are there if tp leaves room
+        return many * min(2, max(1, heads // tp)), 2 if kv_heads > 1 and needs.fewest_tp >= 4 else 1
     few = 1 if kv_heads == 1 else many * (1 if kv_heads == tp else 2)
     return few * (1 if group == 1 else 3 if group % 2 else 2), few
 
