@@ -38,18 +38,22 @@ class Needs(NamedTuple):
     fewest_tp: int
     """The smallest size of tp above 1, or 1."""
     pp: int
+    stages: int
+    """Stages of a pipeline, all ranks' together."""
     cp: int
     ep: int
     etp: int
     dp: int
 
     @classmethod
-    def of(cls, layouts: Sequence[Sizes]) -> "Needs":
+    def of(cls, layouts: Sequence[Sizes], stages_per_rank: int) -> "Needs":
         """Collect the sizes of the axes."""
         named = {name: lcm(*(getattr(sizes, name) for sizes in layouts)) for name in ("tp", "pp", "cp", "ep", "etp")}
+        stages = max(sizes.pp * stages_per_rank if sizes.pp > 1 else 1 for sizes in layouts)
         above_one = [sizes.tp for sizes in layouts if sizes.tp > 1]
         return cls(
             **named,
+            stages=stages,
             fewest_tp=min(above_one, default=1),
             dp=lcm(*(sizes.dp_replicate * sizes.dp_shard for sizes in layouts)),
         )
@@ -65,7 +69,7 @@ class Narrowed:
 
 def narrow(run_file: RunFile, target: Sizes, layouts: Sequence[Sizes]) -> Narrowed:
     """Return the run that stands for `run_file` on `target` and fits on each of `layouts`."""
-    needs = Needs.of([*layouts, Sizes()])
+    needs = Needs.of([*layouts, Sizes()], run_file.pipeline.stages_held)
     updates = {
         "run": {"device": "cpu", "timeout_seconds": 60},
         "data": {"store": "counted", "seq_len": _sequence(run_file.data.seq_len, needs), "prefetch": 0},
@@ -102,7 +106,7 @@ def _model(model: ModelConfig, target: Sizes, needs: Needs) -> ModelConfig:
     sizes: dict[str, Any] = {
         "preset": "",
         "pattern": pattern,
-        "num_layers": min(period * ceil(max(needs.pp, 2) / period), model.num_layers),
+        "num_layers": min(period * ceil(max(needs.stages, 2) / period), model.num_layers),
         "hidden_size": hidden,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
@@ -181,8 +185,8 @@ def _train(run_file: RunFile, target: Sizes, needs: Needs) -> dict[str, Any]:
     at_once = min(train.micro_batch_size, 2)
     of_a_rank = train.global_batch_size // (target.dp_replicate * target.dp_shard)
     accumulated = 2 if of_a_rank > train.micro_batch_size else 1
-    if needs.pp > 1:
-        accumulated = 2 * needs.pp
+    if needs.pp > 1:  # what every schedule takes: whole rounds of the ranks, and as many as there are stages
+        accumulated = 2 * lcm(needs.pp, needs.stages)
     batch = needs.dp * at_once * accumulated
     ramp = train.batch_ramp[:1]
     return {

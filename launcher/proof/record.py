@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from meshwright.launcher.build import Run
 from meshwright.launcher.training.progress import held_tensors
 from meshwright.model.block import Block
+from meshwright.model.stage import MicroBatch, StagePart
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.vocabulary import Embedding
 from meshwright.parallel.where import Where
@@ -93,7 +94,10 @@ class Recorder:
         self._rows: dict[str, list[AtTokens]] = {}
         self._gradients: dict[str, Piece] = {}
         self._seen: set[tuple[str, int, int]] = set()
-        run.model.register_forward_pre_hook(self._on_model, with_kwargs=True)
+        run.model.register_forward_pre_hook(self._on_model)
+        for part in run.pipeline.parts.values() if run.pipeline is not None else ():
+            assert isinstance(part, StagePart)
+            self._watch_stage(part)
         for name, module in run.model.named_modules():
             if isinstance(module, Block):
                 module.register_forward_pre_hook(self._on_block, with_kwargs=True)
@@ -113,13 +117,30 @@ class Recorder:
         self._rows, self._gradients, self._seen = {}, {}, set()
         return step
 
-    def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        self._where = next((value for value in given if isinstance(value, Where)), self._where)
-        # Of a stage in the middle of a pipeline neither is of whole numbers.
-        whole = [value for value in given if isinstance(value, Tensor) and value.dtype == torch.int64]
-        for name, ids in zip(("tokens", "targets"), whole, strict=False):
-            self._add(name, ids.flatten())
+    def _on_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        tokens, targets, self._where, _tally = args
+        self._add("tokens", tokens.flatten())
+        self._add("targets", targets.flatten())
+
+    def _watch_stage(self, part: StagePart) -> None:
+        """Listen to a stage of a pipeline, which is told its micro-batches before the step, and then their numbers."""
+        of_step: list[MicroBatch] = []
+        start_step = part.start_step
+
+        def started(micro_batches: Sequence[MicroBatch], *more: Any) -> None:
+            of_step[:] = micro_batches
+            start_step(micro_batches, *more)
+
+        def called(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            micro_batch = of_step[int(kwargs["number"])]
+            self._where = micro_batch.where
+            if part.is_first:
+                self._add("tokens", micro_batch.tokens.flatten())
+            if part.is_last:
+                self._add("targets", micro_batch.targets.flatten())
+
+        setattr(part, "start_step", started)  # noqa: B010  (a module takes a function as an attribute)
+        part.register_forward_pre_hook(called, with_kwargs=True)
 
     def _on_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._where = next((value for value in (*args, *kwargs.values()) if isinstance(value, Where)), self._where)
