@@ -62,7 +62,7 @@ def prove(
     done = proof.prove(plan, lambda result: _print(*report.row(plan, result)))
     _print(*report.ending(done))
     path = out or Path(config.run.output_folder) / "proof.json"
-    report.write_json(path, str(run_file), done)
+    report.write_json(path, report.as_json(str(run_file), done))
     _print(f"  written  {path}")
     if not done.is_same:
         sys.exit(1)

@@ -79,6 +79,20 @@ class Fork:
         Raises:
             RankLostError: naming the first rank that failed, or those that are silent when the time is up.
         """
+        found, lost = self._collect(seconds)
+        if lost:
+            raise self._lost(lost)
+        if silent := [rank for rank in range(self.size) if rank not in found]:
+            raise RankLostError(f"of {self.size} ranks {silent} did not answer within {seconds:.0f} s, and were ended")
+        return [found[rank] for rank in range(self.size)]
+
+    def ends(self, seconds: float) -> list[str]:
+        """Return how each rank came to its end, for ranks that are meant to die; "" where it answered or still runs."""
+        _, lost = self._collect(seconds)
+        return [lost.get(rank, ("", ""))[0] for rank in range(self.size)]
+
+    def _collect(self, seconds: float) -> tuple[dict[int, Any], dict[int, tuple[str, str]]]:
+        """Return what the ranks answered, and how those were lost that did not."""
         found: dict[int, Any] = {}
         lost: dict[int, tuple[str, str]] = {}
         until = time.monotonic() + seconds
@@ -93,11 +107,7 @@ class Fork:
                 until = min(until, time.monotonic() + _SETTLE_SECONDS)
             if not ready:
                 break
-        if lost:
-            raise self._lost(lost)
-        if silent := [rank for rank in range(self.size) if rank not in found]:
-            raise RankLostError(f"of {self.size} ranks {silent} did not answer within {seconds:.0f} s, and were ended")
-        return [found[rank] for rank in range(self.size)]
+        return found, lost
 
     def _received(self, rank: int) -> tuple[bool, Any]:
         try:

@@ -58,10 +58,10 @@ def ending(proof: Proof) -> Iterator[str]:
         yield f"  axis     {axes}; the smallest layout that shows it is {said(proof.blame.sizes)}"
 
 
-def write_json(path: Path, name: str, proof: Proof) -> None:
-    """Write the whole proof."""
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write plain values where they are asked for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_json(name, proof), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def as_json(name: str, proof: Proof) -> dict[str, Any]:

@@ -1,0 +1,249 @@
+"""Prove that a run can stop anywhere and go on elsewhere: k steps, a kill, k steps, against 2k unbroken ones.
+
+    unbroken   2k steps on the run file's layout
+    broken     k steps on it, a checkpoint, into the next step, then every rank is killed (SIGKILL)
+    resumed    from that checkpoint to step 2k, on another layout
+
+    fp64, another layout            same token ids, same learning rates; losses and norms to 1e-9
+    own precision, same layout      all of that bit for bit, and every weight and moment
+
+The ranks train by the product's own loop, saver and resume; the run is as narrow as for `prove`.
+"""
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from meshwright.launcher.build import sizes_of
+from meshwright.launcher.observe.metrics import Meter, Numbers
+from meshwright.launcher.observe.peak import Peak
+from meshwright.launcher.observe.sinks import Sinks
+from meshwright.launcher.proof.compare import EXACT
+from meshwright.launcher.proof.forked import Fork, RankLostError
+from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
+from meshwright.launcher.proof.passes import Precision, build
+from meshwright.launcher.proof.prove import refusals
+from meshwright.launcher.proof.record import RankRecord, Recorder, piece_of
+from meshwright.launcher.proof.sublayouts import AXES, cover, said
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.training.loop import train
+from meshwright.launcher.training.progress import held_tensors
+from meshwright.launcher.training.saving import Saver, checkpoints_of, resume
+from meshwright.launcher.training.stopping import Signals
+from meshwright.parallel.checkpoint.folder import checkpoint_path
+from meshwright.parallel.mesh import Sizes, build_mesh
+
+_SECONDS = 150.0
+_KILLED = "was killed by SIGKILL"
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """From which layouts to which, and the narrow run."""
+
+    run_file: RunFile
+    narrowed: Narrowed
+    pairs: tuple[tuple[Sizes, Sizes], ...]
+    steps: int
+    """k: made before the kill, and again as many after it."""
+
+
+@dataclass
+class ResumeResult:
+    """What came of one way of going on."""
+
+    before: Sizes
+    after: Sizes
+    precision: Precision
+    is_bitwise: bool
+    """Whether every bit was asked for."""
+    differences: list[str] = field(default_factory=list)
+    worst: float = 0.0
+    """The largest relative difference of a loss or a norm."""
+    tokens: int = 0
+    """Tokens that were compared, id by id."""
+    seconds: float = 0.0
+
+    @property
+    def is_same(self) -> bool:
+        """Say whether the resumed run is the unbroken one."""
+        return not self.differences
+
+
+def parse_layout(text: str, run_file: RunFile, world_size: int) -> Sizes:
+    """Return the layout that `tp=2,dp_shard=1` makes of the run file's; axes that are not named stay as they are.
+
+    Raises:
+        ConfigError: naming what is no axis or no size, or why the run file does not fit on that layout.
+    """
+    problems, given = [], dict[str, int]()
+    for item in text.split(","):
+        axis, _, size = (part.strip() for part in item.partition("="))
+        if axis not in AXES:
+            problems.append(f"--to {item.strip()!r}: is no axis=size; the axes are {', '.join(AXES)}")
+        elif not (size.isdecimal() and int(size) > 0):
+            problems.append(f"--to {item.strip()!r}: the size must be a whole number of at least 1")
+        else:
+            given[axis] = int(size)
+    if problems:
+        raise ConfigError("--to", problems)
+    changed = run_file.model_copy(update={"parallel": run_file.parallel.model_copy(update=given)})
+    others = changed.parallel.tp * changed.parallel.pp * changed.parallel.cp * changed.parallel.dp_replicate
+    sizes = sizes_of(changed, others * changed.parallel.dp_shard or world_size)
+    if problems := refusals(changed, sizes):
+        raise ConfigError(f"--to {text}", problems)
+    return sizes
+
+
+def plan_resume(run_file: RunFile, world_size: int, to: str, steps: int) -> ResumePlan:
+    """Choose layouts of at most 8 ranks and a narrow run; the run file must have passed its checks.
+
+    Raises:
+        ConfigError: if the layout to go on with does not fit the run.
+    """
+    before, after = sizes_of(run_file, world_size), parse_layout(to, run_file, world_size)
+    has_experts = run_file.model.moe is not None
+    sides = [cover(sizes, has_experts=has_experts).layouts or (Sizes(),) for sizes in (before, after)]
+    largest = Sizes(**{axis: max(getattr(before, axis), getattr(after, axis)) for axis in AXES})
+    narrowed = narrow(run_file, largest, [*sides[0], *sides[1]])
+    for sizes in (*sides[0], *sides[1]):
+        if problems := refusals(narrowed.run_file, sizes):
+            raise ConfigError(f"the narrowed run file on {said(sizes)}", problems)
+    count = max(map(len, sides))
+    pairs = zip(*(islice(cycle(side), count) for side in sides), strict=True)
+    return ResumePlan(run_file, narrowed, tuple(pairs), steps)
+
+
+def verify_resume(plan: ResumePlan, tell: Callable[[ResumeResult], None] = lambda _: None) -> list[ResumeResult]:
+    """Compare each way of going on with the unbroken run; `tell` hears of each when it is done."""
+    own, results = plan.run_file.train.precision, []
+    first = plan.pairs[0][0]
+    ways: list[tuple[Sizes, Sizes, Precision]] = [(first, first, own)]
+    ways += [(before, after, "fp64") for before, after in plan.pairs if (before, after, own) != (first, first, "fp64")]
+    for before, after, precision in ways:
+        result = ResumeResult(before, after, precision, is_bitwise=before == after)
+        began = time.monotonic()
+        try:
+            _go_on(plan, result)
+        except RankLostError as error:
+            result.differences.append(str(error))
+        result.seconds = time.monotonic() - began
+        results.append(result)
+        tell(result)
+    return results
+
+
+def _go_on(plan: ResumePlan, result: ResumeResult) -> None:
+    table = plan.narrowed.run_file
+    table = table.model_copy(
+        update={
+            "train": table.train.model_copy(update={"steps": 2 * plan.steps}),
+            "checkpoint": table.checkpoint.model_copy(update={"every": plan.steps}),
+        }
+    )
+    before, after = on_layout(table, result.before), on_layout(table, result.after)
+    with tempfile.TemporaryDirectory(prefix="meshwright-resume-") as folder:
+        unbroken, broken = str(Path(folder) / "unbroken"), str(Path(folder) / "broken")
+        with Fork(result.before.world, partial(train_rank, before, result.precision, unbroken, None)) as ranks:
+            expected: list[RankRecord] = ranks.answers(_SECONDS)
+        with Fork(result.before.world, partial(train_rank, before, result.precision, broken, plan.steps)) as ranks:
+            for rank, end in enumerate(ranks.ends(_SECONDS)):
+                if end != _KILLED:
+                    raise RankLostError(f"rank {rank} of {result.before.world} {end or 'was not killed'}")
+        with Fork(result.after.world, partial(train_rank, after, result.precision, broken, None)) as ranks:
+            found: list[RankRecord] = ranks.answers(_SECONDS)
+    for record in expected:
+        del record.steps[: plan.steps]
+    compare_steps(result, expected, found, first_step=plan.steps)
+    if result.is_bitwise:
+        compare_bits(result, expected, found)
+
+
+def train_rank(run_file: RunFile, precision: Precision, folder: str, kill_after: int | None, _rank: int) -> RankRecord:
+    """Train as a rank, from the newest checkpoint if there is one; end by a kill in the step after `kill_after`."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    mesh = build_mesh(sizes_of(run_file, world), timedelta(seconds=run_file.run.timeout_seconds))
+    run = build(run_file, precision, mesh, folder=folder)
+    record, recorder = RankRecord(), Recorder(run, outputs=False)
+    began = resume(run)
+
+    def kill() -> None:
+        path = checkpoint_path(checkpoints_of(run.folder), kill_after or 0)
+        until = time.monotonic() + _SECONDS
+        while not path.exists() and time.monotonic() < until:  # it may be written in the background
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Listener:
+        """A sink: what the loop tells of a step belongs to what the model saw in it."""
+
+        def write(self, numbers: Numbers) -> None:
+            """Note the step."""
+            if numbers["kind"] == "step":
+                loss, rate, norm = (float(numbers[name] or 0.0) for name in ("loss", "learning_rate", "grad_norm"))
+                record.steps.append(recorder.finish(rate, loss, norm, {}))
+                if kill_after is not None and numbers["step"] == kill_after + 1:
+                    kill()
+
+        def close(self) -> None:
+            """Close nothing."""
+
+    meter = Meter(world, 1.0, Peak(1.0, "not measured"))
+    train(run, began.progress, Saver(run, began), Sinks([Listener()]), meter, Signals())
+    record.held = {name: piece_of(part) for name, part in held_tensors(run).items()}
+    return record
+
+
+def compare_steps(
+    result: ResumeResult, expected: Sequence[RankRecord], found: Sequence[RankRecord], *, first_step: int
+) -> None:
+    """Compare token ids, learning rates, losses and norms, step by step."""
+    if len(expected[0].steps) != len(found[0].steps):
+        result.differences.append(f"{len(found[0].steps)} steps were made, not {len(expected[0].steps)}")
+        return
+    for at, (theirs, ours) in enumerate(zip(expected[0].steps, found[0].steps, strict=True)):
+        step = first_step + at + 1
+        for what in ("tokens", "targets"):
+            before, after = (_ids(records, at, what) for records in (expected, found))
+            result.tokens += len(before)
+            if before != after:
+                wrong = sum(after.get(place) != token for place, token in before.items()) + len(after.keys() - before)
+                result.differences.append(f"step {step}: {wrong} of {len(before)} {what} are others")
+        if ours.learning_rate != theirs.learning_rate:
+            result.differences.append(f"step {step}: learning rate {ours.learning_rate}, not {theirs.learning_rate}")
+        for what, one, other in (("loss", ours.loss, theirs.loss), ("norm", ours.norm, theirs.norm)):
+            error = abs(one - other) / abs(other) if np.isfinite(one) and other else float(one != other)
+            result.worst = max(result.worst, error)
+            if error > (0.0 if result.is_bitwise else EXACT):
+                result.differences.append(f"step {step}: {what} {one!r}, not {other!r}: off by {error:.2g}")
+
+
+def compare_bits(result: ResumeResult, expected: Sequence[RankRecord], found: Sequence[RankRecord]) -> None:
+    """Compare what the ranks hold at the end, each with the same rank of the unbroken run."""
+    for rank, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
+        for name, piece in theirs.held.items():
+            if not np.array_equal(ours.held[name].values, piece.values):
+                result.differences.append(f"at the end: {name} has other bits on rank {rank}")
+
+
+def _ids(records: Sequence[RankRecord], step: int, what: str) -> dict[tuple[int, int], int]:
+    """Return the id at each (sample, position), from all ranks."""
+    tables = [record.steps[step].at_tokens[what] for record in records if what in record.steps[step].at_tokens]
+    return {
+        (sample, position): token
+        for table in tables
+        for sample, position, token in zip(
+            table.sample.tolist(), table.position.tolist(), table.values.tolist(), strict=True
+        )
+    }

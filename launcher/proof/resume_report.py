@@ -1,0 +1,56 @@
+"""What `verify-resume` prints and writes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from meshwright.launcher.proof.resume import ResumePlan, ResumeResult
+from meshwright.launcher.proof.sublayouts import said
+
+_SHOWN = 5
+
+
+def heading(name: str, plan: ResumePlan) -> Iterator[str]:
+    """Yield what stands above the table: how the run was narrowed, and the columns."""
+    yield f"{name}: {plan.steps} steps, a kill, {plan.steps} steps, against {2 * plan.steps} unbroken"
+    yield "narrowed"
+    for change in plan.narrowed.changes:
+        yield f"  {change}"
+    yield _row("from", "to", "precision", "loss, norm", "ids", "seconds")
+
+
+def row(result: ResumeResult) -> Iterator[str]:
+    """Yield the table's line of one way of going on, and its first differences."""
+    worst = "equal bits" if result.is_bitwise and result.worst == 0 else f"{result.worst:.1e}"
+    after = "the same" if result.before == result.after else said(result.after)
+    yield _row(said(result.before), after, result.precision, worst, f"{result.tokens:,}", f"{result.seconds:.1f}")
+    for line in result.differences[:_SHOWN]:
+        yield f"    {line}"
+    if len(result.differences) > _SHOWN:
+        yield f"    and {len(result.differences) - _SHOWN} more differences"
+
+
+def ending(results: Sequence[ResumeResult]) -> Iterator[str]:
+    """Yield the verdict."""
+    seconds = sum(result.seconds for result in results)
+    failed = [result for result in results if not result.is_same]
+    if not failed:
+        yield f"the resumed run is the unbroken one; {seconds:.0f} s"
+    else:
+        yield f"DIFFERENT from the unbroken run in {len(failed)} of {len(results)} ways; {seconds:.0f} s"
+
+
+def as_json(name: str, plan: ResumePlan, results: Sequence[ResumeResult]) -> dict[str, Any]:
+    """Return the whole answer as plain values."""
+    return {
+        "run_file": name,
+        "is_same": all(result.is_same for result in results),
+        "steps": plan.steps,
+        "changes": [{"key": c.key, "before": c.before, "after": c.after} for c in plan.narrowed.changes],
+        "results": [asdict(result) | {"is_same": result.is_same} for result in results],
+    }
+
+
+def _row(*cells: str) -> str:
+    widths = (36, 36, 15, 13, 9, 0)
+    return "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
