@@ -29,7 +29,7 @@ COMMANDS = {
     "prepare": "Turn text into a store of token shards.",
     "check": "Find every mistake in a run file, or say what it does.",
     "prove": "Prove that a layout computes what one process does.",
-    "verify-resume": "Verify that a killed run goes on with another layout as if it had not.",
+    "verify-resume": "Verify that a killed run can go on with another layout.",
     "train": "Train, or go on from the newest checkpoint.",
     "generate": "Continue a prompt with a trained model.",
     "export": "Write a checkpoint in Hugging Face format, verified.",

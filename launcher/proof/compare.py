@@ -202,7 +202,7 @@ def _compare_experts(
             verdict.ties += int((differ & (margins[rows] < tie)).sum())
             wrong += int((differ & ~(margins[rows] < tie)).sum())
         if wrong:
-            verdict.miss(layer, f"{wrong} tokens go to other experts", what=what, step=step, error=wrong)
+            verdict.miss(layer, f"{wrong} tokens go to other experts", what=what, step=step, error=float(wrong))
 
 
 def _matched(

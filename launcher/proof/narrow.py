@@ -146,7 +146,7 @@ def _moe(moe: MoeConfig, target: Sizes, needs: Needs, *, above: int) -> MoeConfi
     return moe.model_copy(
         update={
             "num_experts": experts,
-            "top_k": top_k,
+            "top_k": experts if moe.top_k == moe.num_experts else top_k,
             "expert_hidden_size": _inner(moe.expert_hidden_size, target.etp, needs.etp, above=above),
             "num_shared_experts": min(moe.num_shared_experts, 2),
         }

@@ -59,7 +59,7 @@ def test_check_tells_problems_with_status_2_and_without_a_traceback() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_explains_itself(name: str) -> None:
-    path = ROOT / "launcher" / "commands" / f"{name}.py"
+    path = ROOT / "launcher" / "commands" / f"{name.replace('-', '_')}.py"
     assert path.exists()
     command = load_command(name)
     assert command.name == name

@@ -1,0 +1,202 @@
+"""Every kind of difference is found, named, and told in the order of a step; rounding is not one."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import numpy as np
+import pytest
+
+from meshwright.launcher.proof.compare import (
+    Verdict,
+    compare_checkpoint,
+    compare_exactly,
+    compare_fast,
+    errors_of,
+)
+from meshwright.launcher.proof.own_precision import compare_own
+from meshwright.launcher.proof.record import AtTokens, Piece, RankRecord, StepRecord
+
+SAMPLE, POSITION = np.repeat([0, 1], 3), np.tile([0, 1, 2], 2)
+
+
+def at_tokens(values: object, rows: slice = slice(None)) -> AtTokens:
+    return AtTokens(SAMPLE[rows], POSITION[rows], np.asarray(values)[rows])
+
+
+def record(rows: slice = slice(None), half: slice = slice(0, 4)) -> RankRecord:
+    """Return what a rank with these tokens and these rows of the weights has; by default all."""
+    values = np.arange(12.0).reshape(4, 3) + 1
+    piece = Piece((4, 3), (half.start, 0), values[half])
+    step = StepRecord(
+        loss=2.0,
+        norm=5.0,
+        sums={"layers.0.load": np.array([3.0, 9.0]), "layers.0.balance": np.array([1.5])},
+        at_tokens={
+            "tokens": at_tokens([5, 6, 7, 8, 9, 1], rows),
+            "layers.0.mixer output": at_tokens(np.arange(12.0).reshape(6, 2), rows),
+            "layers.0.router experts": at_tokens([[0, 1], [1, 2], [2, 3], [3, 0], [0, 2], [1, 3]], rows),
+            "layers.0.router margin": at_tokens([0.5, 1e-7, 0.5, 0.5, 0.5, 0.5], rows),
+        },
+        gradients={"a": piece, "b": Piece((2,), (0,), np.array([1.0, -1.0])), "zero": Piece((1,), (0,), np.zeros(1))},
+        weights={"a": Piece((4, 3), (half.start, 0), values[half].copy())},
+    )
+    return RankRecord([deepcopy(step), deepcopy(step)], {"a": piece})
+
+
+def two_ranks() -> list[RankRecord]:
+    return [record(slice(0, 3), slice(0, 2)), record(slice(3, 6), slice(2, 4))]
+
+
+def first(verdict: Verdict) -> tuple[str, str, int]:
+    difference = verdict.differences[0]
+    return difference.what, difference.name, difference.step
+
+
+def test_ranks_that_hold_it_all_together_are_the_same() -> None:
+    assert compare_exactly(record(), two_ranks()) == Verdict([])
+
+
+def edit(path: str) -> Callable[[RankRecord], None]:
+    """Return a change to the second step of a rank's record."""
+    kind, _, name = path.partition("/")
+
+    def change(rank: RankRecord) -> None:
+        step = rank.steps[1]
+        if kind == "at_tokens":
+            step.at_tokens[name].values[0] += 1
+        elif kind == "sums":
+            step.sums[name] += 1
+        elif kind in ("gradients", "weights"):
+            step_piece = getattr(step, kind)[name]
+            getattr(step, kind)[name] = Piece(step_piece.shape, step_piece.offset, step_piece.values + 1e-6)
+        else:
+            setattr(step, kind, getattr(step, kind) * (1 + 1e-6))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "what", "name"),
+    [
+        ("at_tokens/tokens", "tokens", ""),
+        ("at_tokens/layers.0.mixer output", "output", "layers.0.mixer"),
+        ("at_tokens/layers.0.router experts", "experts", "layers.0.router"),
+        ("loss", "loss", ""),
+        ("norm", "norm", ""),
+        ("sums/layers.0.load", "sum", "layers.0.load"),
+        ("sums/layers.0.balance", "sum", "layers.0.balance"),
+        ("gradients/a", "gradient", "a"),
+        ("gradients/zero", "gradient", "zero"),
+        ("weights/a", "weight", "a"),
+    ],
+)
+def test_each_quantity_is_compared_on_the_ranks_that_have_it(path: str, what: str, name: str) -> None:
+    ranks = two_ranks()
+    for rank in ranks if path.startswith(("loss", "norm", "sums")) else ranks[1:]:
+        edit(path)(rank)
+    verdict = compare_exactly(record(), ranks)
+    assert first(verdict) == (what, name, 1)
+    assert len(verdict.differences) == 1
+
+
+def test_the_first_difference_is_the_first_in_the_step() -> None:
+    ranks = two_ranks()
+    for path in ("weights/a", "norm", "gradients/a", "gradients/b", "loss", "at_tokens/layers.0.mixer output"):
+        edit(path)(ranks[0])
+    verdict = compare_exactly(record(), ranks)
+    assert [difference.what for difference in verdict.differences] == [
+        "output", "loss", "gradient", "gradient", "norm", "weight",
+    ]  # fmt: skip
+    assert [d.name for d in verdict.differences if d.what == "gradient"] == ["b", "a"]  # as the backward comes to them
+
+
+def test_rounding_is_no_difference_and_its_size_is_told() -> None:
+    ranks = two_ranks()
+    piece = ranks[0].steps[0].gradients["a"]
+    ranks[0].steps[0].gradients["a"] = Piece(piece.shape, piece.offset, piece.values + 6e-12)
+    verdict = compare_exactly(record(), ranks)
+    assert verdict.differences == []
+    assert verdict.worst == pytest.approx(5e-13, rel=1e-3)  # of the largest value, 12
+
+
+def test_a_gradient_that_is_rounding_alone_is_zero() -> None:
+    one, ranks = record(), two_ranks()
+    one.steps[0].gradients["zero"] = Piece((1,), (0,), np.array([3e-17]))
+    ranks[0].steps[0].gradients["zero"] = Piece((1,), (0,), np.array([-1e-16]))
+    assert compare_exactly(one, ranks).differences == []
+
+
+def test_what_no_rank_holds_is_missed() -> None:
+    verdict = compare_exactly(record(), two_ranks()[:1])
+    notes = {(d.what, d.name): d.note for d in verdict.differences if d.step == 0}
+    assert notes["gradient", "a"] == "no rank has 6 of its 12 numbers"
+    assert notes["tokens", ""] == "3 of 6 tokens are on no rank"
+    assert notes["output", "layers.0.mixer"] == "3 of 6 tokens are on no rank"
+
+
+def test_a_token_of_another_step_is_told() -> None:
+    ranks = two_ranks()
+    ranks[1].steps[0].at_tokens["tokens"].sample[:] = 7
+    assert compare_exactly(record(), ranks).differences[0].note == "rank 1 has 3 tokens that are none of it"
+
+
+def test_a_number_that_is_none_is_a_difference() -> None:
+    ranks = two_ranks()
+    ranks[1].steps[0].gradients["a"].values[0, 0] = np.nan
+    ranks[0].steps[0].loss = np.nan
+    found = [(d.what, d.name) for d in compare_exactly(record(), ranks).differences if d.step == 0]
+    assert found == [("loss", ""), ("gradient", "a")]
+
+
+def test_fp32_is_held_to_the_norm_and_not_to_the_weights() -> None:
+    ranks = two_ranks()
+    edit("weights/a")(ranks[0])
+    piece = ranks[0].steps[0].gradients["a"]
+    off = np.zeros_like(piece.values)
+    off[0, 0] = 1e-5 * np.linalg.norm(np.arange(1.0, 13.0))
+    ranks[0].steps[0].gradients["a"] = Piece(piece.shape, piece.offset, piece.values + 0.9 * off)
+    assert compare_fast(record(), ranks).differences == []
+    ranks[0].steps[0].gradients["a"] = Piece(piece.shape, piece.offset, piece.values + 1.1 * off)
+    assert first(compare_fast(record(), ranks)) == ("gradient", "a", 0)
+
+
+def test_in_fp32_a_near_tie_may_go_either_way_and_is_counted() -> None:
+    ranks = two_ranks()
+    ranks[0].steps[0].at_tokens["layers.0.router experts"].values[1] = [1, 3]  # where the margin is 1e-7
+    verdict = compare_fast(record(), ranks)
+    assert (verdict.differences, verdict.ties) == ([], 1)
+    assert first(compare_exactly(record(), ranks)) == ("experts", "layers.0.router", 0)
+    ranks[0].steps[0].at_tokens["layers.0.router experts"].values[0] = [0, 3]
+    assert first(compare_fast(record(), ranks)) == ("experts", "layers.0.router", 0)
+
+
+def test_the_order_of_a_tokens_experts_is_no_difference() -> None:
+    ranks = two_ranks()
+    ranks[0].steps[0].at_tokens["layers.0.router experts"].values[0] = [1, 0]
+    assert compare_exactly(record(), ranks).differences == []
+
+
+def test_a_checkpoint_is_compared_bit_for_bit() -> None:
+    ranks = two_ranks()
+    assert compare_checkpoint(record(), ranks).differences == []
+    ranks[1].held["a"].values[0, 0] += 1e-12
+    assert compare_checkpoint(record(), ranks).differences[0].note == "rank 1 holds other numbers"
+    ranks[1].held["b"] = ranks[1].held["a"]
+    assert compare_checkpoint(record(), ranks).differences[1].note == "is not in it"
+
+
+def with_error(size: float, records: list[RankRecord]) -> list[RankRecord]:
+    for rank in records:
+        for step in rank.steps:
+            for name, piece in step.gradients.items():
+                step.gradients[name] = Piece(piece.shape, piece.offset, piece.values * (1 + size))
+    return records
+
+
+def test_the_own_precision_may_be_so_many_times_as_far_off_as_one_process() -> None:
+    exact, one = record(), with_error(1e-3, [record()])[0]
+    assert compare_own(exact, one, with_error(1.5e-3, two_ranks())).worst == pytest.approx(1.5)
+    verdict = compare_own(exact, one, with_error(4e-3, two_ranks()))
+    assert verdict.worst == pytest.approx(4.0)
+    assert verdict.differences[0].note == "4 times as far from fp64 as one process"
+    assert {name for _, name, error in errors_of(exact, [one]) if error > 0} == {"a", "b"}

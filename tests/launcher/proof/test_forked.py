@@ -1,0 +1,69 @@
+"""Forked ranks answer in order, and are gone afterwards, whatever became of them."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from meshwright.launcher.proof.forked import Fork, RankLostError
+
+
+def total(rank: int) -> tuple[int, float]:
+    x = torch.tensor(float(rank))
+    dist.all_reduce(x)
+    return rank, x.item()
+
+
+def is_gone(fork: Fork) -> bool:
+    return not any(psutil.pid_exists(process.pid or 0) for process in fork.processes)
+
+
+def test_ranks_meet_and_answer_in_order() -> None:
+    with Fork(3, total) as ranks:
+        assert ranks.answers(30.0) == [(0, 3.0), (1, 3.0), (2, 3.0)]
+        folder = Path(ranks._folder.name)
+        assert folder.exists()
+    assert is_gone(ranks)
+    assert not folder.exists()
+
+
+def failing(rank: int) -> object:
+    if rank == 1:
+        raise ValueError("no such\nthing")
+    return total(rank)
+
+
+def dying(rank: int) -> object:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return total(rank)
+
+
+@pytest.mark.parametrize(
+    ("work", "told"),
+    [(failing, "rank 1 of 2 failed: ValueError: no such thing"), (dying, "rank 1 of 2 was killed by SIGKILL")],
+)
+def test_the_rank_that_failed_is_named_and_not_the_one_that_misses_it(work: object, told: str) -> None:
+    with pytest.raises(RankLostError) as lost, Fork(2, work) as ranks:  # type: ignore[arg-type]
+        ranks.answers(30.0)
+    assert str(lost.value) == told
+    assert is_gone(ranks)
+
+
+def test_a_rank_that_hangs_is_ended_and_told() -> None:
+    with (
+        pytest.raises(RankLostError, match=r"of 2 ranks \[1\] did not answer within 1 s"),
+        Fork(2, lambda rank: time.sleep(60 * rank)) as ranks,
+    ):
+        ranks.answers(1.0)
+    assert is_gone(ranks)
+
+
+def test_ends_tells_how_each_rank_ended() -> None:
+    with Fork(2, lambda rank: os.kill(os.getpid(), signal.SIGKILL) if rank else None) as ranks:
+        assert ranks.ends(30.0) == ["", "was killed by SIGKILL"]

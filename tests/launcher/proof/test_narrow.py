@@ -1,0 +1,156 @@
+"""A narrow run is small and keeps every feature and every relation that an axis can break."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from meshwright.launcher.build import sizes_of
+from meshwright.launcher.proof.narrow import STEPS, narrow, on_layout
+from meshwright.launcher.proof.prove import plan_proof
+from meshwright.launcher.proof.sublayouts import candidates, cover
+from meshwright.launcher.runfile.cross_checks import check
+from meshwright.launcher.runfile.read import read_run_file
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.model.config import ModelConfig
+from meshwright.model.pattern import parse_pattern
+from meshwright.parallel.mesh import Sizes
+
+RUNS = Path(__file__).resolve().parents[3] / "runs"
+
+
+def run_file_of(model: dict[str, object], **tables: object) -> RunFile:
+    base: dict[str, object] = {
+        "run": {"name": "x"},
+        "model": {"num_layers": 8, "hidden_size": 512, "num_heads": 16, "vocab_size": 1000} | model,
+        "data": {"store": "none", "seq_len": 256},
+        "train": {"steps": 1000, "global_batch_size": 64},
+        "learning_rate": {"peak": 1e-3},
+    }
+    return RunFile.model_validate(base | tables)
+
+
+def narrowed(model: dict[str, object], target: Sizes, layouts: list[Sizes] | None = None) -> ModelConfig:
+    return narrow(run_file_of(model), target, layouts or candidates(target)).run_file.model
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RUNS.glob("*.toml")))
+@pytest.mark.parametrize("world", [8, 64, 512])
+def test_every_run_file_becomes_small_and_fits_on_its_sublayouts(name: str, world: int) -> None:
+    run_file = read_run_file(RUNS / name, ["train.global_batch_size=1024", "train.batch_ramp=[]"], world_size=world)
+    plan = plan_proof(run_file, world)
+    small = plan.narrowed.run_file
+    assert small.model.hidden_size <= 64
+    assert small.data.seq_len <= 64
+    for sizes in plan.cover.layouts:
+        assert check(on_layout(small, sizes), sizes.world) == []
+        part = small.train.global_batch_size // (sizes.dp_replicate * sizes.dp_shard)
+        assert part >= 2, "each rank needs more than one sample"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_divides_goes_on_dividing_and_what_does_not_does_not(seed: int) -> None:
+    draw = random.Random(seed)
+    tp, ep, etp = draw.choice([1, 2, 4, 8]), draw.choice([1, 2, 8]), draw.choice([1, 2])
+    kv_heads = draw.choice([1, 2, 4, 8, 16])
+    vocab, experts = draw.choice([1000, 1001]), ep * draw.choice([1, 2, 3, 8])
+    top_k = min(experts, draw.choice([1, 2, 4]))
+    moe = {"num_experts": experts, "top_k": top_k, "expert_hidden_size": 96}
+    target = Sizes(dp_shard=16, tp=tp, ep=ep, etp=etp)
+    big = {"pattern": "*E", "num_kv_heads": kv_heads, "vocab_size": vocab, "moe": moe}
+    layouts = [sizes for sizes in candidates(target) if sizes.tp in (1, 2)]
+    small = narrowed(big, target, layouts)
+    few = 2 if tp > 1 else 1  # the tp of its sub-layouts
+    assert small.moe is not None
+    assert (small.num_kv_heads < few) == (kv_heads < tp)
+    assert (small.num_kv_heads == small.num_heads) == (kv_heads == 16)
+    assert small.num_heads % max(small.num_kv_heads, few) == 0
+    assert (small.vocab_size % few == 0) == (vocab % tp == 0)
+    assert small.moe.num_experts % (2 if ep > 1 else 1) == 0
+    assert (small.moe.top_k < small.moe.num_experts) == (top_k < experts)
+    assert (small.moe.top_k == 1) == (top_k == 1)
+    assert small.moe.expert_hidden_size % (8 * (2 if etp > 1 else 1)) == 0
+
+
+def test_one_kv_head_on_two_ranks_and_two_on_four() -> None:
+    assert narrowed({"num_kv_heads": 1}, Sizes(tp=2)).num_kv_heads == 1
+    of_four = narrowed({"num_kv_heads": 2}, Sizes(tp=4))
+    assert (of_four.num_heads, of_four.num_kv_heads) == (8, 2)
+    # Where sub-layouts have tp = 2 as well, one head is what several ranks can share.
+    assert narrowed({"num_kv_heads": 2}, Sizes(tp=8, dp_shard=8)).num_kv_heads == 1
+
+
+def test_the_width_stays_what_the_heads_make_or_stays_another() -> None:
+    equal, other = narrowed({}, Sizes(tp=2)), narrowed({"head_dim": 64}, Sizes(tp=2))
+    assert equal.hidden_size == equal.num_heads * equal.head_dim
+    assert other.hidden_size != other.num_heads * other.head_dim
+
+
+def test_no_feature_is_turned_off() -> None:
+    model = {
+        "pattern": "*E",
+        "qk_norm": True,
+        "tie_embeddings": True,
+        "bias": ["q", "ffn"],
+        "init": "scaled",
+        "moe": {
+            "num_experts": 64, "top_k": 6, "expert_hidden_size": 128, "num_shared_experts": 4,
+            "normalise_top_k": False, "load_balancing": "step",
+        },
+    }  # fmt: skip
+    table = {"mode": "full", "every": 3}
+    run_file = run_file_of(model, zero={"stage": 3}, recompute=table, data={"store": "x", "seq_len": 4096})
+    small = narrow(run_file, Sizes(dp_shard=8, ep=8), [Sizes(dp_shard=8, ep=8)]).run_file
+    sizes = {"num_experts", "top_k", "expert_hidden_size", "num_shared_experts"}
+    assert small.model.moe is not None
+    assert run_file.model.moe is not None
+    assert small.model.moe.model_dump(exclude=sizes) == run_file.model.moe.model_dump(exclude=sizes)
+    assert small.model.moe.num_shared_experts == 2
+    shape = {"num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_size", "vocab_size"}
+    assert small.model.model_dump(exclude=shape | {"moe"}) == run_file.model.model_dump(exclude=shape | {"moe"})
+    assert (small.zero, small.recompute.mode, small.recompute.every) == (run_file.zero, "full", 1)
+    assert small.data.mask_documents == run_file.data.mask_documents
+
+
+def test_a_long_pattern_keeps_each_kind_of_layer_once() -> None:
+    moe = {"num_experts": 8, "top_k": 2, "expert_hidden_size": 64}
+    small = narrowed({"pattern": "2(*-)5(*E)-", "num_layers": 8, "moe": moe}, Sizes(dp_shard=2))
+    assert set(parse_pattern(small.pattern)) == set(parse_pattern("2(*-)5(*E)-"))
+    assert small.num_layers == 3
+
+
+def test_there_are_layers_and_micro_batches_for_every_stage() -> None:
+    run_file = run_file_of({}, pipeline={"schedule": "interleaved_1f1b", "stages_per_rank": 2})
+    small = narrow(run_file, Sizes(pp=4), [Sizes(pp=4)]).run_file
+    assert small.model.num_layers == 8
+    assert check(on_layout(small, Sizes(pp=4)), 4) == []
+
+
+def test_the_schedule_has_its_warm_up_and_its_peak_within_the_proof() -> None:
+    rate = {"peak": 1e-3, "warmup_steps": 2000, "final_fraction": 0.0, "schedule": "linear"}
+    small = narrow(run_file_of({}, learning_rate=rate), Sizes(dp_shard=2), [Sizes(dp_shard=2)]).run_file
+    assert small.learning_rate.warmup_steps == 1
+    assert small.train.steps == STEPS + 1  # so that no step that is compared has the last rate, which is 0 here
+
+
+def test_each_changed_key_is_told_with_both_values() -> None:
+    changes = narrow(run_file_of({}), Sizes(dp_shard=2), [Sizes(dp_shard=2)]).changes
+    told = [str(change) for change in changes]
+    assert "model.num_layers: 8 -> 2" in told
+    assert 'data.store: "none" -> "counted"' in told
+    assert len({change.key for change in changes}) == len(changes)
+    assert all(change.before != change.after for change in changes)
+
+
+def test_a_ramp_stays_a_ramp() -> None:
+    train = {"steps": 9, "global_batch_size": 64, "batch_ramp": [{"samples": 640, "global_batch_size": 32}]}
+    small = narrow(run_file_of({}, train=train), Sizes(dp_shard=2), [Sizes(dp_shard=2)]).run_file.train
+    assert small.batch_ramp[0].samples == small.batch_ramp[0].global_batch_size == small.global_batch_size // 2
+
+
+def test_the_cover_of_a_cluster_fits_the_narrow_run() -> None:
+    run_file = read_run_file(RUNS / "qwen3_30b_a3b.toml", ["parallel.tp=4", "parallel.etp=2"], world_size=128)
+    target = sizes_of(run_file, 128)
+    layouts = cover(target, has_experts=True).layouts
+    small = narrow(run_file, target, layouts).run_file
+    assert [check(on_layout(small, sizes), sizes.world) for sizes in layouts] == [[]] * len(layouts)
