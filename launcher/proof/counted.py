@@ -2,7 +2,7 @@
 
 Token i of the endless row is a function of i alone, so every layout reads the same. Documents are 5, 9, 13 and 6
 tokens long, over and over, so that a window holds several and ends within one. Some targets are left out, and every
-third window has none at all: ranks then count different numbers of tokens, and one may count nothing.
+fourth sample has none at all: ranks then count different numbers of tokens, and one may count nothing.
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
+from meshwright.data.order import SampleOrder
 from meshwright.data.meta import SplitMeta, StoreMeta, TokenizerMeta
 from meshwright.data.store import Origin, Split, TokenStore
 from meshwright.kernels.cross_entropy import NOT_COUNTED
@@ -22,11 +23,13 @@ _LEFT_OUT = 7  # every seventh token, roughly, is no target
 class CountedSplit(Split):
     """A split whose tokens come from arithmetic."""
 
-    def __init__(self, name: str, num_tokens: int, seq_len: int, num_ids: int) -> None:
-        """Take the length of the row and of a window, and how many ids there are."""
+    def __init__(self, name: str, num_tokens: int, order: SampleOrder, num_ids: int) -> None:
+        """Take the length of the row, the order of its windows, and how many ids there are."""
         self.name, self.num_tokens = name, num_tokens
         self.num_documents = num_tokens // _PERIOD * (len(_DOCUMENTS) - 1)
-        self._seq_len, self._num_ids = seq_len, num_ids
+        self._seq_len, self._num_ids = order.seq_len, num_ids
+        samples = range(3, order.samples_per_epoch, 4)
+        self._without_targets = [order.window(sample) // order.seq_len for sample in samples]
 
     def read(self, start: int, length: int) -> Int64[np.ndarray, "length"]:
         """Return tokens from a position on; what is not counted as a target has the id that says so."""
@@ -37,7 +40,7 @@ class CountedSplit(Split):
         # The target of a window's token i is token i + 1, so that windows share the token between them.
         window = (at.astype(np.int64) - 1) // self._seq_len
         left_out = (mixed >> np.uint64(7)) % np.uint64(_LEFT_OUT) == 0
-        tokens[left_out | (window % 3 == 1)] = NOT_COUNTED
+        tokens[left_out | np.isin(window, self._without_targets)] = NOT_COUNTED
         return tokens
 
     def documents_of(self, start: int, length: int) -> Int64[np.ndarray, "length"]:
@@ -59,7 +62,7 @@ class CountedStore(TokenStore):
         self.path, self.meta, self.splits = Path("counted"), meta, splits
 
 
-def counted_store(seq_len: int, vocab_size: int) -> TokenStore:
+def counted_store(seq_len: int, vocab_size: int, seed: int) -> TokenStore:
     """Return a store for windows of `seq_len`; a few ids of the vocabulary are never seen, as in most models."""
     num_tokens = 64 * seq_len + 1
     ids = (vocab_size or 64) - 3
@@ -76,4 +79,5 @@ def counted_store(seq_len: int, vocab_size: int) -> TokenStore:
         recipe={"seq_len": seq_len, "ids": ids},
         written_with={},
     )
-    return CountedStore(meta, {"train": CountedSplit("train", num_tokens, seq_len, ids)})
+    order = SampleOrder(num_tokens, seq_len, seed)
+    return CountedStore(meta, {"train": CountedSplit("train", num_tokens, order, ids)})

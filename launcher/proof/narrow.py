@@ -187,6 +187,8 @@ def _train(run_file: RunFile, target: Sizes, needs: Needs) -> dict[str, Any]:
     accumulated = 2 if of_a_rank > train.micro_batch_size else 1
     if needs.pp > 1:  # what every schedule takes: whole rounds of the ranks, and as many as there are stages
         accumulated = 2 * lcm(needs.pp, needs.stages)
+    if needs.dp * at_once * accumulated == 1:  # every fourth sample alone would be a step without a target
+        accumulated = 2
     batch = needs.dp * at_once * accumulated
     ramp = train.batch_ramp[:1]
     return {

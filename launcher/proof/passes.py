@@ -136,7 +136,7 @@ def build(run_file: RunFile, precision: Precision, mesh: Mesh, **keys: str) -> R
             "run": run_file.run.model_copy(update=keys),
         }
     )
-    store = counted_store(table.data.seq_len, table.model.vocab_size)
+    store = counted_store(table.data.seq_len, table.model.vocab_size, table.run.seed)
     return build_run(with_vocab_of(table, store), store, mesh, torch.device("cpu"))
 
 

@@ -66,12 +66,13 @@ def prove_with(fault: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": {"peak": 1e-2},
         "parallel": fault["layout"],
         "zero": {"stage": fault["zero"]},
-    }
+    } | fault["tables"]
     run_file, problems = examine(tables)
     assert run_file is not None, problems
     world = usual_world(run_file.parallel)
     run_file, problems = examine(tables, world_size=world)
-    assert run_file is not None and not problems, problems
+    assert run_file is not None
+    assert not problems, problems
     plan = plan_proof(run_file, world)
     proof = prove(type(plan)(plan.run_file, plan.target, plan.cover, plan.narrowed, tuple(fault["passes"])))
     assert planter.found, f"nothing imported {planter.module}"

@@ -1,0 +1,161 @@
+"""A proof from end to end: on the product's own path, with a plain verdict, a file and an exit status."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from meshwright.launcher.commands.prove import prove as command
+from meshwright.launcher.proof import prove as proof
+from meshwright.launcher.proof.passes import passes_of, reference_passes
+from meshwright.launcher.proof.record import RankRecord
+from meshwright.launcher.proof.report import as_json, ending, heading, row
+from meshwright.launcher.proof.sublayouts import Cover
+from meshwright.launcher.proof.world import usual_world
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.read import read_run_file
+from meshwright.parallel.config import ParallelConfig
+from meshwright.parallel.mesh import Sizes
+
+RUNS = Path(__file__).resolve().parents[3] / "runs"
+
+
+def plan_of(name: str, *overrides: str, world: int = 2, passes: tuple[str, ...] = proof.PASSES) -> proof.Plan:
+    plan = proof.plan_proof(read_run_file(RUNS / name, overrides, world_size=world), world)
+    return proof.Plan(plan.run_file, plan.target, plan.cover, plan.narrowed, passes)
+
+
+def test_the_tiny_mixture_of_experts_computes_what_one_process_computes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(RUNS / "moe_tiny.toml", [], out=tmp_path / "deep" / "proof.json")
+    printed = capsys.readouterr().out
+    assert "moe_tiny.toml: 2 ranks (dp_shard=2, ep=2, ZeRO-1, fp32)" in printed
+    assert "  model.hidden_size: 160 -> 24" in printed
+    assert "the same as one process" in printed
+    written = json.loads((tmp_path / "deep" / "proof.json").read_text())
+    (result,) = written["results"]
+    assert written["is_same"]
+    assert set(result["passes"]) == {"exact", "fast", "checkpoint"}
+    assert 0 < result["passes"]["exact"]["worst"] < 1e-11
+    assert not any(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process().children() if "rank" in str(child))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "world", "overrides"),
+    [
+        ("dense_tiny.toml", 2, ()),
+        ("dense_tiny.toml", 8, ("parallel.tp=2", "parallel.dp_replicate=2", "zero.stage=3", "train.precision=bf16")),
+        ("llama3_8b.toml", 64, ("parallel.tp=16",)),
+        ("qwen3_30b_a3b.toml", 64, ("parallel.tp=4", "parallel.etp=2")),
+        ("moe_tiny.toml", 8, ("parallel.pp=2", "parallel.etp=2", "train.micro_batch_size=4", "recompute.mode=full")),
+    ],
+)
+def test_larger_layouts_compute_what_one_process_computes(name: str, world: int, overrides: tuple[str, ...]) -> None:
+    done = proof.prove(plan_of(name, *overrides, world=world))
+    assert done.is_same, [result.first for result in done.results]
+    assert done.blame is None
+
+
+def test_a_difference_is_told_with_its_tensor_step_and_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of("moe_tiny.toml", passes=("exact",))
+    real = proof.run_passes
+
+    def one_number_off(*args: object) -> dict[str, RankRecord]:
+        records: dict[str, RankRecord] = real(*args)  # type: ignore[arg-type]
+        run_file, rank = args[0], args[-1]
+        if run_file.parallel.ep == 2 and rank == 1:  # type: ignore[attr-defined]
+            records["exact"].steps[1].gradients["layers.1.feedforward.part.experts.up"].values[0, 0, 0] += 1e-3
+        return records
+
+    monkeypatch.setattr(proof, "run_passes", one_number_off)
+    done = proof.prove(plan)
+    assert not done.is_same
+    (result,) = done.results
+    assert result.first.startswith("exact: step 2, gradient of layers.1.feedforward.part.experts.up: off by")
+    assert result.first.endswith("most on rank 1")
+    assert done.blame == proof.Blame(Sizes(dp_shard=2, ep=2), ("ep",))
+    told = list(ending(done))
+    assert told[0].startswith("DIFFERENT from one process on 1 of 1 layouts")
+    assert told[-1] == "  axis     ep; the smallest layout that shows it is dp_shard=2, ep=2"
+    assert "differs" in next(iter(row(plan, result)))
+    written = json.dumps(as_json("x", done), allow_nan=False)
+    assert '"blame": {"axes": ["ep"]' in written
+
+
+def test_ranks_that_fail_are_a_difference_with_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of("dense_tiny.toml", passes=("exact",))
+    real = proof.run_passes
+
+    def failing(*args: object) -> dict[str, RankRecord]:
+        if args[-1] == 1:
+            raise AssertionError("output.weight got no gradient in this step")
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(proof, "run_passes", failing)
+    done = proof.prove(plan)
+    assert done.results[0].first == "rank 1 of 2 failed: AssertionError: output.weight got no gradient in this step"
+    assert done.blame is not None
+    assert done.blame.axes == ("dp_shard",)
+
+
+def test_a_fast_path_that_was_not_taken_is_a_difference() -> None:
+    plan = plan_of("moe_tiny.toml")
+    everything = {"aten::_grouped_mm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_fused_adamw_"}
+    for missing in everything:
+        verdict = proof.Verdict([])
+        proof.require_fast_paths(verdict, plan.run_file, [RankRecord(operators=frozenset(everything - {missing}))])
+        assert [difference.name for difference in verdict.differences] == [missing]
+
+
+def test_each_precision_has_its_passes() -> None:
+    assert [one.name for one in passes_of("fp32")] == ["exact", "fast"]
+    assert [one.name for one in passes_of("bf16_autocast")] == ["exact", "fast", "own"]
+    assert [one.name for one in reference_passes("bf16")] == ["exact", "start", "fast", "own"]
+    for one in passes_of("bf16"):
+        # Where later steps are compared in rounded numbers, every step begins from the same weights.
+        assert one.is_held == (one.precision != "fp64")
+
+
+def test_the_usual_world_is_what_the_axes_multiply_to() -> None:
+    assert usual_world(ParallelConfig(tp=2, pp=2, dp_shard=3)) == 12
+    assert usual_world(ParallelConfig()) == 2
+    assert usual_world(ParallelConfig(tp=4)) == 4
+    assert usual_world(ParallelConfig(ep=8)) == 8
+    assert usual_world(ParallelConfig(ep=2, etp=2, tp=2, pp=2)) == 8
+
+
+def test_what_was_never_together_stands_above_the_table() -> None:
+    plan = plan_of("dense_tiny.toml")
+    sets = tuple(frozenset({"tp", f"axis{number:02}"}) for number in range(12))
+    told = list(heading("x", proof.Plan(plan.run_file, plan.target, Cover((), (), sets), plan.narrowed)))
+    assert "  axis00 x tp" in told
+    assert "  and 4 more sets of axes" in told
+    assert "never above 1 together: nothing" in list(heading("x", plan))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (dict(world_size=1), "1: one process has no layout to prove; -n 2 would fit"),
+        (dict(world_size=3), "parallel.ep = 2: ep * etp = 2 must divide the 3 ranks"),
+        (dict(overrides=["train.stps=1"]), "train.stps: no such key; did you mean train.steps?"),
+        (dict(overrides=["parallel.tp=2"]), "parallel.tp = 2: must divide model.num_heads = 5"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_started(arguments: dict[str, object], told: str) -> None:
+    given = {"overrides": ["parallel.ep=1"] if arguments.get("world_size") == 1 else []} | arguments
+    with pytest.raises(ConfigError) as refused:
+        command(RUNS / "moe_tiny.toml", **given)  # type: ignore[arg-type]
+    assert told in str(refused.value)
+
+
+def test_records_are_of_numbers_alone() -> None:
+    # What travels between processes is numpy's, so that no file descriptor of a shared tensor does.
+    judge = proof.Judge(plan_of("moe_tiny.toml").narrowed.run_file, ("exact",))
+    step = judge.one["exact"].steps[0]
+    assert all(type(piece.values) is np.ndarray for piece in [*step.gradients.values(), *step.weights.values()])
+    assert {"tokens", "targets", "embedding output", "layers.1.feedforward.part.router experts"} <= set(step.at_tokens)

@@ -1,0 +1,102 @@
+"""A killed run goes on as the unbroken one, and what would not is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from meshwright.launcher.commands.verify_resume import verify_resume as command
+from meshwright.launcher.proof import resume
+from meshwright.launcher.proof.record import RankRecord
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.read import read_run_file
+from meshwright.launcher.training import saving
+from meshwright.launcher.training.progress import Progress
+from meshwright.parallel.mesh import Sizes
+
+RUNS = Path(__file__).resolve().parents[3] / "runs"
+
+
+def plan_of(name: str, to: str, *overrides: str, world: int = 2, steps: int = 2) -> resume.ResumePlan:
+    return resume.plan_resume(read_run_file(RUNS / name, overrides, world_size=world), world, to, steps)
+
+
+def test_a_run_goes_on_with_tensor_parallelism_and_bit_for_bit_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(RUNS / "dense_tiny.toml", "tp=2,dp_shard=1", [], steps=2, out=tmp_path / "answer.json")
+    printed = capsys.readouterr().out
+    assert "2 steps, a kill, 2 steps, against 4 unbroken" in printed
+    assert "the resumed run is the unbroken one" in printed
+    written = json.loads((tmp_path / "answer.json").read_text())
+    same, other = written["results"]
+    assert (same["precision"], same["is_bitwise"], same["worst"]) == ("fp32", True, 0.0)
+    assert (other["precision"], other["is_bitwise"]) == ("fp64", False)
+    assert other["worst"] < 1e-12
+    assert other["tokens"] == 2 * 2 * 2 * 2 * 32  # tokens and targets of two steps of four samples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "to", "overrides"),
+    [
+        ("moe_tiny.toml", "dp_shard=4", ()),
+        ("moe_tiny.toml", "ep=1,dp_shard=1,pp=2", ("train.micro_batch_size=8", "checkpoint.asynchronous=true")),
+        ("dense_tiny.toml", "tp=4,dp_shard=1", ("zero.stage=3", "train.precision=bf16", "optimizer.kind=muon")),
+    ],
+)
+def test_other_layouts_go_on_too(name: str, to: str, overrides: tuple[str, ...]) -> None:
+    results = resume.verify_resume(plan_of(name, to, *overrides))
+    assert [result.differences for result in results] == [[], []]
+
+
+def test_a_resume_that_skips_samples_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = saving.progress_of
+
+    def one_sample_on(state: dict[str, object], path: Path) -> Progress:
+        progress = real(state, path)
+        progress.samples += 1
+        return progress
+
+    monkeypatch.setattr(saving, "progress_of", one_sample_on)
+    result = resume.verify_resume(plan_of("dense_tiny.toml", "dp_shard=2"))[0]
+    assert not result.is_same
+    assert result.differences[0].startswith("step 3: ")
+    assert "tokens are others" in result.differences[0]
+
+
+def test_a_rank_that_is_not_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "train_rank", lambda *args: RankRecord())
+    result = resume.verify_resume(plan_of("dense_tiny.toml", "dp_shard=2"))[0]
+    assert result.differences == ["rank 0 of 2 was not killed"]
+
+
+def test_axes_that_are_not_named_stay() -> None:
+    run_file = read_run_file(RUNS / "moe_tiny.toml", [], world_size=4)
+    assert resume.parse_layout("dp_shard=8", run_file, 4) == Sizes(dp_shard=8, ep=2)
+    assert resume.parse_layout("ep=4", run_file, 4) == Sizes(dp_shard=4, ep=4)
+    assert resume.parse_layout("ep=1, dp_replicate=2", run_file, 4) == Sizes(dp_replicate=2, dp_shard=2)
+
+
+def test_a_large_layout_goes_on_by_its_sublayouts() -> None:
+    plan = plan_of("qwen3_30b_a3b.toml", "tp=4,dp_shard=16", world=64)
+    assert all(sizes.world <= 8 for pair in plan.pairs for sizes in pair)
+    assert {pair[0].tp for pair in plan.pairs} == {1}
+    assert max(pair[1].tp for pair in plan.pairs) > 1
+
+
+@pytest.mark.parametrize(
+    ("to", "told"),
+    [
+        ("tq=2", "--to 'tq=2': is no axis=size; the axes are pp, dp_replicate"),
+        ("tp", "--to 'tp': the size must be a whole number of at least 1"),
+        ("dp_shard=0", "--to 'dp_shard=0': the size must be a whole number of at least 1"),
+        ("tp=2,dp_shard=1", "parallel.tp = 2: must divide model.num_heads = 5; one of [1, 5] would fit"),
+        ("tp=5", "tp * pp * cp * dp_replicate"),
+        ("dp_shard=3", "parallel.ep = 2: ep * etp = 2 must divide the 3 ranks"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(to: str, told: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan_of("moe_tiny.toml", to)
+    assert told in str(refused.value)
