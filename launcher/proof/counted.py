@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from meshwright.data.order import SampleOrder
 from meshwright.data.meta import SplitMeta, StoreMeta, TokenizerMeta
+from meshwright.data.order import SampleOrder
 from meshwright.data.store import Origin, Split, TokenStore
 from meshwright.kernels.cross_entropy import NOT_COUNTED
 

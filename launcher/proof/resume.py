@@ -35,6 +35,7 @@ from meshwright.launcher.proof.passes import Precision, build
 from meshwright.launcher.proof.prove import refusals
 from meshwright.launcher.proof.record import RankRecord, Recorder, piece_of
 from meshwright.launcher.proof.sublayouts import AXES, cover, said
+from meshwright.launcher.runfile.cross_checks import check
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.loop import train
@@ -100,10 +101,10 @@ def parse_layout(text: str, run_file: RunFile, world_size: int) -> Sizes:
         raise ConfigError("--to", problems)
     changed = run_file.model_copy(update={"parallel": run_file.parallel.model_copy(update=given)})
     others = changed.parallel.tp * changed.parallel.pp * changed.parallel.cp * changed.parallel.dp_replicate
-    sizes = sizes_of(changed, others * changed.parallel.dp_shard or world_size)
-    if problems := refusals(changed, sizes):
+    world_size = others * changed.parallel.dp_shard or world_size
+    if problems := check(changed, world_size):
         raise ConfigError(f"--to {text}", problems)
-    return sizes
+    return sizes_of(changed, world_size)
 
 
 def plan_resume(run_file: RunFile, world_size: int, to: str, steps: int) -> ResumePlan:

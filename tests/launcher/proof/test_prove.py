@@ -40,7 +40,9 @@ def test_the_tiny_mixture_of_experts_computes_what_one_process_computes(
     assert written["is_same"]
     assert set(result["passes"]) == {"exact", "fast", "checkpoint"}
     assert 0 < result["passes"]["exact"]["worst"] < 1e-11
-    assert not any(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process().children() if "rank" in str(child))
+    assert not any(
+        child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process().children() if "rank" in str(child)
+    )
 
 
 @pytest.mark.slow
@@ -140,10 +142,10 @@ def test_what_was_never_together_stands_above_the_table() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (dict(world_size=1), "1: one process has no layout to prove; -n 2 would fit"),
-        (dict(world_size=3), "parallel.ep = 2: ep * etp = 2 must divide the 3 ranks"),
-        (dict(overrides=["train.stps=1"]), "train.stps: no such key; did you mean train.steps?"),
-        (dict(overrides=["parallel.tp=2"]), "parallel.tp = 2: must divide model.num_heads = 5"),
+        ({"world_size": 1}, "1: one process has no layout to prove; -n 2 would fit"),
+        ({"world_size": 3}, "parallel.ep = 2: ep * etp = 2 must divide the 3 ranks"),
+        ({"overrides": ["train.stps=1"]}, "train.stps: no such key; did you mean train.steps?"),
+        ({"overrides": ["parallel.tp=2"]}, "parallel.tp = 2: must divide model.num_heads = 5"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_started(arguments: dict[str, object], told: str) -> None:
