@@ -13,7 +13,7 @@ Below, `many` is what a size must divide by in all sub-layouts together (`Needs`
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, lcm
+from math import ceil, gcd, lcm
 from typing import Any, NamedTuple
 
 from meshwright.launcher.runfile.resume_rules import Change
@@ -35,6 +35,8 @@ class Needs(NamedTuple):
     """By what the sizes of the small run must divide, over all the layouts that it will run on."""
 
     tp: int
+    heads: int
+    """What the heads are cut into: tp, and cp too where attention exchanges heads for tokens."""
     fewest_tp: int
     """The smallest size of tp above 1, or 1."""
     pp: int
@@ -46,14 +48,16 @@ class Needs(NamedTuple):
     dp: int
 
     @classmethod
-    def of(cls, layouts: Sequence[Sizes], stages_per_rank: int) -> "Needs":
+    def of(cls, layouts: Sequence[Sizes], stages_per_rank: int, context: str) -> "Needs":
         """Collect the sizes of the axes."""
         named = {name: lcm(*(getattr(sizes, name) for sizes in layouts)) for name in ("tp", "pp", "cp", "ep", "etp")}
         stages = max(sizes.pp * stages_per_rank if sizes.pp > 1 else 1 for sizes in layouts)
+        heads = lcm(*(sizes.tp * (sizes.cp if context == "ulysses" else 1) for sizes in layouts))
         above_one = [sizes.tp for sizes in layouts if sizes.tp > 1]
         return cls(
             **named,
             stages=stages,
+            heads=heads,
             fewest_tp=min(above_one, default=1),
             dp=lcm(*(sizes.dp_replicate * sizes.dp_shard for sizes in layouts)),
         )
@@ -69,10 +73,11 @@ class Narrowed:
 
 def narrow(run_file: RunFile, target: Sizes, layouts: Sequence[Sizes]) -> Narrowed:
     """Return the run that stands for `run_file` on `target` and fits on each of `layouts`."""
-    needs = Needs.of([*layouts, Sizes()], run_file.pipeline.stages_held)
+    needs = Needs.of([*layouts, Sizes()], run_file.pipeline.stages_held, run_file.parallel.context)
     updates = {
         "run": {"device": "cpu", "timeout_seconds": 60},
         "data": {"store": "counted", "seq_len": _sequence(run_file.data.seq_len, needs), "prefetch": 0},
+        "parallel": {"expert_exchange": "all_to_all"},  # the only one on a CPU
         "train": _train(run_file, target, needs),
         "learning_rate": {"warmup_steps": min(run_file.learning_rate.warmup_steps, 1)},
         "checkpoint": {"every": 0, "keep_every": 0},
@@ -125,9 +130,10 @@ def _heads(model: ModelConfig, tp: int, needs: Needs) -> tuple[int, int]:
     heads, kv_heads, many = model.num_heads, model.num_kv_heads, needs.tp
     group = heads // kv_heads
     if kv_heads < tp:  # several ranks hold copies of one KV head, and several heads are there if tp leaves room
-        return many * min(2, max(1, heads // tp)), 2 if kv_heads > 1 and needs.fewest_tp >= 4 else 1
+        return needs.heads * min(2, max(1, heads // tp)), 2 if kv_heads > 1 and needs.fewest_tp >= 4 else 1
     few = 1 if kv_heads == 1 else many * (1 if kv_heads == tp else 2)
-    return few * (1 if group == 1 else 3 if group % 2 else 2), few
+    few_heads = few * (1 if group == 1 else 3 if group % 2 else 2)
+    return few_heads * (needs.heads // gcd(needs.heads, few_heads)), few
 
 
 def _inner(size: int, axis: int, many: int, *, above: int) -> int:

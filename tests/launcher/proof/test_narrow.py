@@ -148,6 +148,13 @@ def test_a_ramp_stays_a_ramp() -> None:
     assert small.batch_ramp[0].samples == small.batch_ramp[0].global_batch_size == small.global_batch_size // 2
 
 
+def test_heads_that_are_exchanged_for_tokens_divide_by_both_axes() -> None:
+    run_file = run_file_of({"num_kv_heads": 4}, parallel={"cp": 4, "tp": 2, "context": "ulysses"})
+    small = narrow(run_file, Sizes(cp=4, tp=2), [Sizes(cp=4, tp=2)]).run_file
+    assert small.model.num_heads % 8 == 0
+    assert check(on_layout(small, Sizes(cp=4, tp=2)), 8) == []
+
+
 def test_the_cover_of_a_cluster_fits_the_narrow_run() -> None:
     run_file = read_run_file(RUNS / "qwen3_30b_a3b.toml", ["parallel.tp=4", "parallel.etp=2"], world_size=128)
     target = sizes_of(run_file, 128)
