@@ -3,8 +3,7 @@
     world 8 = pp 2 x dp_shard 2 x tp 2    ep 2, etp 2    zero.stage 1    recompute.mode "full"    micro-batch 2    moe
 
 A sample is drawn from the fields of the tables themselves, so that a new axis or a new choice joins when its key is
-there, and to be kept if `check` (what `meshwright check` says) has nothing against it. Only numbers of axes that this file
-draws are its own; what is sound is the product's to say.
+there. It is sound if `check` (what `meshwright check` says) has nothing against it: that is the product's to say.
 """
 
 from dataclasses import dataclass, fields
