@@ -12,6 +12,9 @@ split, h hidden_size; N weights of this rank, P the same with dims cut in n part
                    backward: m (2 L + 2) times (n-1)/n t h, twice; the loss 3 numbers a token; norms' gradients
     ep             every row that leaves goes there, comes back, and both again backward: 4 h; counts e of int64
     etp            everyone's k t rows gathered and summed, forward and backward: 4 (n-1) k t h; counts
+    cp, ring       keys and values go round: n-1 times forward, n-1 times backward, and their gradients n times:
+                   m L (3n-2) 2 t/n k d, of k key heads of width d; gradients of weights as in ZeRO
+    cp, Ulysses    q, k, v and the output forward, their gradients backward: m L 2 (n-1)/n t/n (2 heads + 2 k) d
     pp             an activation t h forward, its gradient backward, at every border between ranks
 
 `LAYOUTS` has the numbers of some layouts; tests hold them equal, benchmarks/layouts.py tells them.
@@ -23,10 +26,9 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
-from unittest.mock import patch
 
 from collective_calls import Call, bytes_sent, watching
-from engine_cases import BATCH, SEQ, forward_backward, start
+from engine_cases import BATCH, SEQ, Samples, forward_backward, start
 from parity_samples import Sample, sample
 from torch import Tensor
 
@@ -34,7 +36,7 @@ from meshwright.launcher.build import plan_of
 from meshwright.launcher.stages import stages_of
 from meshwright.model.config import ModelConfig
 from meshwright.model.parts import build_model
-from meshwright.parallel import experts
+from meshwright.model.routers.topk import TopKRouter
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import chunk_bounds
@@ -70,7 +72,8 @@ class Traffic:
 def traffic_of_a_step(mesh: Mesh, drawn: Sample) -> Bytes:
     """Run one step, until the weights are published, and return what this rank sent."""
     run_file = drawn.run_file()
-    run = start(mesh, run_file.model, plan_of(run_file), stages=stages_of(run_file))
+    ways = Samples(context=run_file.parallel.context)
+    run = start(mesh, run_file.model, plan_of(run_file), stages=stages_of(run_file), samples=ways)
     names: dict[str, str] = {}
     for name in (*NAMES, *mesh.axes):
         axis = mesh.axes.get(name)
@@ -130,6 +133,21 @@ def tp_bytes(drawn: Sample, n: int) -> Bytes:
     return in_bytes(found)
 
 
+def cp_bytes(drawn: Sample, n: int) -> Bytes:
+    """Return what context parallelism sends: keys and values, or heads, and the sum of the weights' gradients."""
+    run_file = drawn.run_file()
+    model = run_file.model
+    m, t = BATCH // drawn.micro_batch, SEQ * drawn.micro_batch
+    each = m * model.num_layers * t // n * model.head_dim
+    found = Counter({("cp", "all_reduce"): 2 * (n - 1) * numel(weights_of(model)) // n})
+    if run_file.parallel.context == "ring":
+        found["cp", "send"] = each * 2 * model.num_kv_heads * (3 * n - 2)
+    else:
+        assert model.num_kv_heads % n == 0, "else key and value heads are repeated"
+        found["cp", "all_to_all"] = 2 * (n - 1) * each * 2 * (model.num_heads + model.num_kv_heads) // n
+    return in_bytes(found)
+
+
 def pp_bytes(drawn: Sample) -> Bytes:
     """Return what one border sends: two stages, one on each rank."""
     t = SEQ * drawn.micro_batch
@@ -151,14 +169,11 @@ def rows_away(drawn: Sample, n: int) -> int:
     config = drawn.run_file().model
     assert config.moe is not None
     chosen: list[Tensor] = []
-
-    def note(x: Tensor, expert: Tensor, *rest: Any) -> Any:
-        chosen.append(expert)
-        return real_dispatch(x, expert, *rest)
-
-    real_dispatch = experts.dispatch
-    with patch.object(experts, "dispatch", note):
-        forward_backward(start(single_process_mesh(), config, Plan()), 0, 1)
+    run = start(single_process_mesh(), config, Plan())
+    for module in run.model.modules():
+        if isinstance(module, TopKRouter):
+            module.register_forward_hook(lambda _module, _inputs, routing: chosen.append(routing.expert))
+    forward_backward(run, 0, 1)
     owner_of = config.moe.num_experts // n
     of_sample = list(zip(*[iter(chosen)] * config.num_layers, strict=True))
     return sum(
@@ -192,10 +207,13 @@ def of_zero(name: str, replicas: int) -> dict[str, tuple[Sample, Callable[[int],
 
 
 TP, PP = sample("dense", tp=2, micro_batch=2), sample("dense", pp=2, micro_batch=2)
+RING, ULYSSES = sample("dense", cp=2, micro_batch=2), sample("dense", cp=2, context="ulysses", micro_batch=2)
 # By name: a layout, and what each of its ranks sends.
 LAYOUTS: dict[str, tuple[Sample, Callable[[int], Bytes]]] = {
     **of_zero("", 1),
     **of_zero("HSDP, ", 2),
     "tp + sp": (TP, lambda rank: tp_bytes(TP, 2)),
     "pp": (PP, lambda rank: pp_bytes(PP)),
+    "cp, ring": (RING, lambda rank: cp_bytes(RING, 2)),
+    "cp, Ulysses": (ULYSSES, lambda rank: cp_bytes(ULYSSES, 2)),
 }

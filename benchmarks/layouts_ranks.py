@@ -1,0 +1,216 @@
+"""What the ranks of benchmarks/layouts.py do: steps of one small model, timed, under one layout after the other."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from meshwright.model.config import ModelConfig, MoeConfig
+from meshwright.model.parts import build_model, reset_buffers
+from meshwright.model.stage import HeldStages, MicroBatch, stage_parts
+from meshwright.parallel.apply import Plan, apply, fill_initial_weights
+from meshwright.parallel.context.order import zigzag_positions
+from meshwright.parallel.mesh import Mesh, Sizes, build_mesh
+from meshwright.parallel.pipeline.adapter import Pipeline
+from meshwright.parallel.pipeline.cut import cut_layers
+from meshwright.parallel.pipeline.orders import Stages
+from meshwright.parallel.placement import placement_table
+from meshwright.parallel.tally import Tally, declared_entries, everyones_entries
+from meshwright.parallel.where import place
+
+SEQ, BATCH, VOCAB, MICRO = 128, 8, 2048, 2
+DENSE = ModelConfig(
+    pattern="*-", num_layers=4, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_hidden_size=768,
+    vocab_size=VOCAB,
+)  # fmt: skip
+MOE = DENSE.model_copy(update={"pattern": "*E", "moe": MoeConfig(num_experts=8, top_k=2, expert_hidden_size=384)})
+# By name: how many processes.
+LAYOUTS_OF_TWO = {
+    "one process": 1, "DP2, ZeRO-1": 2, "TP2": 2, "PP2, 1F1B, 4 micro-batches": 2, "CP2, ring": 2,
+    "one process, MoE": 1, "EP2, MoE, ZeRO-1": 2,
+}  # fmt: skip
+STEPS = 3
+CONTESTANTS = ("ZeRO-1", "DDP", "DDP + ZeroRedundancyOptimizer", "FSDP2", "ZeRO-3")
+
+
+def tokens() -> tuple[Tensor, Tensor]:
+    """Return the whole batch."""
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randint(0, VOCAB, (SEQ, BATCH), generator=generator) for _ in range(2))  # type: ignore[return-value]
+
+
+def micro_batches(mesh: Mesh) -> list[MicroBatch]:
+    """Return this rank's samples of the batch, two at a time."""
+    whole, targets = tokens()
+    per_rank, found = BATCH // mesh.dp.size, []
+    for begin in range(mesh.dp.rank * per_rank, (mesh.dp.rank + 1) * per_rank, MICRO):
+        some = slice(begin, begin + MICRO)
+        mine = zigzag_positions(SEQ, mesh.cp)
+        where = place(
+            torch.arange(begin, begin + MICRO),
+            torch.zeros(SEQ, MICRO, dtype=torch.int64),
+            torch.ones(SEQ, MICRO, dtype=torch.bool),
+            mine,
+            mesh.tp,
+            step=0,
+            step_tokens=float(SEQ * BATCH),
+        )
+        found.append(MicroBatch(whole[mine, some], targets[mine, some], where))
+    return found
+
+
+def our_step(mesh: Mesh, config: ModelConfig, stage: int) -> Callable[[], None]:
+    """Return what makes one step of ours."""
+    stages = Stages("1f1b", mesh.pp.size, 1) if mesh.pp.is_split else Stages("gpipe", 1)
+    cut = cut_layers([1.0] * config.num_layers, stages.count)
+    held = HeldStages({at: cut[at] for at in stages.held_by(mesh.pp.rank)}, stages.count)
+    model = build_model(config, mesh=mesh, device="meta", held=held)
+    tally = Tally({"loss": 1, **everyones_entries(declared_entries(model), mesh.pp)})
+    layers = list(model.layers.values())
+    experts = [layer.feedforward.part.experts for layer in layers if hasattr(layer.feedforward.part, "experts")]
+    parts = stage_parts(model, held) if mesh.pp.is_split else {}
+    plan = Plan(stage=stage, schedule="whole backward" if parts else "none")
+    units, cpu = [*experts, *layers, *(parts.values() or [model])], torch.device("cpu")
+    engine = apply(model, layers, units, placement_table(model), mesh, tally, plan, cpu)
+    fill_initial_weights(model, engine, seed=1)
+    reset_buffers(model)
+    pipeline = Pipeline(parts, stages, mesh.pp, cpu, torch.float32) if parts else None
+    optimizer = torch.optim.AdamW([p.parameter for p in engine.parts.values() if p.parameter.numel()], fused=True)
+    batch = micro_batches(mesh)
+
+    def step() -> None:
+        engine.start_step(len(batch))
+        if pipeline is None:
+            for each in batch:
+                model(each.tokens, each.targets, each.where, tally).backward()
+        else:
+            for part in parts.values():
+                part.start_step(batch, tally)
+            pipeline.step(len(batch), (SEQ, MICRO, config.hidden_size))
+        engine.finish_gradients()
+        optimizer.step()
+        engine.publish_weights()
+
+    return step
+
+
+def timed(step: Callable[[], None], steps: int = STEPS) -> tuple[float, float]:
+    """Return wall and CPU seconds of one step, of several in a row."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps
+
+
+def time_layout(name: str) -> tuple[float, float]:
+    """Time the steps of one layout, after one that warms up."""
+    axes = {"DP": "dp_shard", "TP": "tp", "PP": "pp", "CP": "cp"}
+    sizes = Sizes(**{axes[name[:2]]: 2}) if name[:2] in axes else Sizes()
+    sizes = Sizes(dp_shard=2, ep=2) if name.startswith("EP") else sizes
+    torch.set_num_threads(2 if sizes.world == 1 else 1)
+    step = our_step(build_mesh(sizes), MOE if "MoE" in name else DENSE, 1)
+    step()
+    return timed(step)
+
+
+def peer_step(name: str, mesh: Mesh) -> Callable[[], None]:
+    """Return what makes one step of torch's own ways, on the same model and samples."""
+    model: nn.Module = build_model(DENSE)
+    if name == "FSDP2":
+        for layer in model.layers.values():  # type: ignore[union-attr,operator]
+            fully_shard(layer)
+        fully_shard(model)
+    else:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if "Zero" in name:
+        optimizer: Any = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batch = micro_batches(mesh)
+
+    def step() -> None:
+        for at, each in enumerate(batch):
+            last = at == len(batch) - 1
+            if isinstance(model, DistributedDataParallel) and not last:
+                with model.no_sync():
+                    model(each.tokens, each.targets, each.where).backward()
+            else:
+                if not isinstance(model, DistributedDataParallel):
+                    model.set_requires_gradient_sync(last)  # type: ignore[operator]
+                model(each.tokens, each.targets, each.where).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def time_contestants(turns: int) -> dict[str, list[tuple[float, float]]]:
+    """Time every way of data parallelism in turns."""
+    mesh = build_mesh(Sizes(dp_shard=2))
+    ours = {"ZeRO-1": 1, "ZeRO-3": 3}
+    steps = {name: our_step(mesh, DENSE, ours[name]) if name in ours else peer_step(name, mesh) for name in CONTESTANTS}
+    for step in steps.values():
+        step()
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for _ in range(turns):
+        for name, step in steps.items():
+            dist.barrier()
+            taken[name].append(timed(step))
+    return taken
+
+
+def peak_gradients(mesh: Mesh, drawn: Any) -> tuple[int, int]:
+    """Return the bytes of this rank's weights, and of the gradients that live at most while a step is reduced."""
+    import gc
+
+    from collective_calls import Call, watching
+    from engine_cases import forward_backward, start
+
+    from meshwright.launcher.build import plan_of
+    from meshwright.launcher.stages import stages_of
+
+    run_file = drawn.run_file()
+    run = start(mesh, run_file.model, plan_of(run_file), stages=stages_of(run_file))
+    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    buckets = [bucket for inner in run.engine._engines for bucket in getattr(inner, "buckets", [])]
+    groups = [
+        unit._get_fsdp_state()._fsdp_param_group
+        for inner in run.engine._engines
+        for unit in getattr(inner, "wrapped", [])
+    ]
+    most = 0
+
+    class Weigh:
+        def before(self, call: Call) -> None:
+            nonlocal most
+            live = {}
+            held = [tensor for bucket in buckets for tensor in (bucket.rows, bucket.mine)]
+            for group in groups:
+                for each in group.fsdp_params:
+                    held += [each.sharded_param.grad, each.unsharded_accumulated_grad]
+                    unsharded = getattr(each, "_unsharded_param", None)
+                    held += [unsharded.grad if unsharded is not None else None]
+            held += [p.grad for p in run.model.parameters()]
+            held += call.inputs if call.op == "reduce_scatter" else []
+            for tensor in held:
+                local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                if local is not None:
+                    live[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+            most = max(most, sum(live.values()))
+
+        def after(self, call: Call, work: Any) -> None:
+            self.before(call)
+
+        def waited(self, work: Any) -> None:
+            return None
+
+    with watching(Weigh()):
+        forward_backward(run, 0, drawn.micro_batch)
+    gc.collect()
+    return weights, most
