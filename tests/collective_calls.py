@@ -33,6 +33,8 @@ class Call:
     """What an all-to-all sends to each rank and receives from it, in rows of dim 0."""
     batch: int | None = None
     """A number that the sends and receives of one batch share."""
+    to_come: int = 0
+    """How many of its batch are still to be called."""
 
     @property
     def name(self) -> str:
@@ -104,7 +106,7 @@ def _told(original: Any, describe: Describe) -> Any:
         call = describe(group, *args, **kwargs)
         if call.op in ("send", "recv", "recv_anysource") and _batch[1]:
             _batch[1] -= 1
-            call.batch = _batch[0]
+            call.batch, call.to_come = _batch
         for listener in _listeners:
             listener.before(call)
         before, calls = _seen.get(call.name, (0, 0))

@@ -100,7 +100,8 @@ class _Rules:
         if call.op in ("send", "recv"):
             assert call.peer is not None
             what = ", ".join(_shape_of(tensor) for tensor in (*call.inputs, *call.outputs))
-            return line | {"op": call.op, "peer": ranks[call.peer], "what": what, "batch": call.batch, "ranks": ranks}
+            batch = {"batch": call.batch, "to_come": call.to_come}
+            return line | batch | {"op": call.op, "peer": ranks[call.peer], "what": what, "ranks": ranks}
         return line | {"op": "all", "what": _what(call), "rows": call.rows, "ranks": ranks}
 
     def called(self, call: Call) -> str:

@@ -22,10 +22,16 @@ class _Head:
     def __init__(self, line: Line) -> None:
         self.lines = [line]
         self.is_collective = line["op"] == "all"
+        self.to_come = line.get("to_come", 0)
 
     def takes(self, line: Line) -> bool:
         """Say whether a line belongs to the same batch."""
         return line["op"] != "all" and line["batch"] is not None and line["batch"] == self.lines[0].get("batch")
+
+    @property
+    def is_complete(self) -> bool:
+        """Say whether all of a batch was written down; until then its rank waits for nobody."""
+        return not self.to_come
 
     def first(self, op: str, peer: int) -> Line | None:
         """Return the first send to, or receive from, a peer."""
@@ -63,6 +69,7 @@ def _heads(lines: Iterable[Line]) -> list[_Head]:
     for line in lines:
         if heads and heads[-1].takes(line):
             heads[-1].lines.append(line)
+            heads[-1].to_come = line.get("to_come", 0)
         else:
             heads.append(_Head(line))
     return heads[::-1]
@@ -87,8 +94,9 @@ def _follow(streams: dict[int, list[_Head]], ended: set[int]) -> str:
             while stream and not stream[-1].lines:
                 stream.pop()
         if not done:
-            # A rank without a head may still come, and mend it.
-            return _stuck(heads, sorted(streams)) if {*heads, *ended} >= streams.keys() else ""
+            # A rank without a head, or with half a batch, may still come and mend it.
+            waiting = {rank for rank, head in heads.items() if head.is_complete}
+            return _stuck(heads, sorted(streams)) if {*waiting, *ended} >= streams.keys() else ""
 
 
 def _compare(lines: dict[int, Line]) -> str:

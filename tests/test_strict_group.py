@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import strict_group
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from engine_cases import dense_config, forward_backward, start
 from rank_pool import RankFailed, run_mesh, run_ranks
+from strict_order import disagreements
 
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Axis, Mesh, Sizes
@@ -198,6 +200,21 @@ def as_one_batch(world: Axis) -> float:
 def test_what_nccl_takes_is_taken() -> None:
     assert run_ranks(2, as_one_batch) == [4.0, 4.0]
     run_ranks(2, uneven, 1)
+
+
+def p2p_line(op: str, peer: int, to_come: int) -> dict[str, Any]:
+    place = {"group": "g", "ranks": [0, 1], "call": "call 1", "at": "here"}
+    return {**place, "op": op, "peer": peer, "what": "float32[4]", "batch": 1, "to_come": to_come}
+
+
+def test_ranks_in_the_middle_of_a_batch_do_not_wait_for_each_other() -> None:
+    halves = [[p2p_line("send", 1 - rank, to_come=1)] for rank in range(2)]
+    assert disagreements(halves, ended=set()) == []
+    assert "would wait for ever" in disagreements(halves, ended={0, 1})[0]
+    whole = [[*half, p2p_line("recv", 1 - rank, to_come=0)] for rank, half in enumerate(halves)]
+    assert disagreements(whole, ended={0, 1}) == []
+    sends = [[p2p_line("send", 1 - rank, to_come=0)] for rank in range(2)]
+    assert "would wait for ever" in disagreements(sends, ended=set())[0]
 
 
 def texts_inside_an_engines_step(mesh: Mesh, finish: bool) -> list[str]:
