@@ -47,8 +47,8 @@ def test_a_pipeline_table_without_a_pipeline_is_left_alone() -> None:
         ),
         (
             ["parallel.pp=8", "pipeline.schedule=interleaved_1f1b"],
-            "parallel.pp = 8: makes 16 stages (2 on each rank), and model.num_layers = 8 gives each at least one layer;"
-            ' 1 to 4, or pipeline.schedule = "1f1b" would fit',
+            "parallel.pp = 8: makes 16 stages (2 on each rank), and model.num_layers = 8 gives each at least one"
+            ' layer; 1 to 4, or pipeline.schedule = "1f1b" would fit',
         ),
         (
             ["parallel.pp=2", "pipeline.stages_per_rank=2"],
@@ -66,8 +66,8 @@ def test_a_pipeline_table_without_a_pipeline_is_left_alone() -> None:
         ),
         (
             ["parallel.pp=2", "pipeline.schedule=dualpipev", "recompute.mode=full"],
-            'recompute.mode = "full": would recompute a layer many times over, and pipeline.schedule = "dualpipev" takes'
-            ' backwards apart; "none", or schedule "1f1b", "gpipe" or "interleaved_1f1b", would fit',
+            'recompute.mode = "full": would recompute a layer many times over, and pipeline.schedule = "dualpipev"'
+            ' takes backwards apart; "none", or schedule "1f1b", "gpipe" or "interleaved_1f1b", would fit',
         ),
         (
             ["parallel.pp=2", "pipeline.schedule=interleaved_zero_bubble", "train.precision=bf16"],
