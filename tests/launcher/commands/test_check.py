@@ -133,7 +133,7 @@ def test_the_stages_of_a_pipeline_and_its_predicted_wait_are_told(capsys: pytest
     overrides = ["parallel.pp=4", "pipeline.schedule=zbv", "zero.stage=1", "recompute.mode=none"]
     check(RUNS / "llama3_8b.toml", overrides, world_size=64)
     printed = capsys.readouterr().out
-    assert "layout      pp 4, dp 16" in printed
+    assert "layout      dp 16, pp 4" in printed
     assert "pipeline    zbv, 8 stages; layers by rank: 0-3 and 30-31, 4-7 and 25-29" in printed
     assert "predicted with 8 micro-batches: the ranks wait 10.7% of the time" in printed
     assert "at most [8, 8, 8, 8] stages' micro-batches at once" in printed
