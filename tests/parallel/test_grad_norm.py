@@ -1,5 +1,6 @@
 """The norm of the whole gradient equals torch's on one process, in every layout; and clipping by it."""
 
+from dataclasses import replace
 from math import inf, nan, sqrt
 
 import engine_cases
@@ -107,3 +108,15 @@ def test_the_norm_of_large_fp32_gradients_is_right_however_they_are_cut(cut: int
     found = gradient_norm([part(piece) for piece in whole.chunk(cut)])
     # Promise 2 has 1e-5; the sums of 16,384 squares in fp32 stay within 1e-6.
     assert found == pytest.approx(whole.double().norm().item(), rel=1e-6)
+
+
+def norm_of_stages(mesh: Mesh) -> float:
+    # Both ends hold the tied element of 3; each stage has one of its own, 4 and 12.
+    tied = part(torch.tensor([3.0]))
+    tied = replace(tied, placement=Placement(grad_sum=(mesh.ends,)))
+    own = part(torch.tensor([4.0 if mesh.pp.rank == 0 else 12.0]))
+    return gradient_norm([tied, own], mesh.pp)
+
+
+def test_stages_add_up_and_a_tied_matrix_counts_once() -> None:
+    assert run_mesh(Sizes(pp=2), norm_of_stages) == [13.0] * 2

@@ -121,3 +121,13 @@ def wrong_world(axis: Axis) -> str:
 
 def test_sizes_that_do_not_make_the_world_are_refused() -> None:
     assert run_ranks(2, wrong_world) == ["the axes multiply to 3 ranks, the world has 2"] * 2
+
+
+def ends_of(mesh: Mesh) -> tuple[int, ...]:
+    assert mesh.ends.ranks[mesh.ends.rank] == mesh.rank
+    return mesh.ends.ranks
+
+
+def test_the_ends_of_a_pipeline_are_its_first_and_last_rank() -> None:
+    assert run_mesh(Sizes(pp=2, dp_shard=2), ends_of) == [(0, 2), (1, 3), (0, 2), (1, 3)]
+    assert run_mesh(Sizes(pp=4), ends_of) == [(0, 3), (1,), (2,), (0, 3)]

@@ -6,7 +6,14 @@ from rank_pool import run_mesh
 from torch import Tensor, nn
 
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
-from meshwright.parallel.tally import Tally, attach_loss, declared_entries, gather_texts
+from meshwright.parallel.tally import (
+    Tally,
+    attach_loss,
+    declared_entries,
+    everyones_entries,
+    everyones_names,
+    gather_texts,
+)
 
 ONE = single_process_mesh()
 
@@ -104,3 +111,13 @@ def test_two_attached_losses_both_count() -> None:
     x = attach_loss(attach_loss(torch.ones(2, requires_grad=True), w * w), 2 * w)
     (0 * x).sum().backward()
     assert w.grad.item() == 8
+
+
+def union(mesh: Mesh) -> tuple[list[tuple[str, int]], list[str]]:
+    mine = {"layers.10.load": 3, "layers.2.load": 3} if mesh.rank == 0 else {"layers.9.load": 4, "a": 1}
+    return list(everyones_entries(mine, mesh.pp).items()), everyones_names(mine, mesh.pp)
+
+
+def test_all_stages_reduce_the_same_entries_in_the_order_of_the_layers() -> None:
+    entries = [("a", 1), ("layers.2.load", 3), ("layers.9.load", 4), ("layers.10.load", 3)]
+    assert run_mesh(Sizes(pp=2), union) == [(entries, [name for name, _ in entries])] * 2

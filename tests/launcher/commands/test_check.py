@@ -127,3 +127,13 @@ def test_a_folder_to_begin_from_is_not_needed_once_the_run_has_begun(tmp_path: P
     assert len(problems(*run)) == 1
     (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
     check(RUNS / "dense_tiny.toml", run, world_size=1)
+
+
+def test_the_stages_of_a_pipeline_and_its_predicted_wait_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["parallel.pp=4", "pipeline.schedule=zbv", "zero.stage=1", "recompute.mode=none"]
+    check(RUNS / "llama3_8b.toml", overrides, world_size=64)
+    printed = capsys.readouterr().out
+    assert "layout      dp 16, pp 4" in printed
+    assert "pipeline    zbv, 8 stages; layers by rank: 0-3 and 30-31, 4-7 and 25-29" in printed
+    assert "predicted with 8 micro-batches: the ranks wait 10.7% of the time" in printed
+    assert "at most [8, 8, 8, 8] stages' micro-batches at once" in printed

@@ -12,10 +12,12 @@ from meshwright.launcher.runfile.footprint import (
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.stages import layers_held, stages_of
 from meshwright.model.activations import Degrees, Types, head_bytes, layer_bytes
 from meshwright.model.costs import parameter_count, routed_parameter_count
 from meshwright.model.parts import build_model
 from meshwright.model.shapes import parameter_shapes
+from meshwright.model.stage import HeldStages
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
 
 
@@ -139,3 +141,19 @@ def test_the_stage_that_keeps_most_counts() -> None:
     model, spread = run_file().model, Degrees(cp=4, tp=2)
     first_layer = layer_bytes(model, model.layers[0], spread, Types(2, 2)) * 3 * 1024 / 4
     assert halves.kept == pytest.approx(whole.kept - first_layer)
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zbv"])
+def test_the_weights_of_the_stages_of_a_rank_are_those_that_it_holds(schedule: str, tied: str) -> None:
+    overrides = ["parallel.pp=2", f"pipeline.schedule={schedule}", f"model.tie_embeddings={tied}"]
+    run = run_file(*overrides, "model.num_layers=4")
+    names = single_process_mesh().axes
+    for rank in range(2):
+        mesh = Mesh(Sizes(pp=2), {name: Axis(name) for name in names}, rank)
+        held = HeldStages(layers_held(run, rank), stages_of(run).count)
+        model = build_model(run.model, mesh=mesh, device="meta", held=held)
+        experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        assert held_weights(run, rank) == (sum(p.numel() for p in model.parameters()) - experts, experts)
+    largest = max(sum(held_weights(run, rank)) for rank in range(2))
+    assert state_bytes(run, 2).weights == 4 * largest

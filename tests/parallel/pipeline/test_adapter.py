@@ -65,7 +65,7 @@ def test_the_judge_is_right() -> None:
         whole = whole + x[0].sum()
     whole.backward()
     loss, grads = together(run_mesh(TWO, by_hand, 2, 4))
-    assert loss == pytest.approx(float(whole), rel=1e-14)
+    assert loss == pytest.approx(whole.item(), rel=1e-14)
     for stage, grad in grads.items():
         torch.testing.assert_close(grad, parts[stage].weight.grad, rtol=1e-13, atol=0.0)
 
@@ -83,7 +83,7 @@ def test_forward_passes_alone_take_any_number_of_micro_batches(schedule: str, pe
             x: list[Tensor] = []
             for part in parts:
                 x = [part(*x, number=torch.tensor([at]))]
-            expected.append(float(x[0]))
+            expected.append(x[0].item())
         found = run_mesh(TWO, losses, schedule, per_rank, micro_batches)
         last = Stages(schedule, 2, per_rank).rank_of(2 * per_rank - 1)
         assert found[last] == expected
