@@ -1,6 +1,6 @@
 """What may change when a run goes on from its checkpoint, and what may not.
 
-    free        layout: [parallel] [zero] [recompute], micro_batch_size, compile, threads
+    free        layout: [parallel] [pipeline] [zero] [recompute], micro_batch_size, compile, threads
                 length: train.steps
                 saying and saving: [log] [checkpoint] [evaluation], run.name, folder, device, timeout_seconds
                 how far data is read ahead: data.prefetch
@@ -19,7 +19,7 @@ from meshwright.launcher.runfile.messages import problem, shown, suggestion
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import as_tables
 
-FREE_TABLES = ("parallel", "zero", "recompute", "log", "checkpoint", "evaluation")
+FREE_TABLES = ("parallel", "pipeline", "zero", "recompute", "log", "checkpoint", "evaluation")
 FREE_KEYS = (
     "train.micro_batch_size",
     "train.compile",

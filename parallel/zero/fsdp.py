@@ -47,9 +47,10 @@ def shard_modules(
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     taken: set[nn.Parameter] = set()
     wrapped: list[FSDPModule] = []
-    for unit in units:
+    # Asked before the first is wrapped, which puts other tensors in the places of the parameters.
+    to_shard = [[parameter for parameter in unit.parameters() if parameter in axes] for unit in units]
+    for unit, sharded in zip(units, to_shard, strict=True):
         inside = set(unit.parameters())
-        sharded = [parameter for parameter in unit.parameters() if parameter in axes]
         if not sharded:
             continue
         own = set(sharded) - taken
