@@ -30,7 +30,7 @@ def compare_own(exact: RankRecord, one: RankRecord, ranks: Sequence[RankRecord])
     for step in range(len(exact.steps)):
         tensors = [name for at, name in of_one if at == step and name not in ROUNDED]
         typical = median(of_one[step, name] for name in tensors)
-        together = _mean_square(of_ranks, step, tensors) / _mean_square(of_one, step, tensors)
+        together = mean_square(of_ranks, step, tensors) / mean_square(of_one, step, tensors)
         verdict.worst = max(verdict.worst, together**0.5)
         if not together**0.5 <= TOGETHER:
             _add(verdict, "all together", step, together**0.5)
@@ -42,7 +42,8 @@ def compare_own(exact: RankRecord, one: RankRecord, ranks: Sequence[RankRecord])
     return verdict
 
 
-def _mean_square(errors: Mapping[tuple[int, str], float], step: int, tensors: Sequence[str]) -> float:
+def mean_square(errors: Mapping[tuple[int, str], float], step: int, tensors: Sequence[str]) -> float:
+    """Return the mean of the squared errors of these tensors in a step."""
     return sum(errors[step, name] ** 2 for name in tensors) / len(tensors)
 
 

@@ -37,6 +37,7 @@ from meshwright.parallel.mesh import Sizes
 ONE = Sizes()
 PASSES = ("exact", "fast", "own", "checkpoint")
 _SECONDS_OF_A_LAYOUT = 150.0
+_LONGEST = 300  # characters of a message
 # What an fp32 run on a CPU goes by where it can: torch's names of the fast operators.
 _GROUPED, _FLASH, _FUSED = (
     "aten::_grouped_mm",
@@ -193,8 +194,17 @@ class Judge:
         if "own" in of_pass:
             result.verdicts["own"] = compare_own(self.one["start"], self.one["own"], of_pass["own"])
         if saves:
-            (loaded,) = _answers(1, partial(restored, on_layout(table, ONE), folder))
-            result.verdicts["checkpoint"] = compare_checkpoint(loaded, of_pass["exact"])
+            result.verdicts["checkpoint"] = _checkpoint(table, folder, of_pass["exact"])
+
+
+def _checkpoint(table: RunFile, folder: Path, ranks: Sequence[RankRecord]) -> Verdict:
+    """Let one process load what the ranks saved, and compare."""
+    if ranks[0].not_saved:
+        verdict = Verdict([])
+        verdict.miss("", ranks[0].not_saved[:_LONGEST], what="checkpoint")
+        return verdict
+    (loaded,) = _answers(1, partial(restored, on_layout(table, ONE), folder))
+    return compare_checkpoint(loaded, ranks)
 
 
 def _answers(size: int, work: Callable[[int], Any]) -> list[Any]:

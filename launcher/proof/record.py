@@ -80,6 +80,8 @@ class RankRecord:
     steps: list[StepRecord] = field(default_factory=list)
     held: dict[str, Piece] = field(default_factory=dict)
     """Everything that a checkpoint has, at the end."""
+    not_saved: str = ""
+    """Why no checkpoint could be written, where that is so: the ranks' copies of a tensor may differ."""
     operators: frozenset[str] = frozenset()
     """Names of torch's operators that ran in the first step, where they were asked for."""
 

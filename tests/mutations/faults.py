@@ -36,6 +36,7 @@ class Fault:
     zero: int = 1
     train: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
+    mask_documents: bool = False
     passes: tuple[str, ...] = ("exact",)
 
     def request(self) -> dict[str, Any]:
@@ -222,7 +223,7 @@ FAULTS = [
         "launcher/training/progress.py",
         "tensors[name] = HeldPart(part.real(part.parameter.detach()), part.global_shape, part.offset)",
         "tensors[name] = HeldPart(part.real(part.parameter.detach()), part.global_shape, (0,) * len(part.offset))",
-        named="the part of embedding.weight at [0, 0]",
+        named="of embedding.weight",
         axis="dp_shard",
         layout={"dp_shard": 2},
         passes=("exact", "checkpoint"),
@@ -334,6 +335,43 @@ FAULTS = [
         named="is damaged",
         layout={"dp_shard": 2},
         passes=("checkpoint",),
+    ),
+    Fault(
+        "S9: a row that sees nothing takes part in the merge of the ring",
+        "kernels/flash.py",
+        "lse[rows] = some_lse.permute(2, 0, 1).masked_fill(_blind(seen), -torch.inf)",
+        "lse[rows] = some_lse.permute(2, 0, 1)",
+        named="output of layers.0.mixer",
+        axis="cp",
+        layout={"cp": 2, "dp_shard": 1},
+        mask_documents=True,
+    ),
+    Fault(
+        "chunks dealt out in another order than the ring lets them meet",
+        "parallel/context/order.py",
+        "return rank, 2 * cp - 1 - rank",
+        "return rank, rank + cp",
+        named="output of layers.0.mixer",
+        axis="cp",
+        layout={"cp": 2, "dp_shard": 1},
+    ),
+    Fault(
+        "gradients of keys and values left one rank short of home",
+        "parallel/context/ring.py",
+        "of_k, of_v = behind.wait().to(k.dtype).unbind()",
+        "of_k, of_v = (behind.wait() * 0 + of_block).to(k.dtype).unbind()",
+        named="gradient of layers.1.mixer.part.v.",
+        axis="cp",
+        layout={"cp": 4, "dp_shard": 1},
+    ),
+    Fault(
+        "counted tokens of the samples summed once for each rank that shares them",
+        "launcher/training/one_step.py",
+        "all_reduce(count, run.mesh.dp)",
+        "all_reduce(count, run.mesh.data)",
+        named="loss",
+        axis="cp",
+        layout={"cp": 2, "dp_shard": 1},
     ),
     Fault(
         "what is gathered is rounded to fp32",
