@@ -25,6 +25,7 @@ MODELS = {
     "dense-one-kv-head": dense_config(num_kv_heads=1, qk_norm=True),
     "moe": moe_config(),
     "moe-step-balance": moe_config(num_experts=4, load_balancing="step", bias=("ffn",), normalise_top_k=False),
+    "moe-draws-and-drops": moe_config(residual_dropout=0.2, router_jitter=0.2, capacity_factor=0.75),
 }
 # Tables whose choices are drawn; [parallel]'s sizes are drawn apart, as they must multiply.
 TABLES = ("parallel", "zero", "recompute", "pipeline")

@@ -138,7 +138,8 @@ def _activations_line(run_file: RunFile) -> str:
     if run_file.parallel.cp == 1:
         return "activations come on top"
     found = micro_batch_bytes(run_file)
-    bound = "" if run_file.recompute.mode in ("none", "full") else "at most "
+    table = run_file.recompute
+    bound = "" if table.mode in ("none", "full") and not table.offload else "at most "
     text = f"activations on top: {bound}{_size(found.kept)} for each micro-batch until its backward"
     return text + f", {_size(found.at_work)} while a layer is at work"
 

@@ -1,4 +1,4 @@
-"""Capacity per sequence: a plain loop over tokens is the rule, dropless experts with zeros for weights the result."""
+"""Capacity per sequence: a plain loop over tokens is the rule, and a plain loop over experts the result."""
 
 import math
 from dataclasses import replace
