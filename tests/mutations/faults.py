@@ -360,7 +360,7 @@ FAULTS = [
         "parallel/context/ring.py",
         "of_k, of_v = behind.wait().to(k.dtype).unbind()",
         "of_k, of_v = (behind.wait() * 0 + of_block).to(k.dtype).unbind()",
-        named="gradient of layers.1.mixer.part.v.",
+        named="gradient of layers.1.mixer.part.",
         axis="cp",
         layout={"cp": 4, "dp_shard": 1},
     ),
