@@ -123,7 +123,7 @@ class _Scale(torch.autograd.Function):
 
 
 # torch 2.13's inductor makes C++ of Philox's shifts that no compiler takes.
-_scale: Callable[..., Tensor] = torch.compiler.disable(_Scale.apply)
+_scale: Callable[..., Tensor] = torch.compiler.disable(_Scale.apply)  # type: ignore[no-untyped-call]
 
 
 def _times(x: Tensor, factors: OfWords, place: _Place) -> Tensor:
