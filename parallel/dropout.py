@@ -106,8 +106,7 @@ def _place(where: Where, name: str, position: Tensor | None, first_feature: int)
 
 def _scaled(x: Tensor, factors: OfWords, place: _Place) -> Tensor:
     assert x.shape[:2] == (len(place.position), len(place.sample)), "each token has its position and sample"
-    y: Tensor = _Scale.apply(x, factors, place)  # type: ignore[no-untyped-call]
-    return y
+    return _scale(x, factors, place)
 
 
 class _Scale(torch.autograd.Function):
@@ -121,6 +120,10 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _times(grads[0], ctx.factors, ctx.place), None, None
+
+
+# torch 2.13's inductor makes C++ of Philox's shifts that no compiler takes.
+_scale: Callable[..., Tensor] = torch.compiler.disable(_Scale.apply)  # type: ignore[no-untyped-call]
 
 
 def _times(x: Tensor, factors: OfWords, place: _Place) -> Tensor:

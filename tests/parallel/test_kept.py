@@ -1,7 +1,7 @@
 """What is kept for the backward pass, in every mode and with offload: the same bits come out, fewer bytes lie there."""
 
 import gc
-from typing import Any
+from typing import Any, get_args
 
 import engine_cases
 import pytest
@@ -16,6 +16,7 @@ from meshwright.model.block import RECOMPUTED_WHOLE, RUN_AGAIN
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
 from meshwright.parallel.apply import Plan
+from meshwright.parallel.config import RecomputedModule
 from meshwright.parallel.host_copies import SMALLEST, HostCopies
 from meshwright.parallel.kept import Kept
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
@@ -248,6 +249,15 @@ def test_a_norm_is_made_again_once_for_all_who_use_it() -> None:
     with torch.no_grad():
         layer(torch.ones(3, 4))
     assert Norm.calls == 3
+
+
+def test_every_module_that_a_run_file_may_name_is_there() -> None:
+    layer = dict(build_model(CONFIG).layers["0"].named_modules())
+    assert set(get_args(RecomputedModule)) == RECOMPUTED_WHOLE.keys() | RUN_AGAIN.keys()
+    names = {name for table in (RECOMPUTED_WHOLE, RUN_AGAIN) for paths in table.values() for name in paths}
+    assert names - layer.keys() == {"feedforward.part.activation"}  # of an MLP; this layer has a mixture
+    dense = build_model(engine_cases.dense_config()).layers["0"]
+    assert dense.get_submodule("feedforward.part.activation")
 
 
 def test_a_module_that_no_layer_has_is_named() -> None:

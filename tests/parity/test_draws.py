@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from engine_cases import Trace, assert_same, moe_config, train
+from engine_cases import Trace, assert_same, dense_config, moe_config, train
 from rank_pool import run_mesh
 from torch import Tensor, nn
 
@@ -125,3 +125,12 @@ def test_a_model_that_does_not_train_draws_and_drops_nothing() -> None:
     plain, other = (build_model(config).eval() for config in (moe_config(), CONFIGS["all"]))
     assert torch.equal(other(tokens, None, where), plain(tokens, None, where))
     assert not torch.equal(other.train()(tokens, None, where), plain(tokens, None, where))
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_draws_the_same() -> None:
+    tokens = torch.arange(24).view(12, 2) % 37
+    where = where_of_plain_tokens(tokens)
+    plain, other = (build_model(dense_config(num_layers=1, residual_dropout=0.2)) for _ in range(2))
+    other.layers["0"].forward = torch.compile(other.layers["0"].forward)
+    torch.testing.assert_close(other(tokens, tokens, where), plain(tokens, tokens, where))
