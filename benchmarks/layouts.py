@@ -163,9 +163,7 @@ def ranks_table(turns: int) -> None:
 
 def zero_table(turns: int) -> None:
     """Print the time of a step under each way of data parallelism."""
-    print(
-        "| way, 2 ranks of one thread | wall s a step | CPU s a step | CPU over ZeRO-1's, in a turn |\n|---|---|---|---|"
-    )
+    print("| way, 2 ranks | wall s a step | CPU s a step | CPU over that of ZeRO-1 |\n|---|---|---|---|")
     taken = on_ranks(2, time_contestants, turns)[0]
     ours = taken[CONTESTANTS[0]]
     for name, rows in taken.items():

@@ -24,12 +24,12 @@ from meshwright.parallel.placement import placement_table
 from meshwright.parallel.tally import Tally, declared_entries, everyones_entries
 from meshwright.parallel.where import place
 
-SEQ, BATCH, VOCAB, MICRO = 128, 8, 2048, 2
+SEQ, BATCH, VOCAB, MICRO = 64, 8, 1024, 2
 DENSE = ModelConfig(
-    pattern="*-", num_layers=4, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_hidden_size=768,
+    pattern="*-", num_layers=4, hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=32, ffn_hidden_size=384,
     vocab_size=VOCAB,
 )  # fmt: skip
-MOE = DENSE.model_copy(update={"pattern": "*E", "moe": MoeConfig(num_experts=8, top_k=2, expert_hidden_size=384)})
+MOE = DENSE.model_copy(update={"pattern": "*E", "moe": MoeConfig(num_experts=8, top_k=2, expert_hidden_size=192)})
 # By name: how many processes.
 LAYOUTS_OF_TWO = {
     "one process": 1, "DP2, ZeRO-1": 2, "TP2": 2, "PP2, 1F1B, 4 micro-batches": 2, "CP2, ring": 2,

@@ -1,8 +1,8 @@
 """Every collective, and a training step under each ZeRO stage, forced on a process group of one rank.
 
 An axis of one rank communicates nothing, so that a machine with one GPU would never call NCCL. A `Forced` axis says
-that it is split: the calls are made, and what comes back is what was sent. FSDP2 wraps and gathers; its reduction of one
-rank is a copy. The same runs on a CPU with gloo, which shows that the cases themselves are sound.
+that it is split: the calls are made, and what comes back is what was sent. FSDP2 wraps and gathers; its reduction of
+one rank is a copy. The same runs on a CPU with gloo, which shows that the cases themselves are sound.
 """
 
 import inspect
