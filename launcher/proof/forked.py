@@ -28,6 +28,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 _SETTLE_SECONDS = 2.0  # after a rank was lost: how long the others may take to say that they miss it
 _LONGEST = 300
+_POLL_SECONDS = 0.02
 _PR_SET_PDEATHSIG = 1
 
 
@@ -86,10 +87,23 @@ class Fork:
             raise RankLostError(f"of {self.size} ranks {silent} did not answer within {seconds:.0f} s, and were ended")
         return [found[rank] for rank in range(self.size)]
 
-    def ends(self, seconds: float) -> list[str]:
-        """Return how each rank came to its end, for ranks that are meant to die; "" where it answered or still runs."""
-        _, lost = self._collect(seconds)
-        return [lost.get(rank, ("", ""))[0] for rank in range(self.size)]
+    def kill_when(self, is_due: Callable[[], bool], seconds: float) -> None:
+        """Kill every rank (SIGKILL) as soon as it is due: at that moment they all must still be at work.
+
+        Raises:
+            RankLostError: if one of them ended before, or the time is up.
+        """
+        until = time.monotonic() + seconds
+        while not is_due():
+            if wait(self._pipes, timeout=_POLL_SECONDS):  # an answer, or the end of a rank: neither should be yet
+                self.answers(_SETTLE_SECONDS)
+                raise RankLostError(f"a rank of {self.size} came to its end before it could be killed")
+            if time.monotonic() > until:
+                raise RankLostError(f"the {self.size} ranks did not come to where they are killed in {seconds:.0f} s")
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
 
     def _collect(self, seconds: float) -> tuple[dict[int, Any], dict[int, tuple[str, str]]]:
         """Return what the ranks answered, and how those were lost that did not."""

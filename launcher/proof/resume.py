@@ -10,7 +10,6 @@
 The ranks train by the product's own loop, saver and resume; the run is as narrow as for `prove`.
 """
 
-import os
 import signal
 import tempfile
 import time
@@ -46,7 +45,7 @@ from meshwright.parallel.checkpoint.folder import checkpoint_path
 from meshwright.parallel.mesh import Sizes, build_mesh
 
 _SECONDS = 150.0
-_KILLED = "was killed by SIGKILL"
+_MARK = "to_be_killed_"
 
 
 @dataclass(frozen=True)
@@ -159,9 +158,8 @@ def _go_on(plan: ResumePlan, result: ResumeResult) -> None:
         with Fork(result.before.world, partial(train_rank, before, result.precision, unbroken, None)) as ranks:
             expected: list[RankRecord] = ranks.answers(_SECONDS)
         with Fork(result.before.world, partial(train_rank, before, result.precision, broken, plan.steps)) as ranks:
-            for rank, end in enumerate(ranks.ends(_SECONDS)):
-                if end != _KILLED:
-                    raise RankLostError(f"rank {rank} of {result.before.world} {end or 'was not killed'}")
+            marks = [Path(broken) / f"{_MARK}{rank}" for rank in range(result.before.world)]
+            ranks.kill_when(lambda: all(mark.exists() for mark in marks), _SECONDS)
         with Fork(result.after.world, partial(train_rank, after, result.precision, broken, None)) as ranks:
             found: list[RankRecord] = ranks.answers(_SECONDS)
     for record in expected:
@@ -172,19 +170,20 @@ def _go_on(plan: ResumePlan, result: ResumeResult) -> None:
 
 
 def train_rank(run_file: RunFile, precision: Precision, folder: str, kill_after: int | None, _rank: int) -> RankRecord:
-    """Train as a rank, from the newest checkpoint if there is one; end by a kill in the step after `kill_after`."""
+    """Train as a rank, from the newest checkpoint if there is one; wait to be killed in the step after `kill_after`."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     mesh = build_mesh(sizes_of(run_file, world), timedelta(seconds=run_file.run.timeout_seconds))
     run = build(run_file, precision, mesh, folder=folder)
     record, recorder = RankRecord(), Recorder(run, outputs=False)
     began = resume(run)
 
-    def kill() -> None:
+    def await_kill() -> None:
         path = checkpoint_path(checkpoints_of(run.folder), kill_after or 0)
-        until = time.monotonic() + _SECONDS
-        while not path.exists() and time.monotonic() < until:  # it may be written in the background
+        while not path.exists():  # it may be written in the background
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
+        (run.folder / f"{_MARK}{mesh.rank}").touch()
+        while True:
+            signal.pause()
 
     class Listener:
         """A sink: what the loop tells of a step belongs to what the model saw in it."""
@@ -195,7 +194,7 @@ def train_rank(run_file: RunFile, precision: Precision, folder: str, kill_after:
                 loss, rate, norm = (float(numbers[name] or 0.0) for name in ("loss", "learning_rate", "grad_norm"))
                 record.steps.append(recorder.finish(rate, loss, norm, {}))
                 if kill_after is not None and numbers["step"] == kill_after + 1:
-                    kill()
+                    await_kill()
 
         def close(self) -> None:
             """Close nothing."""

@@ -5,44 +5,7 @@ the first difference; `axis` among the axes that are blamed. What is compared, a
 down before `prove` read that quantity.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
-
-DENSE = {
-    "pattern": "*-", "num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 64,
-    "ffn_hidden_size": 128, "bias": ["q", "k", "v", "output", "ffn"], "qk_norm": True,
-}  # fmt: skip
-MOE = DENSE | {
-    "pattern": "*E",
-    "tie_embeddings": True,
-    "moe": {"num_experts": 8, "top_k": 2, "expert_hidden_size": 64, "num_shared_experts": 1},
-}
-TP, EP = {"tp": 2, "dp_shard": 1}, {"dp_shard": 2, "ep": 2}
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One line that is changed."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    named: str = ""
-    """"" where the change changes nothing, and the proof must pass."""
-    axis: str = ""
-    model: dict[str, Any] = field(default_factory=lambda: DENSE)
-    layout: dict[str, int] = field(default_factory=lambda: TP)
-    zero: int = 1
-    train: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, Any] = field(default_factory=dict)
-    mask_documents: bool = False
-    passes: tuple[str, ...] = ("exact",)
-
-    def request(self) -> dict[str, Any]:
-        """Return the fault as plain values."""
-        return asdict(self)
-
+from mutations.fault import DENSE, EP, MOE, Fault
 
 FAULTS = [
     Fault(

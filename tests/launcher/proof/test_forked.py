@@ -64,6 +64,16 @@ def test_a_rank_that_hangs_is_ended_and_told() -> None:
     assert is_gone(ranks)
 
 
-def test_ends_tells_how_each_rank_ended() -> None:
-    with Fork(2, lambda rank: os.kill(os.getpid(), signal.SIGKILL) if rank else None) as ranks:
-        assert ranks.ends(30.0) == ["", "was killed by SIGKILL"]
+def test_ranks_are_killed_when_it_is_due(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        (tmp_path / str(rank)).touch()
+        signal.pause()
+
+    with Fork(2, work) as ranks:
+        ranks.kill_when(lambda: all((tmp_path / str(rank)).exists() for rank in range(2)), 30.0)
+        assert [process.exitcode for process in ranks.processes] == [-signal.SIGKILL] * 2
+
+
+def test_a_rank_that_fails_before_it_can_be_killed_is_told() -> None:
+    with pytest.raises(RankLostError, match="rank 1 of 2 failed: ValueError"), Fork(2, failing) as ranks:
+        ranks.kill_when(lambda: False, 30.0)
