@@ -251,6 +251,28 @@ def test_a_norm_is_made_again_once_for_all_who_use_it() -> None:
     assert Norm.calls == 3
 
 
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.q = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(self.norm(x))
+
+
+def test_what_is_made_again_has_the_types_of_the_first_time() -> None:
+    gradients = []
+    for remade in ((), ("norm",)):
+        torch.manual_seed(0)
+        layer, x = Two(), torch.randn(4, 8)
+        keep_less([layer], Tally({}), Recompute("modules" if remade else "none", remade=remade), CPU)
+        with torch.autocast("cpu"):  # the norm's product is in bf16, and the backward pass runs outside
+            loss = layer(x).float().square().sum()
+        loss.backward()
+        gradients.append(layer.q.weight.grad)
+    assert torch.equal(*gradients)
+
+
 def test_every_module_that_a_run_file_may_name_is_there() -> None:
     layer = dict(build_model(CONFIG).layers["0"].named_modules())
     assert set(get_args(RecomputedModule)) == RECOMPUTED_WHOLE.keys() | RUN_AGAIN.keys()
