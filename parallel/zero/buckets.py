@@ -17,7 +17,8 @@ Schedules of a pipeline that compute the gradients of weights apart write `.grad
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -38,20 +39,26 @@ class _Slot:
     parameter: nn.Parameter
     begin: int
     end: int
-    bounds: list[tuple[int, int]]
-    """For each row, the dim-0 rows of the parameter that it holds."""
+    lengths: list[int]
+    """For each row that holds anything of the parameter, how much of its dim 0."""
     part: Part
+    places: list[Tensor] = field(default_factory=list)
+    """The gradient's pieces in the bucket, views in the shape of the parameter's."""
     arrived: int = 0
     """How many gradients of this step the bucket holds the sum of."""
 
-    def pieces(self, tensor: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Pair each piece of the parameter-shaped `tensor` with its place in the bucket-shaped `rows`."""
-        by_row = tensor.reshape(len(tensor), -1)
-        pairs = []
-        for row, (first, last) in enumerate(self.bounds):
-            piece = by_row[first:last].reshape(-1)
-            pairs.append((piece, rows[row, self.begin : self.begin + piece.numel()]))
-        return pairs
+    def pieces(self, tensor: Tensor) -> list[Tensor]:
+        """Return the pieces of a parameter-shaped tensor, row by row."""
+        return list(torch.split(tensor, self.lengths))
+
+    def places_in(self, rows: Tensor) -> list[Tensor]:
+        """Return the places of the pieces in bucket-shaped `rows`."""
+        rest = self.parameter.shape[1:]
+        size = prod(rest)
+        return [
+            rows[row, self.begin : self.begin + length * size].view(length, *rest)
+            for row, length in enumerate(self.lengths)
+        ]
 
 
 class _Bucket:
@@ -64,6 +71,7 @@ class _Bucket:
         self.pending: Pending = DONE
         self.launched = False
         for slot in slots:
+            slot.places = slot.places_in(self.rows)
             held = slot.part.parameter
             held.grad = self.mine[slot.begin : slot.begin + held.numel()].view(held.shape)
 
@@ -123,7 +131,7 @@ class BucketEngine:
         self._take_at_end = take_at_end
         for bucket in [] if take_at_end else self.buckets:
             for slot in bucket.slots:
-                slot.parameter.register_post_accumulate_grad_hook(self._hook(bucket, slot))  # type: ignore[no-untyped-call]
+                slot.parameter.register_post_accumulate_grad_hook(self._hook(slot))  # type: ignore[no-untyped-call]
 
     def _axes(self, placement: Placement) -> tuple[Axis, ...]:
         return (*placement.grad_sum, *placement.data_axes(self.mesh))
@@ -151,7 +159,8 @@ class BucketEngine:
         # The same memory where the type is already wide enough; else a master copy.
         held = held.to(torch.promote_types(held.dtype, torch.float32))
         part = make_part(held, tuple(parameter.shape), placement, self.mesh, is_zero_part=num_rows > 1)
-        return _Slot(name, parameter, begin, begin + per_row, bounds, part)
+        lengths = [last - first for first, last in bounds if last > first]
+        return _Slot(name, parameter, begin, begin + per_row, lengths, part)
 
     def start_step(self, num_micro_batches: int) -> None:
         """Begin new sums, of as many gradients for each parameter as there are micro-batches."""
@@ -162,24 +171,21 @@ class BucketEngine:
                 slot.arrived = 0
                 slot.parameter.grad = None
 
-    def _hook(self, bucket: _Bucket, slot: _Slot) -> Callable[[nn.Parameter], None]:
+    def _hook(self, slot: _Slot) -> Callable[[nn.Parameter], None]:
         def take_gradient(parameter: nn.Parameter) -> None:
-            self._take(bucket, slot)
+            self._take(slot)
             if slot.arrived == self._expected:
                 self._launch_what_is_full()
 
         return take_gradient
 
-    def _take(self, bucket: _Bucket, slot: _Slot) -> None:
+    def _take(self, slot: _Slot) -> None:
         """Move a parameter's gradient into its bucket."""
         gradient = slot.parameter.grad
         assert gradient is not None, f"{slot.name} got no gradient in this step"
         assert slot.arrived < self._expected, f"{slot.name} got more than {self._expected} gradients in this step"
-        for piece, place in slot.pieces(gradient, bucket.rows):
-            if slot.arrived:
-                place.add_(piece)
-            else:
-                place.copy_(piece)
+        move = torch._foreach_add_ if slot.arrived else torch._foreach_copy_
+        move(slot.places, slot.pieces(gradient))
         slot.parameter.grad = None
         slot.arrived += 1
 
@@ -195,7 +201,7 @@ class BucketEngine:
         if self._take_at_end:
             for bucket in self.buckets:
                 for slot in bucket.slots:
-                    self._take(bucket, slot)
+                    self._take(slot)
                 bucket.launch()
         for bucket in self.buckets:
             bucket.finish(self._expected)
@@ -211,13 +217,15 @@ class BucketEngine:
             self._gather(bucket)
 
     def _gather(self, bucket: _Bucket) -> None:
-        dtype = bucket.slots[0].parameter.dtype
+        dtype, slots = bucket.slots[0].parameter.dtype, bucket.slots
         row = torch.zeros_like(bucket.mine, dtype=dtype)
-        for slot in bucket.slots:
-            held = slot.part.parameter
-            row[slot.begin : slot.begin + held.numel()].copy_(held.view(-1))
-        rows = torch.empty_like(bucket.rows, dtype=dtype)
+        parts = [slot.part.parameter.detach() for slot in slots]
+        ours = [
+            row[slot.begin : slot.begin + part.numel()].view_as(part) for slot, part in zip(slots, parts, strict=True)
+        ]
+        torch._foreach_copy_(ours, parts)
+        # The gradients have been used: where the types agree, their memory takes the weights that come.
+        rows = bucket.rows if dtype == bucket.rows.dtype else torch.empty_like(bucket.rows, dtype=dtype)
         all_gather(rows.view(-1), row, bucket.axes[-1]).wait()
-        for slot in bucket.slots:
-            for piece, place in slot.pieces(slot.parameter.detach(), rows):
-                piece.copy_(place)
+        weights = [piece for slot in slots for piece in slot.pieces(slot.parameter.detach())]
+        torch._foreach_copy_(weights, [place for slot in slots for place in slot.places_in(rows)])
