@@ -100,7 +100,6 @@ def test_the_backward_pass_multiplies_by_the_same_factors_and_keeps_none(draw: A
     factors = draw(torch.ones(S, B, H, dtype=torch.float64), where)
     assert torch.equal(gradient, above * factors)
     assert torch.equal(y, x * factors)
-    assert torch.autograd.gradcheck(lambda x: draw(x, where), x)
 
 
 def test_a_recomputed_pass_draws_the_same() -> None:

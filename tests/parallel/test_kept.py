@@ -1,6 +1,8 @@
 """What is kept for the backward pass, in every mode and with offload: the same bits come out, fewer bytes lie there."""
 
 import gc
+from copy import deepcopy
+from functools import cache
 from typing import Any, get_args
 
 import engine_cases
@@ -53,8 +55,13 @@ WAYS = {
 }
 
 
+@cache
+def initial_model() -> LanguageModel:
+    return build_model(CONFIG)
+
+
 def built(how: Recompute) -> tuple[LanguageModel, Tally, Kept | None]:
-    model = build_model(CONFIG)
+    model = deepcopy(initial_model())
     tally = Tally(declared_entries(model))
     return model, tally, keep_less(list(model.layers.values()), tally, how, CPU)
 
