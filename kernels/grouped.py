@@ -16,6 +16,7 @@ Two ways, the second wherever the first does not serve:
 Both stand inside one operator of ours, so that torch.compile sees a shape and not the counts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,25 @@ from torch import Tensor
 from meshwright.kernels import products
 from meshwright.kernels.linear import uses_own_products
 from meshwright.kernels.precision import at_least_fp32, autocast_inputs, result_dtype, without_autocast
+
+_ROW_BYTES = 16
+
+
+def slower_than_grouped(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str | None:
+    """Return why products of these widths cannot go by F.grouped_mm here, for the log; None if they do."""
+    name = str(dtype).removeprefix("torch.")
+    if device.type not in ("cpu", "cuda"):
+        why = "does not exist there"
+    elif device.type == "cuda" and dtype != torch.bfloat16:
+        why = "is fast with bf16 alone"
+    elif dtype == torch.float64:
+        why = "takes no fp64"
+    elif odd := [width for width in dict.fromkeys(widths) if width * dtype.itemsize % _ROW_BYTES != 0]:
+        wide = " and ".join(f"{width} ({width * dtype.itemsize} bytes)" for width in odd)
+        why = f"asks for rows of a multiple of {_ROW_BYTES} bytes, and a rank's are {wide} wide"
+    else:
+        return None
+    return f"products of experts ({name}) on {device.type} go one expert after the other: F.grouped_mm {why}"
 
 
 def grouped_linear(
@@ -99,13 +119,9 @@ grouped_product.register_autograd(_backward, setup_context=_save)
 
 def _grouped_mm_serves(x: Tensor, weight: Tensor, widen: bool) -> bool:
     """Say whether F.grouped_mm takes these tensors and is as fast as the products one by one."""
-    if x.shape[0] == 0 or x.dtype == torch.float64 or x.dtype != weight.dtype:
+    if x.shape[0] == 0 or x.dtype != weight.dtype or widen or uses_own_products(x, x.dtype):
         return False
-    if any(size * x.element_size() % 16 != 0 for size in weight.shape[1:]):
-        return False
-    if x.device.type == "cpu":
-        return not widen and not uses_own_products(x, x.dtype)
-    return x.device.type == "cuda" and x.dtype == torch.bfloat16
+    return slower_than_grouped(x.device, x.dtype, weight.shape[1:]) is None
 
 
 def _widened(x: Tensor, widen: bool) -> Tensor:

@@ -20,6 +20,9 @@ import torch.distributed as dist
 
 from meshwright.kernels.choose import Choices, choices_from_dict
 from meshwright.kernels.flash import slower_than_flash
+from meshwright.kernels.grouped import slower_than_grouped
+from meshwright.kernels.linear import uses_own_products
+from meshwright.model.config import ModelConfig
 from meshwright.parallel.config import ParallelConfig
 from meshwright.parallel.mesh import Mesh
 
@@ -56,6 +59,17 @@ def ring_lines(parallel: ParallelConfig, device: torch.device, dtype: torch.dtyp
     if parallel.cp == 1 or parallel.context != "ring":
         return []
     why = slower_than_flash(device, dtype, head_dim)
+    return [] if why is None else [why]
+
+
+def grouped_lines(model: ModelConfig, etp: int, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return a line for the log where the experts' products cannot go by the grouped operator, and why.
+
+    Where the CPU kernels that are in use go another way by choice, the choice has its own line.
+    """
+    if model.moe is None or not model.num_moe_layers or uses_own_products(torch.empty(0, device=device), dtype):
+        return []
+    why = slower_than_grouped(device, dtype, (model.hidden_size, model.moe.expert_hidden_size // etp))
     return [] if why is None else [why]
 
 

@@ -2,7 +2,8 @@
 
     kept        every feature and every kind of layer; what divides by what, and what does not: heads and KV heads by
                 tp (KV heads fewer than tp stay fewer), experts by ep, inner widths by tp and etp, the vocabulary by tp
-                or not; width = heads * head_dim, or not; one expert on a rank, or several
+                or not; width = heads * head_dim, or not; one expert on a rank, or several; a
+                rank's widths a multiple of 16 bytes, or not
     made small  widths, heads, experts, layers (whole periods, at least one for each stage), the sequence, the batch,
                 the schedule: the proof's few steps have its warm-up, its peak and its way down
     put aside   what is no part of the computation: the store (tokens are counted, `counted.py`), the device,
@@ -102,9 +103,11 @@ def on_layout(run_file: RunFile, sizes: Sizes) -> RunFile:
 def _model(model: ModelConfig, target: Sizes, needs: Needs) -> ModelConfig:
     heads, kv_heads = _heads(model, target.tp, needs)
     head_dim = min(model.head_dim, 8 + model.head_dim % 8)
-    hidden = heads * head_dim
-    if model.hidden_size != model.num_heads * model.head_dim:
-        hidden += _ALIGNED + model.hidden_size % _ALIGNED
+    if model.hidden_size == model.num_heads * model.head_dim:
+        head_dim = _head_dim(heads, head_dim, model.hidden_size)
+        hidden = heads * head_dim
+    else:
+        hidden = _ALIGNED * (heads * head_dim // _ALIGNED + 1) + model.hidden_size % _ALIGNED
     ffn = _inner(model.ffn_hidden_size, target.tp, needs.tp, above=max(hidden, heads * head_dim))
     pattern, period = _pattern(model.pattern)
     divides = model.vocab_size % target.tp == 0
@@ -134,6 +137,13 @@ def _heads(model: ModelConfig, tp: int, needs: Needs) -> tuple[int, int]:
     few = 1 if kv_heads == 1 else many * (1 if kv_heads == tp else 2)
     few_heads = few * (1 if group == 1 else 3 if group % 2 else 2)
     return few_heads * (needs.heads // gcd(needs.heads, few_heads)), few
+
+
+def _head_dim(heads: int, at_least: int, hidden_size: int) -> int:
+    """Return a width of a head with which all together are aligned as `hidden_size` is, if there is one."""
+    wanted = gcd(hidden_size, _ALIGNED)
+    fitting = (dim for dim in range(at_least, at_least + _ALIGNED + 1, 2) if gcd(heads * dim, _ALIGNED) == wanted)
+    return next(fitting, at_least)
 
 
 def _inner(size: int, axis: int, many: int, *, above: int) -> int:

@@ -164,8 +164,9 @@ def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankR
     for step in range(one.steps):
         rate = learning_rate_at(step, run.run_file.train.steps, run.run_file.learning_rate)
         rate = 0.0 if one.is_held else rate
-        # One step of one rank: reading what the profiler saw takes longer than the step.
-        with _operators(record, is_on=one.name == "fast" and step == run.mesh.rank == 0):
+        # One step, because reading what the profiler saw takes longer than the step; on every rank, because the stages
+        # of a pipeline hold different kinds of layers.
+        with _operators(record, is_on=one.name == "fast" and step == 0):
             result = one_step(run, next(batches), step, rate, guard=guard, signals=signals, clock=clock)
         record.steps.append(recorder.finish(rate, result.loss, result.grad_norm, result.sums))
     batches.close()

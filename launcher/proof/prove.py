@@ -14,7 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from meshwright.launcher.build import sizes_of
+from meshwright.launcher.kernel_choices import grouped_lines
 from meshwright.launcher.proof.compare import Verdict, compare_checkpoint, compare_exactly, compare_fast
 from meshwright.launcher.proof.forked import Fork, RankLostError
 from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
@@ -36,6 +39,8 @@ from meshwright.parallel.mesh import Sizes
 
 ONE = Sizes()
 PASSES = ("exact", "fast", "own", "checkpoint")
+NOR_ALONE = ", and one process does not take it either"
+_CPU = torch.device("cpu")
 _SECONDS_OF_A_LAYOUT = 150.0
 _LONGEST = 300  # characters of a message
 # What an fp32 run on a CPU goes by where it can: torch's names of the fast operators.
@@ -67,6 +72,8 @@ class LayoutResult:
     lost: str = ""
     """Why its ranks did not come to an end, where they did not."""
     details: str = ""
+    notes: list[str] = field(default_factory=list)
+    """Which fast operators its sizes do not let serve, and why."""
     seconds: float = 0.0
 
     @property
@@ -144,7 +151,8 @@ def prove(plan: Plan, tell: Callable[[LayoutResult], None] = lambda _: None) -> 
         result = judge.judge(sizes)
         proof.results.append(result)
         tell(result)
-    if different := [result for result in proof.results if not result.is_same]:
+    # What one process does not do either comes with no axis.
+    if different := [result for result in proof.results if not result.is_same and NOR_ALONE not in result.first]:
         proof.blame = find_axis(judge, min(different, key=lambda result: result.sizes.world))
     proof.seconds = time.monotonic() - began
     return proof
@@ -190,7 +198,8 @@ class Judge:
             result.verdicts["exact"] = compare_exactly(self.one["exact"], of_pass["exact"])
         if "fast" in of_pass:
             result.verdicts["fast"] = compare_fast(self.one["fast"], of_pass["fast"])
-            require_fast_paths(result.verdicts["fast"], self.run_file, of_pass["fast"])
+            result.notes += grouped_lines(table.model, table.parallel.etp, _CPU, torch.float32)
+            require_fast_paths(result.verdicts["fast"], table, of_pass["fast"], self.one["fast"])
         if "own" in of_pass:
             result.verdicts["own"] = compare_own(self.one["start"], self.one["own"], of_pass["own"])
         if saves:
@@ -212,14 +221,19 @@ def _answers(size: int, work: Callable[[int], Any]) -> list[Any]:
         return ranks.answers(_SECONDS_OF_A_LAYOUT)
 
 
-def require_fast_paths(verdict: Verdict, run_file: RunFile, ranks: Sequence[RankRecord]) -> None:
-    """Add a difference for each fast operator that the run should have gone by in fp32, and did not."""
+def require_fast_paths(verdict: Verdict, run_file: RunFile, ranks: Sequence[RankRecord], one: RankRecord) -> None:
+    """Add a difference for each fast operator that serves in fp32 on this layout, and that no rank went by.
+
+    The ranks are asked together: a stage of a pipeline may have no experts.
+    """
     ran = frozenset[str]().union(*(record.operators for record in ranks))
-    wanted = {_FUSED: True, _GROUPED: run_file.model.num_moe_layers > 0}
-    wanted[_FLASH] = any(layer.mixer == "attention" for layer in run_file.model.layers)
+    wanted = {_FUSED: True, _FLASH: any(layer.mixer == "attention" for layer in run_file.model.layers)}
+    slow = grouped_lines(run_file.model, run_file.parallel.etp, _CPU, torch.float32)
+    wanted[_GROUPED] = run_file.model.num_moe_layers > 0 and not slow
     for name, is_wanted in wanted.items():
         if is_wanted and name not in ran:
-            verdict.miss(name, "the fast path was not taken", what="operator")
+            alone = "" if name in one.operators else NOR_ALONE
+            verdict.miss(name, f"the fast path was not taken{alone}", what="operator")
 
 
 def find_axis(judge: Judge, shown: LayoutResult) -> Blame:

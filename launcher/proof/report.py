@@ -38,6 +38,8 @@ def row(plan: Plan, result: LayoutResult) -> Iterator[str]:
     checkpoint = result.verdicts.get("checkpoint")
     saved = "-" if checkpoint is None else "differs" if checkpoint.differences else "equal"
     yield _row(said(result.sizes), str(result.sizes.world), *cells, own, saved, f"{result.seconds:.1f}")
+    for note in result.notes:
+        yield f"    not used: {note}"
     if not result.is_same:
         yield f"    {result.first}"
 
@@ -90,6 +92,7 @@ def _result(result: LayoutResult) -> dict[str, Any]:
         "is_same": result.is_same,
         "lost": result.lost,
         "details": result.details,
+        "not_used": result.notes,
         "seconds": round(result.seconds, 1),
         "passes": {name: _verdict(verdict) for name, verdict in result.verdicts.items()},
     }

@@ -25,7 +25,7 @@ from meshwright.launcher.build import (
     sizes_of,
     with_vocab_of,
 )
-from meshwright.launcher.kernel_choices import choices_of_run, ring_lines
+from meshwright.launcher.kernel_choices import choices_of_run, grouped_lines, ring_lines
 from meshwright.launcher.memory_limit import check_memory
 from meshwright.launcher.observe.metrics import Meter
 from meshwright.launcher.observe.peak import choose_peak
@@ -92,8 +92,9 @@ def _train_locked(run: Run, signals: Signals, allow_change: Sequence[str], about
     chosen = choices_of_run(began.progress.kernels, run.mesh, run.device, held_dtype(run.run_file))
     use(chosen.choices)
     began.progress.kernels = chosen.choices.to_dict()
-    ring = ring_lines(run.run_file.parallel, run.device, _product_dtype(run), run.run_file.model.head_dim)
-    is_first_rank, table = run.mesh.rank == 0, run.run_file
+    is_first_rank, table, dtype = run.mesh.rank == 0, run.run_file, _product_dtype(run)
+    slow = ring_lines(table.parallel, run.device, dtype, table.model.head_dim)
+    slow += grouped_lines(table.model, table.parallel.etp, run.device, dtype)
     with open_sinks(
         run.folder,
         rank=run.mesh.rank,
@@ -102,7 +103,7 @@ def _train_locked(run: Run, signals: Signals, allow_change: Sequence[str], about
         every=table.log.every,
         unit="gpu" if run.device.type == "cuda" else "rank",
     ) as sinks:
-        for event in [*about, *chosen.reasons, *ring, *began.events]:
+        for event in [*about, *chosen.reasons, *slow, *began.events]:
             sinks.event(event)
         if began.progress.step >= table.train.steps:
             sinks.event(f"all {table.train.steps} steps are made; a larger train.steps goes on from here")

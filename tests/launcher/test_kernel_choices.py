@@ -8,9 +8,10 @@ import torch
 from rank_pool import run_mesh
 
 from meshwright.kernels import measure as measuring
-from meshwright.kernels.choose import Choices
+from meshwright.kernels.choose import Choices, use
 from meshwright.kernels.measure import Measured
-from meshwright.launcher.kernel_choices import choices_of_run, ring_lines
+from meshwright.launcher.kernel_choices import choices_of_run, grouped_lines, ring_lines
+from meshwright.model.config import ModelConfig
 from meshwright.parallel.config import ParallelConfig
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 
@@ -114,3 +115,30 @@ def test_a_ring_without_a_flash_operator_is_told() -> None:
     assert ring_lines(ring, cuda, torch.bfloat16, 64) == []
     assert ring_lines(ParallelConfig(cp=2, context="ulysses"), cuda, torch.float32, 64) == []
     assert ring_lines(ParallelConfig(), cuda, torch.float32, 64) == []
+
+
+def model_of(expert_hidden_size: int, **more: object) -> ModelConfig:
+    moe = {"num_experts": 4, "top_k": 2, "expert_hidden_size": expert_hidden_size}
+    table = {"pattern": "*E", "num_layers": 2, "hidden_size": 64, "num_heads": 4, "vocab_size": 64, "moe": moe}
+    return ModelConfig.model_validate(table | more)
+
+
+def test_experts_without_the_grouped_operator_are_told() -> None:
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    assert grouped_lines(model_of(48), 1, cuda, bf16) == grouped_lines(model_of(48), 2, cuda, bf16) == []
+    told = "products of experts (bfloat16) on cuda go one expert after the other: F.grouped_mm asks for rows of a "
+    assert grouped_lines(model_of(48), 4, cuda, bf16) == [
+        told + "multiple of 16 bytes, and a rank's are 12 (24 bytes) wide"
+    ]
+    assert grouped_lines(model_of(50), 1, CPU, torch.float32)[0].endswith("a rank's are 50 (200 bytes) wide")
+    assert grouped_lines(model_of(48), 1, cuda, torch.float32)[0].endswith("F.grouped_mm is fast with bf16 alone")
+    assert grouped_lines(model_of(48), 1, CPU, torch.float64)[0].endswith("F.grouped_mm takes no fp64")
+    assert grouped_lines(model_of(50, pattern="*-"), 1, CPU, torch.float32) == []
+
+
+def test_experts_whose_kernels_were_chosen_have_the_choices_own_line() -> None:
+    use(Choices(fp32_output="onednn"))
+    try:
+        assert grouped_lines(model_of(50), 1, CPU, torch.float32) == []
+    finally:
+        use(Choices())

@@ -347,7 +347,7 @@ FAULTS = [
     Fault(
         "the grouped product is never taken",
         "kernels/grouped.py",
-        "if x.shape[0] == 0 or x.dtype == torch.float64 or x.dtype != weight.dtype:",
+        "if x.shape[0] == 0 or x.dtype != weight.dtype or widen or uses_own_products(x, x.dtype):",
         "if x.shape[0] >= 0:",
         named="aten::_grouped_mm",
         model=MOE,

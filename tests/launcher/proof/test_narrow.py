@@ -86,6 +86,23 @@ def test_the_width_stays_what_the_heads_make_or_stays_another() -> None:
     assert other.hidden_size != other.num_heads * other.head_dim
 
 
+@pytest.mark.parametrize(("heads", "head_dim"), [(6, 20), (8, 10), (3, 8), (5, 30), (12, 12)])
+@pytest.mark.parametrize(("inner", "etp"), [(96, 4), (50, 1), (60, 2), (24, 2), (40, 1)])
+@pytest.mark.parametrize("differs", [0, 8])
+def test_a_ranks_width_is_aligned_where_the_models_is(
+    heads: int, head_dim: int, inner: int, etp: int, differs: int
+) -> None:
+    moe = {"num_experts": 4, "top_k": 2, "expert_hidden_size": inner}
+    big = {"num_heads": heads, "head_dim": head_dim, "hidden_size": heads * head_dim + differs, "pattern": "*E"}
+    target = Sizes(dp_shard=16, etp=etp)
+    small = narrowed(big | {"moe": moe}, target)
+    assert small.moe is not None
+    assert (small.hidden_size % 8 == 0) == (big["hidden_size"] % 8 == 0)
+    for sizes in candidates(target):
+        if sizes.etp > 1 or etp == 1:
+            assert (small.moe.expert_hidden_size // sizes.etp % 8 == 0) == (inner // etp % 8 == 0)
+
+
 def test_no_feature_is_turned_off() -> None:
     model = {
         "pattern": "*E",

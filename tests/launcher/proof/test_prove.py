@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from meshwright.launcher.commands.prove import prove as command
 from meshwright.launcher.proof import prove as proof
@@ -104,13 +105,71 @@ def test_ranks_that_fail_are_a_difference_with_their_words(monkeypatch: pytest.M
     assert done.blame.axes == ("dp_shard",)
 
 
-def test_a_fast_path_that_was_not_taken_is_a_difference() -> None:
-    plan = plan_of("moe_tiny.toml")
-    everything = {"aten::_grouped_mm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_fused_adamw_"}
-    for missing in everything:
-        verdict = proof.Verdict([])
-        proof.require_fast_paths(verdict, plan.run_file, [RankRecord(operators=frozenset(everything - {missing}))])
-        assert [difference.name for difference in verdict.differences] == [missing]
+EVERYTHING = {"aten::_grouped_mm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_fused_adamw_"}
+
+
+def missing_paths(plan: proof.Plan, one: set[str], *ranks: set[str]) -> list[tuple[str, str]]:
+    verdict = proof.Verdict([])
+    table = proof.on_layout(plan.narrowed.run_file, plan.cover.layouts[0])
+    records = [RankRecord(operators=frozenset(operators)) for operators in ranks]
+    proof.require_fast_paths(verdict, table, records, RankRecord(operators=frozenset(one)))
+    return [(difference.name, difference.note) for difference in verdict.differences]
+
+
+def test_a_fast_path_that_no_rank_takes_is_a_difference() -> None:
+    plan, note = plan_of("moe_tiny.toml"), "the fast path was not taken"
+    for missing in EVERYTHING:
+        some = EVERYTHING - {missing}
+        assert missing_paths(plan, EVERYTHING, some, some) == [(missing, note)]
+        assert missing_paths(plan, some, some) == [(missing, note + proof.NOR_ALONE)]
+        assert missing_paths(plan, EVERYTHING, some, {missing}) == []  # a stage may have no layer of a kind
+
+
+def test_a_pipeline_whose_first_stage_has_no_experts_is_the_same() -> None:
+    keys = ("model.pattern=*-*E", "model.num_layers=4", "parallel.pp=2", "parallel.ep=1", "train.micro_batch_size=4")
+    done = proof.prove(plan_of("moe_tiny.toml", *keys, passes=("fast",)))
+    assert done.is_same, [result.first for result in done.results]
+    assert [result.notes for result in done.results] == [[]]
+
+
+@pytest.mark.parametrize(
+    ("keys", "world", "wide"),
+    [
+        (("model.moe.expert_hidden_size=50",), 2, "26 (104 bytes)"),
+        (("model.hidden_size=150",), 2, "42 (168 bytes)"),
+        (("model.moe.expert_hidden_size=60", "parallel.etp=2"), 4, "30 (120 bytes)"),
+    ],
+)
+def test_widths_that_grouped_products_do_not_take_are_told_and_are_no_difference(
+    keys: tuple[str, ...], world: int, wide: str
+) -> None:
+    plan = plan_of("moe_tiny.toml", *keys, world=world)
+    table = proof.on_layout(plan.narrowed.run_file, plan.cover.layouts[0])
+    (note,) = proof.grouped_lines(table.model, table.parallel.etp, torch.device("cpu"), torch.float32)
+    assert note.endswith(f"asks for rows of a multiple of 16 bytes, and a rank's are {wide} wide")
+    assert missing_paths(plan, EVERYTHING, EVERYTHING - {"aten::_grouped_mm"}) == []
+    assert missing_paths(plan, EVERYTHING, {"aten::_grouped_mm"}) != []
+    result = proof.LayoutResult(plan.cover.layouts[0], notes=[note])
+    assert list(row(plan, result))[1:] == [f"    not used: {note}"]
+
+
+@pytest.mark.slow
+def test_a_layout_of_unaligned_widths_is_the_same_as_one_process() -> None:
+    done = proof.prove(plan_of("moe_tiny.toml", "model.moe.expert_hidden_size=60", "parallel.etp=2", world=4))
+    assert done.is_same, [result.first for result in done.results]
+    assert ["F.grouped_mm asks for rows" in note for result in done.results for note in result.notes] == [True]
+
+
+def test_what_one_process_does_not_do_either_comes_with_no_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = proof.Verdict([])
+    judged.miss("aten::_grouped_mm", f"the fast path was not taken{proof.NOR_ALONE}", what="operator")
+    monkeypatch.setattr(proof.Judge, "__init__", lambda self, *_: None)
+    judge = lambda _self, sizes, **_: proof.LayoutResult(sizes, {"fast": judged})  # noqa: E731
+    monkeypatch.setattr(proof.Judge, "judge", judge)
+    done = proof.prove(plan_of("moe_tiny.toml", passes=("fast",)))
+    assert not done.is_same
+    assert done.blame is None
+    assert list(ending(done))[-1].endswith("the fast path was not taken, and one process does not take it either")
 
 
 def test_each_precision_has_its_passes() -> None:
