@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from meshwright.model.config import ModelConfig, divisors, nearest, round_up
+from meshwright.model.config import ModelConfig, round_up
+from meshwright.parallel.fits import divisors, nearest
 from meshwright.model.presets import preset
 
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 96, "num_heads": 6}
