@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from pydantic import model_validator as validator
 
 from meshwright.model.pattern import LayerKinds, layers_of, parse_pattern
+from meshwright.parallel.fits import divisors, nearest
 
 BiasPlace = Literal["q", "k", "v", "output", "ffn"]
 
@@ -226,17 +227,6 @@ class ModelConfig(BaseModel):
 def round_up(size: int, multiple: int = ALIGNMENT) -> int:
     """Return the smallest multiple that is not below `size`."""
     return -(-size // multiple) * multiple
-
-
-def divisors(size: int) -> list[int]:
-    """Return every whole number that divides `size`, the smallest first."""
-    small = [number for number in range(1, int(size**0.5) + 1) if size % number == 0]
-    return sorted({*small, *(size // number for number in small)})
-
-
-def nearest(fits: list[int], value: int, most: int = 8) -> list[int]:
-    """Return the few of `fits` that are nearest to `value`, in order."""
-    return sorted(sorted(fits, key=lambda size: abs(size - value))[:most])
 
 
 def _is_size(value: object) -> TypeGuard[int]:

@@ -7,9 +7,13 @@ None of these keys changes what is computed, only where: a checkpoint of one lay
 """
 
 import json
+from collections.abc import Callable
+from math import lcm
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from meshwright.parallel.fits import divisors, nearest
 
 # More ranks than any cluster has: beyond it is a slip of the keyboard.
 MAX_RANKS = 2**20
@@ -24,6 +28,10 @@ ONE_STAGE = ("1f1b", "gpipe")
 V_SHAPED = ("zbv", "dualpipev")
 # The gradients of activations come first, and those of weights when a rank would wait.
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv", "dualpipev")
+
+# What the world is cut by before dp_shard.
+_DENSE_AXES = ("tp", "pp", "cp", "dp_replicate")
+Suits = Callable[["ParallelConfig"], bool]
 
 
 class ParallelConfig(BaseModel):
@@ -69,26 +77,67 @@ class ParallelConfig(BaseModel):
     def _without_dp_shard(self) -> int:
         return self.tp * self.pp * self.cp * self.dp_replicate
 
-    def problems(self, world_size: int) -> list[str]:
-        """Return every reason why this table cannot run on `world_size` ranks; empty means that it can."""
-        used = self._without_dp_shard
+    def problems(self, world_size: int, suits: Suits = lambda _: True) -> list[str]:
+        """Return every reason why this table cannot run on `world_size` ranks; empty means that it can.
+
+        `suits` says whether another table would go with the model, so that only sizes that do are said to fit.
+        """
         found = []
-        if world_size % used != 0:
-            found.append(f"tp * pp * cp * dp_replicate = {used} must divide the world size {world_size}")
-        elif self.dp_shard and used * self.dp_shard != world_size:
+        if world_size % self._without_dp_shard != 0:
+            found.append(self._axes_problem(world_size, suits))
+        elif not self._makes(world_size):
+            used = self._without_dp_shard
             found.append(
                 f"parallel.dp_shard = {self.dp_shard}: tp * pp * cp * dp_replicate * dp_shard ="
                 f" {used * self.dp_shard} must be the world size {world_size}; {world_size // used} or 0 (what remains)"
                 " would fit"
             )
-        stage = world_size // self.pp
-        if world_size % self.pp == 0 and stage % (self.ep * self.etp) != 0:
-            fits = [size for size in range(1, stage + 1) if stage % (size * self.etp) == 0]
-            found.append(
-                f"parallel.ep = {self.ep}: ep * etp = {self.ep * self.etp} must divide the {stage} ranks of a"
-                f" stage (world size {world_size} / pp); one of {fits} would fit"
-            )
+        if world_size % self.pp == 0 and world_size // self.pp % (self.ep * self.etp) != 0:
+            found.append(self._experts_problem(world_size, suits))
         return found
+
+    def _makes(self, world_size: int) -> bool:
+        """Say whether the axes of the dense layers make up this world."""
+        used = self._without_dp_shard
+        return world_size == used * self.dp_shard if self.dp_shard else world_size % used == 0
+
+    def _axes_problem(self, world_size: int, suits: Suits) -> str:
+        """Name the axes that are above 1, and what would fit: another size of one of them, or another world."""
+        axes = {axis: getattr(self, axis) for axis in _DENSE_AXES if getattr(self, axis) > 1}
+        used, ways = self._without_dp_shard, []
+        for axis, size in axes.items():
+            others = [self.model_copy(update={axis: other}) for other in divisors(world_size)]
+            fits = [getattr(other, axis) for other in others if other._makes(world_size) and suits(other)]
+            if fits:
+                ways.append(f"parallel.{axis} of {nearest(fits, size, 4)}")
+        # The experts' axes must divide the world, too.
+        step = lcm(used, self.pp * self.ep * self.etp)
+        below = world_size // step * step
+        worlds = [used * self.dp_shard] if self.dp_shard else [below, below + step]
+        worlds = [world for world in worlds if 0 < world <= MAX_RANKS]
+        if worlds:
+            ways.append(f"a world size of {worlds}")
+        given = ", ".join(f"parallel.{axis} = {size}" for axis, size in axes.items())
+        return (
+            f"{given}: tp * pp * cp * dp_replicate = {used} must divide the world size {world_size};"
+            f" {' or '.join(ways) or 'smaller sizes'} would fit"
+        )
+
+    def _experts_problem(self, world_size: int, suits: Suits) -> str:
+        """Name etp where no ep would fit beside it, else ep; and which sizes would."""
+        stage, fits = world_size // self.pp, list[int]()
+        for key in ("ep", "etp"):
+            others = [self.model_copy(update={key: size}) for size in divisors(stage)]
+            fits = [getattr(other, key) for other in others if stage % (other.ep * other.etp) == 0 and suits(other)]
+            if fits:
+                break
+        rule = (
+            f"ep * etp = {self.ep * self.etp} must divide the {stage} ranks of a stage (world size {world_size} / pp)"
+        )
+        if not fits:
+            return f"parallel.etp = {self.etp}, parallel.ep = {self.ep}: {rule}; 1 for each would fit"
+        size = getattr(self, key)
+        return f"parallel.{key} = {size}: {rule}; one of {nearest(fits, size)} would fit"
 
 
 class PipelineConfig(BaseModel):

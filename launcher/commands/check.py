@@ -75,6 +75,7 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
     return [
         ("run", f"{run_file.run.name} -> {run_file.run.output_folder}, seed {run_file.run.seed}"),
         ("layout", f"{layout}, ZeRO-{run_file.zero.stage}, {_recompute_words(run_file)}, {train.precision}"),
+        *_exchange_lines(run_file),
         *_pipeline_lines(run_file, accumulated),
         ("model", _model_line(run_file)),
         ("", f"{flops / 1e9:.3g} GFLOP for each token trained on (attention counted causal)"),
@@ -100,6 +101,13 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
         ),
         ("", _activations_line(run_file)),
     ]
+
+
+def _exchange_lines(run_file: RunFile) -> list[tuple[str, str]]:
+    """Say what the ranks' machine must have for the exchange of tokens, which may be another than this one."""
+    if run_file.parallel.expert_exchange == "all_to_all":
+        return []
+    return [("exchange", "DeepEP, which the ranks' machine must have: the package deep_ep and NVIDIA Hopper GPUs")]
 
 
 def _pipeline_lines(run_file: RunFile, micro_batches: int) -> list[tuple[str, str]]:

@@ -38,12 +38,16 @@ def train(
 
     torchrun --nproc-per-node 8 -m meshwright.launcher train runs/llama3_8b.toml
     """
+    from meshwright.launcher.here import problems_here
     from meshwright.launcher.local_ranks import become_a_rank
     from meshwright.launcher.ranks import who_am_i
+    from meshwright.launcher.runfile.messages import ConfigError
     from meshwright.launcher.runfile.read import read_run_file
 
     # Before any rank is started, and before torch is loaded: every mistake in the run file and the store.
     config = read_run_file(run_file, overrides or [], world_size=max(ranks, who_am_i().world_size), folders="needed")
+    if problems := problems_here(config):
+        raise ConfigError(str(run_file), problems)
     info = become_a_rank(ranks, config.train.threads)
 
     from meshwright.launcher.training.start import Request, run_rank

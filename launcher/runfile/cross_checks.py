@@ -12,6 +12,7 @@ from meshwright.launcher.runfile.pipeline_checks import micro_batch_problems, pi
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.learning_rate import learning_rate_problems
 from meshwright.model.shapes import parameter_shapes
+from meshwright.parallel.config import ParallelConfig
 
 # File systems take 255 bytes; what remains is for endings.
 LONGEST_NAME = 200
@@ -22,7 +23,7 @@ def check(run_file: RunFile, world_size: int) -> list[str]:
     if world_size < 1:
         return [problem("world size", world_size, "must be at least 1")]
     found = check_on_any_world(run_file)
-    found += [line for line in run_file.parallel.problems(world_size) if line not in found]
+    found += [line for line in _world_problems(run_file, world_size) if line not in found]
     found += _batch_problems(run_file, world_size)
     found += micro_batch_problems(run_file, world_size)
     if run_file.run.device == "mps" and world_size > 1:
@@ -48,6 +49,17 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
         *_compile_problems(run_file),
         *_mps_problems(run_file),
     ]
+
+
+def _world_problems(run_file: RunFile, world_size: int) -> list[str]:
+    """Hold [parallel] against the world; a size is said to fit if the model, too, takes it."""
+
+    def problems_with(parallel: ParallelConfig) -> set[str]:
+        other = run_file.model_copy(update={"parallel": parallel})
+        return {*layout_problems(other), *pipeline_problems(other)}
+
+    known = problems_with(run_file.parallel)
+    return run_file.parallel.problems(world_size, suits=lambda parallel: problems_with(parallel) <= known)
 
 
 def _name_problems(run_file: RunFile) -> list[str]:

@@ -11,8 +11,8 @@ from math import lcm
 
 from meshwright.launcher.runfile.messages import problem
 from meshwright.launcher.runfile.tables import RunFile
-from meshwright.model.config import divisors, nearest
 from meshwright.model.pattern import LayerKinds
+from meshwright.parallel.fits import divisors, nearest
 
 
 def layout_problems(run_file: RunFile) -> list[str]:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from meshwright.model.config import ModelConfig, divisors, nearest, round_up
+from meshwright.model.config import ModelConfig, round_up
 from meshwright.model.presets import preset
+from meshwright.parallel.fits import divisors, nearest
 
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 96, "num_heads": 6}
 MOE: dict[str, Any] = {"num_experts": 8, "top_k": 2, "expert_hidden_size": 32}

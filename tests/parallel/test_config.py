@@ -17,7 +17,27 @@ def test_a_layout_of_eight_ranks_fits(keys: dict[str, int]) -> None:
 
 
 def test_axes_that_do_not_divide_the_world_are_named() -> None:
-    assert problems(6, tp=4)[0] == "tp * pp * cp * dp_replicate = 4 must divide the world size 6"
+    assert problems(6, tp=4) == [
+        "parallel.tp = 4: tp * pp * cp * dp_replicate = 4 must divide the world size 6;"
+        " parallel.tp of [1, 2, 3, 6] or a world size of [4, 8] would fit"
+    ]
+    assert problems(4, pp=2, dp_replicate=3) == [
+        "parallel.pp = 2, parallel.dp_replicate = 3: tp * pp * cp * dp_replicate = 6 must divide the world size 4;"
+        " parallel.dp_replicate of [1, 2] or a world size of [6] would fit"
+    ]
+    assert problems(4, tp=3, dp_shard=2)[0].endswith("; parallel.tp of [2] or a world size of [6] would fit")
+    assert problems(5, tp=3, cp=4, ep=8)[0].endswith("; a world size of [24] would fit")
+    assert problems(5, tp=2**20, cp=2**20)[0].endswith("; smaller sizes would fit")
+
+
+def test_only_sizes_that_go_with_the_model_are_said_to_fit() -> None:
+    layout = ParallelConfig(tp=5, etp=5)
+    found = layout.problems(12, suits=lambda other: other.tp in (2, 4, 5, 7) and other.etp in (3, 5, 8))
+    assert found == [
+        "parallel.tp = 5: tp * pp * cp * dp_replicate = 5 must divide the world size 12;"
+        " parallel.tp of [2, 4] or a world size of [10, 15] would fit",
+        "parallel.etp = 5: ep * etp = 5 must divide the 12 ranks of a stage (world size 12 / pp); one of [3] would fit",
+    ]
 
 
 def test_a_dp_shard_that_does_not_make_the_world_says_which_would() -> None:
@@ -31,6 +51,16 @@ def test_an_ep_that_does_not_divide_the_ranks_says_which_would() -> None:
     assert problems(6, ep=4) == [
         "parallel.ep = 4: ep * etp = 4 must divide the 6 ranks of a stage (world size 6 / pp);"
         " one of [1, 2, 3, 6] would fit"
+    ]
+
+
+def test_an_etp_beside_which_no_ep_would_fit_is_the_one_that_is_named() -> None:
+    assert problems(2, etp=5) == [
+        "parallel.etp = 5: ep * etp = 5 must divide the 2 ranks of a stage (world size 2 / pp); one of [1, 2] would fit"
+    ]
+    assert problems(4, ep=3, etp=5) == [
+        "parallel.etp = 5, parallel.ep = 3: ep * etp = 15 must divide the 4 ranks of a stage (world size 4 / pp);"
+        " 1 for each would fit"
     ]
 
 

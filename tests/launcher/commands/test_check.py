@@ -137,3 +137,10 @@ def test_the_stages_of_a_pipeline_and_its_predicted_wait_are_told(capsys: pytest
     assert "pipeline    zbv, 8 stages; layers by rank: 0-3 and 30-31, 4-7 and 25-29" in printed
     assert "predicted with 8 micro-batches: the ranks wait 10.7% of the time" in printed
     assert "at most [8, 8, 8, 8] stages' micro-batches at once" in printed
+
+
+def test_what_the_machine_of_the_ranks_must_have_for_deep_ep_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    check(RUNS / "moe_tiny.toml", ["parallel.ep=2", "parallel.expert_exchange=deep_ep", "train.precision=bf16"], 2)
+    assert "the package deep_ep" in lines(capsys)["exchange"]
+    check(RUNS / "moe_tiny.toml", ["parallel.ep=2"], 2)
+    assert "exchange" not in lines(capsys)

@@ -112,6 +112,17 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_an_exchange_that_this_machine_lacks_is_refused_before_any_rank_is_started(tmp_path: Path) -> None:
+    none_starts = "from meshwright.launcher import local_ranks\nlocal_ranks.run_local_ranks = lambda *given: 7"
+    asked = ("parallel.ep=2", "parallel.expert_exchange=deep_ep", "train.precision=bf16", "run.device=auto")
+    command = ("train", write_run_file(tmp_path), *asked, "--ranks", 2)
+    refused = run(*command, fault=none_starts, environment={"CUDA_VISIBLE_DEVICES": ""})
+    refused.told(2, "1 problem, nothing was started", 'parallel.expert_exchange = "deep_ep": runs on NVIDIA GPUs')
+    assert refused.err.count("deep_ep") == 1 + refused.err.count("the package deep_ep is not installed")
+    assert refused.err.endswith('; "all_to_all" would fit\n')
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_runs_in_one_folder_at_once_are_refused_and_the_first_goes_on(tmp_path: Path, unbroken: Path) -> None:
     run_file = write_run_file(tmp_path)
     first = start("train", run_file, fault=WAIT_IN_STEP_3.format(folder=str(tmp_path)))

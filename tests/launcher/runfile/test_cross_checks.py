@@ -133,8 +133,17 @@ def test_what_one_table_finds_is_told_too(tables: dict[str, Any], begins: str) -
 
 def test_a_batch_is_held_against_the_ranks_though_the_other_axes_leave_none() -> None:
     found = check(run_file(train={"global_batch_size": 7}, parallel={"tp": 8}), 4)
-    assert "tp * pp * cp * dp_replicate = 8 must divide the world size 4" in found
+    rule = "parallel.tp = 8: tp * pp * cp * dp_replicate = 8 must divide the world size 4"
+    assert f"{rule}; parallel.tp of [1, 2, 4] or a world size of [8] would fit" in found
     assert found[-1].startswith("train.global_batch_size = 7: must be a multiple of the 4 data-parallel ranks")
+
+
+def test_only_an_ep_that_divides_the_experts_is_said_to_fit() -> None:
+    odd = run_file(model=MOE, train={"global_batch_size": 20}, parallel={"ep": 4})
+    assert check(odd, 10) == [
+        "parallel.ep = 4: ep * etp = 4 must divide the 10 ranks of a stage (world size 10 / pp);"
+        " one of [1, 2] would fit"
+    ]
 
 
 def test_what_is_on_mps_is_refused_by_name_all_at_once() -> None:
