@@ -25,46 +25,49 @@ class Part(nn.Module):
 
 def one_forward_one_backward(parts: list[Part], pp: Axis, micro_batches: int) -> Tensor:
     """Run a step of 1F1B over ranks that each hold some stages in a row; return the summed loss of the last."""
-    is_first, is_last = pp.rank == 0, pp.rank == pp.size - 1
+    before = pp.rank - 1 if pp.rank > 0 else None
+    after = pp.rank + 1 if pp.rank < pp.size - 1 else None
     waiting: list[tuple[Tensor | None, Tensor]] = []
-    sending: list[tuple[dist.Work | None, Tensor]] = []  # both neighbours may send at once, so nobody waits for it
     total, begun = torch.zeros((), dtype=torch.float64), 0
 
-    def receive(rank: int) -> Tensor:
-        buffer = torch.empty(SHAPE, dtype=torch.float64)
-        dist.recv(buffer, pp.ranks[rank], group=pp.group)
+    def exchange(*, sent: Tensor | None = None, to: int | None = None, source: int | None = None) -> Tensor | None:
+        """Send and receive at once, as NCCL needs it where both neighbours send to each other."""
+        calls, buffer = [], None
+        if sent is not None and to is not None:
+            calls.append(dist.P2POp(dist.isend, sent.contiguous(), pp.ranks[to], pp.group))
+        if source is not None:
+            buffer = torch.empty(SHAPE, dtype=torch.float64)
+            calls.append(dist.P2POp(dist.irecv, buffer, pp.ranks[source], pp.group))
+        for work in dist.batch_isend_irecv(calls) if calls else []:
+            work.wait()
         return buffer
 
-    def send(tensor: Tensor, rank: int) -> None:
-        sending.append((dist.isend(tensor, pp.ranks[rank], group=pp.group), tensor))
-
-    def forward() -> None:
+    def forward(taken: Tensor | None) -> Tensor | None:
         nonlocal begun, total
-        taken = None if is_first else receive(pp.rank - 1).requires_grad_()
-        x = taken
+        x = taken if taken is None else taken.requires_grad_()
+        taken = x
         for part in parts:
             x = part(*([] if x is None else [x]), number=torch.tensor([begun]))
-        if is_last:
-            total = total + x.detach().sum()
-        else:
-            send(x.detach(), pp.rank + 1)
-        waiting.append((taken, x))
+        assert x is not None
         begun += 1
+        waiting.append((taken, x))
+        if after is None:
+            total = total + x.detach().sum()
+        return x.detach()
 
-    def backward() -> None:
+    def backward(gradient: Tensor | None) -> Tensor | None:
         taken, made = waiting.pop(0)
-        made.backward(None if is_last else receive(pp.rank + 1))
-        if taken is not None:
-            send(taken.grad, pp.rank - 1)
+        made.backward(gradient)
+        return None if taken is None else taken.grad
 
-    for _ in range(min(pp.size - 1 - pp.rank, micro_batches)):
-        forward()
-    while begun < micro_batches:
-        forward()
-        backward()
-    while waiting:
-        backward()
-    for work, _ in sending:
-        assert work is not None
-        work.wait()
+    warm_up = min(pp.size - 1 - pp.rank, micro_batches)
+    for _ in range(warm_up):
+        exchange(sent=forward(exchange(source=before)), to=after)
+    taken = exchange(source=before) if micro_batches > warm_up else None
+    for number in range(warm_up, micro_batches):
+        gradient = exchange(sent=forward(taken), to=after, source=after)
+        is_last = number == micro_batches - 1
+        taken = exchange(sent=backward(gradient), to=before, source=None if is_last else before)
+    for _ in range(warm_up):
+        exchange(sent=backward(exchange(source=after)), to=before)
     return total

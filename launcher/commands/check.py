@@ -20,6 +20,9 @@ from meshwright.parallel.config import MAX_RANKS
 from meshwright.parallel.pipeline.simulate import predict
 
 
+MOST_SIMULATED = 512
+
+
 def check(
     run_file: Annotated[Path, typer.Argument(help="The run file, such as runs/moe_tiny.toml.")],
     overrides: Annotated[
@@ -115,7 +118,10 @@ def _pipeline_lines(run_file: RunFile, micro_batches: int) -> list[tuple[str, st
     if run_file.parallel.pp == 1:
         return []
     stages, cut, costs = stages_of(run_file), layers_of_stages(run_file), stage_costs(run_file)
-    predicted = predict(stages, micro_batches, costs)
+    # The middle of a step repeats itself: more micro-batches than these only take longer to simulate.
+    simulated = next(n for n in range(min(micro_batches, MOST_SIMULATED), 0, -1) if stages.takes(n) or n == 1)
+    predicted = predict(stages, simulated, costs)
+    of_all = f"{micro_batches}" if simulated == micro_batches else f"{simulated:,} of the {micro_batches:,}"
     held = [
         " and ".join(_layers_text(cut[stage]) for stage in stages.held_by(rank)) for rank in range(stages.num_ranks)
     ]
@@ -125,7 +131,7 @@ def _pipeline_lines(run_file: RunFile, micro_batches: int) -> list[tuple[str, st
         ("pipeline", text + unsure),
         (
             "",
-            f"predicted with {micro_batches} micro-batches: the ranks wait {predicted.bubble:.1%} of the time and hold"
+            f"predicted with {of_all} micro-batches: the ranks wait {predicted.bubble:.1%} of the time and hold"
             f" the activations of at most {list(predicted.in_flight)} stages' micro-batches at once",
         ),
     ]

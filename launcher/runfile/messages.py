@@ -178,7 +178,8 @@ def _missing(key: str) -> str:
 def _not_one_of(key: str, value: object, field: Any) -> str:
     choices = list(_choices(field.annotation)) if field else []
     near = closest(value, choices) if isinstance(value, str) else None
-    return problem(key, value, f"must be one of {shown(choices)}", f"did you mean {shown(near)}?" if near else "")
+    listed = "[" + ", ".join(shown(choice) for choice in choices) + "]"  # whole, however long: it is the way out
+    return problem(key, value, f"must be one of {listed}", f"did you mean {shown(near)}?" if near else "")
 
 
 def _choices(annotation: Any) -> Iterable[str]:

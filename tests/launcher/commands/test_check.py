@@ -144,3 +144,14 @@ def test_what_the_machine_of_the_ranks_must_have_for_deep_ep_is_said(capsys: pyt
     assert "the package deep_ep" in lines(capsys)["exchange"]
     check(RUNS / "moe_tiny.toml", ["parallel.ep=2"], 2)
     assert "exchange" not in lines(capsys)
+
+
+def test_a_step_of_very_many_micro_batches_is_predicted_from_some(capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["parallel.pp=2", "parallel.ep=1", "pipeline.schedule=zbv", "train.micro_batch_size=1"]
+    check(RUNS / "moe_tiny.toml", ["train.global_batch_size=1000000", *layout], world_size=2)
+    assert "predicted with 512 of the 1,000,000 micro-batches" in capsys.readouterr().out
+
+
+def test_every_choice_of_a_key_is_listed() -> None:
+    with pytest.raises(ConfigError, match='"interleaved_zero_bubble", "zbv", "dualpipev"]'):
+        check(RUNS / "moe_tiny.toml", ["pipeline.schedule=foo"], world_size=2)

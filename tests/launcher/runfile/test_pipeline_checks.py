@@ -67,7 +67,8 @@ def test_a_pipeline_table_without_a_pipeline_is_left_alone() -> None:
         (
             ["parallel.pp=2", "pipeline.schedule=dualpipev", "recompute.mode=full"],
             'recompute.mode = "full": would recompute a layer many times over, and pipeline.schedule = "dualpipev"'
-            ' takes backwards apart; "none", or schedule "1f1b", "gpipe" or "interleaved_1f1b", would fit',
+            ' takes backwards apart; "none", "modules" with "norm" and "activation", or schedule "1f1b", "gpipe" or'
+            ' "interleaved_1f1b", would fit',
         ),
         (
             ["parallel.pp=2", "pipeline.schedule=interleaved_zero_bubble", "train.precision=bf16"],
