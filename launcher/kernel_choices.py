@@ -67,7 +67,9 @@ def grouped_lines(model: ModelConfig, etp: int, device: torch.device, dtype: tor
 
     Where the CPU kernels that are in use go another way by choice, the choice has its own line.
     """
-    if model.moe is None or not model.num_moe_layers or uses_own_products(torch.empty(0, device=device), dtype):
+    if model.moe is None or not model.num_moe_layers:
+        return []
+    if device.type == "cpu" and uses_own_products(torch.empty(0), dtype):
         return []
     why = slower_than_grouped(device, dtype, (model.hidden_size, model.moe.expert_hidden_size // etp))
     return [] if why is None else [why]

@@ -13,7 +13,7 @@ last, the loss, gradients from the last to the first, the norm, the weights. The
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -44,6 +44,23 @@ class Difference:
         return f"step {self.step + 1}, {self.what}{' of ' if self.name else ''}{self.name}: {by}"
 
 
+@dataclass(frozen=True)
+class Tie:
+    """A token whose experts differ because rounding decides between them."""
+
+    step: int
+    layer: str
+    sample: int
+    position: int
+    margin: float
+    """Of one process: by how much the last expert that it chose won."""
+
+    def __str__(self) -> str:
+        """Return the tie as part of a sentence."""
+        place = f"step {self.step + 1}, {self.layer}, sample {self.sample}, position {self.position}"
+        return f"{place}, margin {self.margin:.1e}"
+
+
 @dataclass
 class Verdict:
     """What came of a comparison."""
@@ -51,8 +68,7 @@ class Verdict:
     differences: list[Difference]
     worst: float = 0.0
     """The largest error of a tensor, also where it is allowed."""
-    ties: int = 0
-    """Tokens whose experts differ because rounding decides between them."""
+    ties: list[Tie] = field(default_factory=list)
 
     def miss(self, name: str, note: str, *, what: str = "gradient", step: int = 0, error: float = np.nan) -> None:
         """Add a difference that is told in words."""
@@ -199,8 +215,11 @@ def _compare_experts(
         wrong, margins = 0, one.steps[step].at_tokens[f"{layer} margin"].values
         for ours, rows in _matched(verdict, what, layer, step, theirs, ranks, name):
             differ = (np.sort(ours.values, 1) != np.sort(theirs.values[rows], 1)).any(1)
-            verdict.ties += int((differ & (margins[rows] < tie)).sum())
-            wrong += int((differ & ~(margins[rows] < tie)).sum())
+            near = margins[rows] < tie
+            for row in rows[differ & near].tolist():
+                place = int(theirs.sample[row]), int(theirs.position[row])
+                verdict.ties.append(Tie(step, layer, *place, float(margins[row])))
+            wrong += int((differ & ~near).sum())
         if wrong:
             verdict.miss(layer, f"{wrong} tokens go to other experts", what=what, step=step, error=float(wrong))
 

@@ -98,6 +98,8 @@ class Blame:
     """The smallest layout that shows it."""
     axes: tuple[str, ...]
     """Without any one of these the difference is gone."""
+    is_only: bool = False
+    """Whether the layout that differed has no other axis: then nothing was run to find this one."""
 
 
 @dataclass
@@ -252,7 +254,8 @@ def find_axis(judge: Judge, shown: LayoutResult) -> Blame:
             sizes = smaller
     if stage > 0 and judge.judge(sizes, zero_stage=0, only=only).is_same:
         needed.append(f"ZeRO-{stage}")
-    return Blame(sizes, tuple(needed) or tuple(axis for axis in AXES if getattr(sizes, axis) > 1))
+    is_only = sum(getattr(shown.sizes, axis) > 1 for axis in AXES) == 1
+    return Blame(sizes, tuple(needed) or tuple(axis for axis in AXES if getattr(sizes, axis) > 1), is_only)
 
 
 def described(plan: Plan) -> str:

@@ -13,6 +13,7 @@ from meshwright.launcher.proof.prove import LayoutResult, Plan, Proof, described
 from meshwright.launcher.proof.sublayouts import said
 
 _SHOWN = 8
+_TIES = 20
 _LISTED = 50  # differences of one comparison in the file
 
 
@@ -46,9 +47,13 @@ def row(plan: Plan, result: LayoutResult) -> Iterator[str]:
 
 def ending(proof: Proof) -> Iterator[str]:
     """Yield the verdict."""
-    ties = sum(verdict.ties for result in proof.results for verdict in result.verdicts.values())
+    ties = [(said(r.sizes), tie) for r in proof.results for verdict in r.verdicts.values() for tie in verdict.ties]
     if ties:
-        yield f"{ties} tokens went to other experts in fp32, each within rounding of a tie"
+        yield f"{len(ties)} tokens went to other experts in fp32, each within rounding of a tie"
+    for layout, tie in ties[:_TIES]:
+        yield f"  {layout}: {tie}"
+    if len(ties) > _TIES:
+        yield f"  and {len(ties) - _TIES} more near ties"
     if proof.is_same:
         yield f"the same as one process; {proof.seconds:.0f} s"
         return
@@ -57,6 +62,7 @@ def ending(proof: Proof) -> Iterator[str]:
     yield f"  first    {failed[0].first}"
     if proof.blame is not None:
         axes = ", ".join(proof.blame.axes)
+        axes += ", the only axis that the layout has" if proof.blame.is_only else ""
         yield f"  axis     {axes}; the smallest layout that shows it is {said(proof.blame.sizes)}"
 
 
@@ -80,7 +86,7 @@ def as_json(name: str, proof: Proof) -> dict[str, Any]:
         "active_axes": list(plan.cover.active),
         "never_together": [sorted(axes) for axes in plan.cover.never_together],
         "results": [_result(result) for result in proof.results],
-        "blame": None if blame is None else {"axes": list(blame.axes), "layout": asdict(blame.sizes)},
+        "blame": None if blame is None else asdict(blame),
         "seconds": round(proof.seconds, 1),
     }
 
@@ -105,7 +111,8 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
             difference["error"] = None
     return {
         "worst": verdict.worst if np.isfinite(verdict.worst) else None,
-        "ties": verdict.ties,
+        "num_ties": len(verdict.ties),
+        "ties": [asdict(tie) for tie in verdict.ties[:_TIES]],
         "num_differences": len(verdict.differences),
         "differences": differences,
     }

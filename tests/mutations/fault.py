@@ -24,8 +24,12 @@ class Fault:
     old: str
     new: str
     named: str = ""
-    """"" where the change changes nothing, and the proof must pass."""
+    """What stands in the first difference; like `quantity` "" where the change changes nothing."""
+    quantity: str = ""
+    """What the first difference is of: norm, loss, tokens."""
     axis: str = ""
+    not_axis: str = ""
+    """An axis of the layout that has no part in it."""
     model: dict[str, Any] = field(default_factory=lambda: DENSE)
     layout: dict[str, int] = field(default_factory=lambda: TP)
     zero: int = 1

@@ -76,8 +76,10 @@ def prove_with(fault: dict[str, Any]) -> dict[str, Any]:
     plan = plan_proof(run_file, world)
     proof = prove(type(plan)(plan.run_file, plan.target, plan.cover, plan.narrowed, tuple(fault["passes"])))
     assert planter.found, f"nothing imported {planter.module}"
+    verdicts = [verdict for result in proof.results for verdict in result.verdicts.values()]
     return {
         "is_same": proof.is_same,
+        "quantity": next((verdict.differences[0].what for verdict in verdicts if verdict.differences), ""),
         "first": next((result.first for result in proof.results if not result.is_same), ""),
         "axes": list(proof.blame.axes) if proof.blame else [],
         "seconds": proof.seconds,

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mutations.faults import FAULTS, HARMLESS, Fault
+from mutations.fault import Fault
+from mutations.faults import FAULTS
+from mutations.harmless import HARMLESS
 
 ROOT = Path(__file__).resolve().parents[2]
 # One of a gradient, one of a number over all ranks, one that must pass: the rest are slow tests.
@@ -48,7 +50,9 @@ def test_a_planted_fault_is_caught_and_named(planter: "subprocess.Popen[str]", f
     answer = proof_with(planter, fault)
     assert not answer["is_same"]
     assert fault.named in answer["first"]
+    assert fault.quantity in ("", answer["quantity"])
     assert not fault.axis or fault.axis in answer["axes"]
+    assert not fault.not_axis or fault.not_axis not in answer["axes"]
 
 
 @pytest.mark.parametrize("fault", cases(HARMLESS))
@@ -66,4 +70,4 @@ def test_every_fault_is_one_line_of_product_source() -> None:
         source = (ROOT / fault.file).read_text(encoding="utf-8")
         assert source.count(fault.old) == 1, fault.name
         assert "\n" not in fault.old + fault.new
-        assert bool(fault.named) == (fault in FAULTS)
+        assert bool(fault.named or fault.quantity) == (fault in FAULTS)

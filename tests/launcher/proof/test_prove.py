@@ -10,6 +10,7 @@ import torch
 
 from meshwright.launcher.commands.prove import prove as command
 from meshwright.launcher.proof import prove as proof
+from meshwright.launcher.proof.compare import Tie
 from meshwright.launcher.proof.passes import passes_of, reference_passes
 from meshwright.launcher.proof.record import RankRecord
 from meshwright.launcher.proof.report import as_json, ending, heading, row
@@ -86,7 +87,7 @@ def test_a_difference_is_told_with_its_tensor_step_and_axis(monkeypatch: pytest.
     assert told[-1] == "  axis     ep; the smallest layout that shows it is dp_shard=2, ep=2"
     assert "differs" in next(iter(row(plan, result)))
     written = json.dumps(as_json("x", done), allow_nan=False)
-    assert '"blame": {"axes": ["ep"]' in written
+    assert json.loads(written)["blame"]["axes"] == ["ep"]
 
 
 def test_ranks_that_fail_are_a_difference_with_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +103,12 @@ def test_ranks_that_fail_are_a_difference_with_their_words(monkeypatch: pytest.M
     done = proof.prove(plan)
     assert done.results[0].first == "rank 1 of 2 failed: AssertionError: output.weight got no gradient in this step"
     assert done.blame is not None
-    assert done.blame.axes == ("dp_shard",)
+    assert done.blame == proof.Blame(Sizes(dp_shard=2), ("dp_shard",), is_only=True)
+    told = list(ending(done))[-1]
+    assert (
+        told
+        == "  axis     dp_shard, the only axis that the layout has; the smallest layout that shows it is dp_shard=2"
+    )
 
 
 EVERYTHING = {"aten::_grouped_mm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_fused_adamw_"}
@@ -135,7 +141,7 @@ def test_a_pipeline_whose_first_stage_has_no_experts_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("keys", "world", "wide"),
     [
-        (("model.moe.expert_hidden_size=50",), 2, "26 (104 bytes)"),
+        (("model.moe.expert_hidden_size=50",), 2, "42 (168 bytes)"),
         (("model.hidden_size=150",), 2, "42 (168 bytes)"),
         (("model.moe.expert_hidden_size=60", "parallel.etp=2"), 4, "30 (120 bytes)"),
     ],
@@ -170,6 +176,19 @@ def test_what_one_process_does_not_do_either_comes_with_no_axis(monkeypatch: pyt
     assert not done.is_same
     assert done.blame is None
     assert list(ending(done))[-1].endswith("the fast path was not taken, and one process does not take it either")
+
+
+def test_near_ties_are_listed_and_those_beyond_twenty_counted() -> None:
+    plan = plan_of("moe_tiny.toml")
+    verdict = proof.Verdict([], ties=[Tie(0, "layers.0.router", 3, position, 2e-8) for position in range(23)])
+    done = proof.Proof(plan, [proof.LayoutResult(Sizes(tp=2), {"fast": verdict})])
+    told = list(ending(done))
+    assert told[0] == "23 tokens went to other experts in fp32, each within rounding of a tie"
+    assert told[1] == "  tp=2: step 1, layers.0.router, sample 3, position 0, margin 2.0e-08"
+    assert told[20].endswith("position 19, margin 2.0e-08")
+    assert told[21] == "  and 3 more near ties"
+    (result,) = as_json("x", done)["results"]
+    assert (result["passes"]["fast"]["num_ties"], len(result["passes"]["fast"]["ties"])) == (23, 20)
 
 
 def test_each_precision_has_its_passes() -> None:
