@@ -5,6 +5,7 @@ No size divides by another, so that every cut is uneven: a norm of 6 over four r
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from strict_group import inside_a_step
 from torch import Tensor
 
+from meshwright.launcher.runfile.tables import OptimizerConfig
+from meshwright.launcher.training.optimizer import Optimizer
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.parts import Ways, build_model, reset_buffers
 from meshwright.model.stack import LanguageModel
@@ -120,12 +123,16 @@ def train(
     micro_batch: int = 1,
     stages: Stages | None = None,
     samples: Samples = CAUSAL,
+    muon: OptimizerConfig | None = None,
 ) -> Trace:
-    """Train a few steps with AdamW and clipping; some targets are padding, unevenly over the samples."""
+    """Train a few steps with AdamW or Muon, and clipping; some targets are padding, unevenly over the samples."""
     run, trace = start(mesh, config, plan, dtype=dtype, stages=stages, samples=samples), Trace()
     parts = run.engine.parts
     trace.initial = gather_all(run, [part.parameter for part in parts.values()])
-    optimizer = torch.optim.AdamW([p.parameter for p in parts.values() if p.parameter.numel()], lr=0.01)
+    if muon is None:
+        update = torch.optim.AdamW([p.parameter for p in parts.values() if p.parameter.numel()], lr=0.01).step
+    else:
+        update = partial(Optimizer(parts, muon, mesh).step, 0.01)
     for step in range(steps):
         loss_sum = forward_backward(run, step, micro_batch)
         trace.norms.append(gradient_norm(parts.values(), mesh.pp))
@@ -133,7 +140,7 @@ def train(
             trace.gradients = gather_all(run, [part.parameter.grad for part in parts.values()])
         # Far below the norm, so that every step is clipped; clipping by a norm that leaves something out shows.
         clip_gradients(parts.values(), trace.norms[-1], 0.1)
-        optimizer.step()
+        update()
         run.engine.publish_weights()
         run.tally.add("loss", loss_sum)
         sums = run.tally.reduce(mesh)
@@ -206,7 +213,11 @@ def micro_batch_of(run: Run, step: int, begin: int, size: int) -> MicroBatch:
 def gather_all(run: Run, held: list[Tensor]) -> dict[str, Tensor]:
     """Return every stage's global tensors, of which `held` are this rank's parts in the order of the engine's."""
     parts = run.engine.parts
-    mine = {name: gather(part, tensor) for (name, part), tensor in zip(parts.items(), held, strict=True)}
+    return of_all_stages(run, {name: gather(part, one) for (name, part), one in zip(parts.items(), held, strict=True)})
+
+
+def of_all_stages(run: Run, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what every stage has gathered; what several have must be the same."""
     if not run.mesh.pp.is_split:
         return mine
     of_stages: list[dict[str, Tensor]] = [{}] * run.mesh.pp.size

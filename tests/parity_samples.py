@@ -25,10 +25,13 @@ MODELS = {
     "dense-one-kv-head": dense_config(num_kv_heads=1, qk_norm=True),
     "moe": moe_config(),
     "moe-step-balance": moe_config(num_experts=4, load_balancing="step", bias=("ffn",), normalise_top_k=False),
+    "mixed": moe_config(pattern="*-*E", num_layers=4),
     "moe-draws-and-drops": moe_config(residual_dropout=0.2, router_jitter=0.2, capacity_factor=0.75),
 }
 # Tables whose choices are drawn; [parallel]'s sizes are drawn apart, as they must multiply.
 TABLES = ("parallel", "zero", "recompute", "pipeline")
+# Of other tables these alone bear on how ranks work together.
+KEYS = {"data": ("mask_documents",), "optimizer": ("kind",)}
 AXES = tuple(field.name for field in fields(Sizes))
 
 
@@ -50,7 +53,7 @@ class Sample:
         if stage is not None:
             tables["zero"] = {"stage": stage}
         train = {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": self.micro_batch, "precision": precision}
-        data = {"store": "s", "seq_len": SEQ}
+        data = {"store": "s", "seq_len": SEQ, **tables.pop("data", {})}
         return run_file(model=MODELS[self.model].model_dump(), train=train, data=data, **tables)
 
     def problems(self) -> list[str]:
@@ -94,6 +97,8 @@ def samples(draw: Any) -> Sample:
     for table in TABLES:
         if table != "pipeline" or sizes["pp"] > 1:
             tables += draw(strategies.tuples(*choices_of(table)))
+    for table, keys in KEYS.items():
+        tables += draw(strategies.tuples(*choices_of(table, keys)))
     return Sample(
         model=draw(strategies.sampled_from(sorted(MODELS))),
         world=prod(factors),
@@ -102,12 +107,12 @@ def samples(draw: Any) -> Sample:
     )
 
 
-def choices_of(table: str) -> list[Any]:
-    """Return, for each key of a table that offers a choice, what draws (table, key, value)."""
+def choices_of(table: str, keys: tuple[str, ...] = ()) -> list[Any]:
+    """Return, for each key of a table (of `keys`, if given) that offers a choice, what draws (table, key, value)."""
     drawn = []
     for key, field in table_of(table).model_fields.items():
         values = values_of(field.annotation, field.metadata)
-        if values and key not in AXES:
+        if values and key not in AXES and (not keys or key in keys):
             drawn.append(strategies.sampled_from([(table, key, value) for value in values]))
     return drawn
 

@@ -122,6 +122,7 @@ LAYOUTS = [
     (Sizes(dp_shard=4, ep=2), "moe", 1),
     (Sizes(dp_shard=2), "moe", 3),
     (Sizes(dp_shard=2, tp=2), "dense", 1),
+    (Sizes(cp=2), "dense", 1),
 ]
 MORE_LAYOUTS = [
     (Sizes(dp_shard=2), "dense", 2),
@@ -137,6 +138,10 @@ MORE_LAYOUTS = [
     (Sizes(dp_shard=2, tp=2, etp=2), "moe", 1),
     (Sizes(dp_shard=2, tp=2, ep=2, etp=2), "moe", 3),
     (Sizes(dp_replicate=2, dp_shard=2), "moe", 3),
+    (Sizes(pp=2), "moe", 0),
+    (Sizes(pp=2, dp_shard=2), "moe", 1),
+    (Sizes(pp=2, cp=2, ep=2), "moe", 3),
+    (Sizes(dp_shard=2, cp=2, ep=2), "moe", 1),
 ]
 
 
@@ -147,13 +152,13 @@ def train(mesh: Mesh, name: str, stage: int) -> dict[str, Tensor]:
     optimizer = Optimizer(parts, MUON, mesh)
     for step in range(3):
         engine_cases.forward_backward(run, step, 1)
-        clip_gradients(parts.values(), gradient_norm(parts.values()), 0.1)
+        clip_gradients(parts.values(), gradient_norm(parts.values(), mesh.pp), 0.1)
         optimizer.step(0.01)
         run.engine.publish_weights()
     found = {name: engine_cases.gather(part, part.parameter) for name, part in parts.items()}
     for name, part in parts.items():
         found |= {f"{m}.{name}": engine_cases.gather(part, t) for m, t in optimizer.moments(name).items()}
-    return found
+    return engine_cases.of_all_stages(run, found)
 
 
 @cache

@@ -1,13 +1,13 @@
-"""What the ranks hold between steps, to the byte, is what launcher/runfile/footprint.py says, and the padding.
+"""What each rank holds between steps, to the byte, is what its shapes make; on average it is what footprint.py says.
 
-footprint.py knows averages: N/d of N numbers over d ranks. Dims that do not divide are cut like torch.chunk, so that
-the ranks of an axis hold different numbers which add up to N; moments are exactly these. On top comes the padding:
+footprint.py knows averages: N/d of N numbers over d ranks. Dims that do not divide are cut like torch.chunk: of 37 rows
+four ranks hold 10, 10, 10 and 7. Here shapes, cuts and places are written by hand. On top comes the padding:
 
     ZeRO-1      a bucket has d rows of one length: each parameter's dim 0 in d parts rounded up, sent and received
     ZeRO-2, 3   FSDP2 keeps a short part in room for a full one: masters; gradients are as short as the part
 """
 
-from math import prod
+from math import ceil, prod
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +18,8 @@ from rank_pool import run_mesh
 
 from meshwright.launcher.build import held_dtype, plan_of, sizes_of
 from meshwright.launcher.runfile.footprint import StateBytes, state_bytes
+from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.stages import stages_of
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.placement import placement_table
 from meshwright.parallel.zero.engine import ZeroEngine
@@ -37,10 +39,10 @@ def storages(tensors: list[torch.Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local if t.numel()}
 
 
-def held_between_steps(mesh: Mesh, drawn: Sample, precision: str) -> Held:
+def held_between_steps(mesh: Mesh, drawn: Sample, precision: str) -> StateBytes:
     run_file = drawn.run_file(precision=precision)
     stage, dtype = run_file.zero.stage, held_dtype(run_file)
-    run = start(mesh, run_file.model, plan_of(run_file), dtype=dtype)
+    run = start(mesh, run_file.model, plan_of(run_file), dtype=dtype, stages=stages_of(run_file))
     parts = run.engine.parts
     optimizer = torch.optim.AdamW([part.parameter for part in parts.values() if part.parameter.numel()])
     forward_backward(run, 0, drawn.micro_batch)
@@ -53,13 +55,12 @@ def held_between_steps(mesh: Mesh, drawn: Sample, precision: str) -> Held:
     computed = storages([p for name, p in parameters.items() if stage < 2 or name not in split])
     updated = storages([part.parameter for part in parts.values()])
     moments = sum(s[kind].nbytes for s in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq"))
-    found = StateBytes(
+    return StateBytes(
         weights=sum(computed.values()),
         masters=sum(size for at, size in updated.items() if at not in computed),
         gradients=gradient_bytes(run.engine, parts),
         moments=moments,
     )
-    return Held(found, padding_of(parts, split, mesh, stage))
 
 
 def gradient_bytes(engine: ZeroEngine, parts: dict[str, Part]) -> int:
@@ -72,27 +73,56 @@ def gradient_bytes(engine: ZeroEngine, parts: dict[str, Part]) -> int:
     )
 
 
-def padding_of(parts: dict[str, Part], split: set[str], mesh: Mesh, stage: int) -> StateBytes:
-    """Return what is held beyond the numbers themselves."""
-    masters = gradients = 0
-    for name in split if stage else ():
-        part = parts[name]
-        held, rest = len(part.parameter), prod(part.parameter.shape[1:])
-        rows, d = rows_of(part), part.placement.zero_axis(mesh).size
-        full, width = -(-rows // d), part.parameter.element_size() * rest
-        if stage == 1:
-            gradients += (full * d - rows + full - held) * width
-        elif held:
-            masters += (full - held) * width
-    return StateBytes(0, masters, gradients, 0)
+# The models of engine_cases: each matrix with the dim that tp cuts, None where every rank holds all of it.
+ATTENTION = {"q": ((24, 22), 0), "k": ((12, 22), 0), "v": ((12, 22), 0), "output": ((22, 24), 1)}
+MLP = {"gate": ((52, 22), 0), "up": ((52, 22), 0), "down": ((22, 52), 1)}
+SHARED = {"router": ((6, 22), None), "gate": ((20, 22), 0), "up": ((20, 22), 0), "down": ((22, 20), 1)}
+NORMS = {"mixer norm": ((22,), None), "feedforward norm": ((22,), None)}
+QK_NORMS = {"q_norm": ((6,), None), "k_norm": ((6,), None)}
+NUM_LAYERS = {"dense": 4, "moe": 2}
 
 
-def rows_of(part: Part) -> int:
-    """Return dim 0 of the parameter that the part is one of: the global one, cut by the placement."""
-    rows = part.global_shape[0]
-    for cut in part.placement.splits:
-        rows = -(-rows // cut.parts) if cut.dim == 0 else rows
-    return rows
+def dense_shapes(model: str, tp: int, layers: int, *, is_first: bool, is_last: bool) -> list[tuple[int, ...]]:
+    """Return the shapes that a rank computes with, all but those of experts."""
+    tables = [ATTENTION, MLP, NORMS] if model == "dense" else [ATTENTION, SHARED, NORMS, QK_NORMS]
+    layer = [cut for table in tables for cut in table.values()]
+    shapes = [tuple(size // tp if dim == at else size for dim, size in enumerate(whole)) for whole, at in layer]
+    vocabulary = (ceil(37 / tp), 22)
+    return shapes * layers + [vocabulary] * is_first + [vocabulary, (22,)] * is_last
+
+
+def made_by_hand(run_file: RunFile, model: str, rank: int, world: int, bytes_of: tuple[int, int]) -> Held:
+    """Return what a rank holds: tp lies innermost, then cp, dp_shard, dp_replicate and pp; etp, ep, edp and pp."""
+    sizes, stage_ranks = run_file.parallel, world // run_file.parallel.pp
+    layers, pp_rank = NUM_LAYERS[model] // sizes.pp, rank // stage_ranks
+    shards = sizes.dp_shard * sizes.cp
+    dense = dense_shapes(model, sizes.tp, layers, is_first=pp_rank == 0, is_last=pp_rank == sizes.pp - 1)
+    held = [bytes_of_one(shape, shards, rank // sizes.tp % shards, run_file.zero.stage, bytes_of) for shape in dense]
+    if model == "moe":
+        ep, etp = sizes.ep, sizes.etp
+        experts = [(6 // ep, 20 // etp, 22), (6 // ep, 20 // etp, 22), (6 // ep, 22, 20 // etp)] * layers
+        edp, at = stage_ranks // (ep * etp), rank % stage_ranks // (ep * etp)
+        held += [bytes_of_one(shape, edp, at, run_file.zero.stage, bytes_of) for shape in experts]
+    return Held(*(StateBytes(*(sum(column) for column in zip(*part, strict=True))) for part in zip(*held, strict=True)))
+
+
+def bytes_of_one(shape: tuple[int, ...], d: int, at: int, stage: int, bytes_of: tuple[int, int]) -> Held:
+    """Return what rank `at` of `d` holds for one parameter; `bytes_of` a number computed with, and one updated."""
+    compute, update = bytes_of
+    rows, rest = shape[0], prod(shape[1:])
+    full = ceil(rows / d)
+    mine = min(full, max(0, rows - at * full))
+    number, part, room = rows * rest, mine * rest, full * rest
+    if stage == 0 or d == 1:
+        masters = update * number if compute < update else 0
+        return Held(StateBytes(compute * number, masters, update * number, 2 * update * number), StateBytes(0, 0, 0, 0))
+    if stage == 1:
+        masters = update * part if compute < update else 0
+        found = StateBytes(compute * number, masters, update * (room * d + room), 2 * update * part)
+        return Held(found, StateBytes(0, 0, update * (room * d - number + room - part), 0))
+    masters = update * room if mine else 0
+    found = StateBytes(0, masters, update * part, 2 * update * part)
+    return Held(found, StateBytes(0, masters - update * part, 0, 0))
 
 
 LAYOUTS = [
@@ -102,19 +132,30 @@ LAYOUTS = [
     sample("moe", dp_shard=4, ep=2, zero__stage=1, micro_batch=2),
     sample("moe", dp_shard=4, ep=2, zero__stage=3, micro_batch=2),
     sample("moe", dp_shard=2, ep=2, zero__stage=2, micro_batch=4),
+    sample("dense", pp=2, dp_shard=2, zero__stage=1, micro_batch=2),
+    sample("dense", cp=2, dp_shard=2, zero__stage=2, micro_batch=4),
+    sample("moe", dp_shard=1, cp=2, tp=2, ep=2, zero__stage=1, micro_batch=8),
 ]
 
 
 @pytest.mark.parametrize("drawn", LAYOUTS, ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_ranks_together_hold_what_the_footprint_says_and_their_padding(drawn: Sample, precision: str) -> None:
+def test_each_rank_holds_what_its_shapes_make_and_the_average_is_the_footprint(drawn: Sample, precision: str) -> None:
     run_file = drawn.run_file(precision=precision)
     ranks = run_mesh(sizes_of(run_file, drawn.world), held_between_steps, drawn, precision)
+    bytes_of = {"fp32": (4, 4), "bf16": (2, 4)}[precision]
+    by_hand = [made_by_hand(run_file, drawn.model, rank, drawn.world, bytes_of) for rank in range(drawn.world)]
+    assert ranks == [held.found for held in by_hand]
+
     expected = state_bytes(run_file, drawn.world)
     if run_file.zero.stage == 2:  # gathered for each pass; between steps FSDP2 holds none of what it shards
         expected = expected._replace(
             weights=state_bytes(drawn.run_file(precision=precision, stage=3), drawn.world).weights
         )
-    for name in StateBytes._fields:
-        together = sum(getattr(held.found, name) - getattr(held.padding, name) for held in ranks)
-        assert together == pytest.approx(drawn.world * getattr(expected, name), abs=1e-6), name
+    real = [
+        [a - b for a, b in zip(found, held.padding, strict=True)] for found, held in zip(ranks, by_hand, strict=True)
+    ]
+    size = drawn.world // run_file.parallel.pp
+    stages = [real[begin : begin + size] for begin in range(0, drawn.world, size)]
+    means = [[sum(column) / size for column in zip(*stage, strict=True)] for stage in stages]
+    assert max(means, key=sum) == pytest.approx(list(expected), abs=1e-6)
