@@ -46,12 +46,14 @@ PIPELINE = [
         tables={"pipeline": {"schedule": "zbv"}},
     ),
     Fault(
-        "S2: a pipeline under ZeRO-3 is not refused",
+        "S2: a schedule that splits the backward is not refused under ZeRO-3",
         "launcher/runfile/pipeline_checks.py",
         'stage == 3, "would',
         'False, "would',
         named="units were reduced [1, 0, 1, 0] times",
+        model=DENSE | {"num_layers": 4},
         layout={"pp": 2, "dp_shard": 2},
         zero=3,
+        tables={"pipeline": {"schedule": "zbv"}},
     ),
 ]
