@@ -51,6 +51,7 @@ PIPELINE = [
         'stage == 3, "would',
         'False, "would',
         named="units were reduced [1, 0, 1, 0] times",
+        axis="ZeRO-3",
         model=DENSE | {"num_layers": 4},
         layout={"pp": 2, "dp_shard": 2},
         zero=3,
