@@ -109,7 +109,7 @@ def start(
     engine = apply(model, layers, units, table, mesh, tally, plan, torch.device("cpu"))
     fill_initial_weights(model, engine, seed=5)
     reset_buffers(model)
-    pipeline = Pipeline(parts, stages, mesh.pp, torch.device("cpu"), dtype) if parts else None
+    pipeline = Pipeline(parts, stages, mesh.pp, torch.device("cpu"), plan.compute_dtype or dtype) if parts else None
     return Run(mesh, model, engine, tally, pipeline, samples)
 
 

@@ -19,7 +19,6 @@ from meshwright.model.presets import PRESETS
 from meshwright.parallel.config import MAX_RANKS
 from meshwright.parallel.pipeline.simulate import predict
 
-
 MOST_SIMULATED = 512
 
 

@@ -1,7 +1,8 @@
 """Layouts by hand and by chance compute what one process computes: 12 always, a slice of many with each commit.
 
 The slice is drawn by hypothesis from a seed that is the commit's hash, so that the same commit always gets the same
-layouts and every commit others. Hash, seed and layouts are printed; MESHWRIGHT_SAMPLE_SEED draws another slice, _SAMPLES its size.
+layouts and every commit others. Hash, seed and layouts are printed; MESHWRIGHT_SAMPLE_SEED draws another slice, and
+MESHWRIGHT_SAMPLES says how many.
 """
 
 import os

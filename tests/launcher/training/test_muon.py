@@ -16,6 +16,7 @@ from meshwright.parallel.apply import Plan
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.grad_norm import clip_gradients, gradient_norm
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
+from meshwright.parallel.pipeline.orders import Stages
 from meshwright.parallel.placement import Placement
 from meshwright.parallel.zero.part import Part
 
@@ -147,7 +148,8 @@ MORE_LAYOUTS = [
 
 def train(mesh: Mesh, name: str, stage: int) -> dict[str, Tensor]:
     """Return weights and state after three steps, gathered."""
-    run = engine_cases.start(mesh, CONFIGS[name], Plan(stage=stage))
+    stages = Stages("gpipe", mesh.pp.size)
+    run = engine_cases.start(mesh, CONFIGS[name], Plan(stage=stage), stages=stages)
     parts = run.engine.parts
     optimizer = Optimizer(parts, MUON, mesh)
     for step in range(3):
