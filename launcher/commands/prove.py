@@ -1,15 +1,14 @@
 """`meshwright prove`: does this run file's layout compute what one process computes? Asked on a few CPU ranks."""
 
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
+from meshwright.launcher.runfile.messages import ConfigError, problem
 from meshwright.launcher.runfile.read import read_run_file
-from meshwright.parallel.config import MAX_RANKS
+from meshwright.parallel.config import MAX_RANKS, ParallelConfig
 
 
 def prove(
@@ -47,31 +46,39 @@ def prove(
 
     meshwright prove runs/qwen3_30b_a3b.toml -n 64 zero.stage=2
     """
+    from meshwright.launcher.proof.answer import answer_place, stoppable, undisturbed
     from meshwright.launcher.proof.world import usual_world
 
     config = read_run_file(run_file, overrides or [])
     world = world_size or usual_world(config.parallel)
     config = read_run_file(run_file, overrides or [], world_size=world)
+    if world == 1:
+        raise ConfigError(str(run_file), [_of_one_process(config.parallel)])
+    path = answer_place(out, config.run.output_folder, "proof.json", source=str(run_file))
 
-    from meshwright.launcher.proof import prove as proof
-    from meshwright.launcher.proof import report
+    with stoppable("prove", "nothing was proved", path):
+        from meshwright.launcher.proof import prove as proof
+        from meshwright.launcher.proof import report
 
-    signal.signal(signal.SIGTERM, _end)  # as Ctrl-C does: the ranks are ended on the way out
-    plan = proof.plan_proof(config, world)
-    _print(*report.heading(str(run_file), plan))
-    done = proof.prove(plan, lambda result: _print(*report.row(plan, result)))
-    _print(*report.ending(done))
-    path = out or Path(config.run.output_folder) / "proof.json"
-    report.write_json(path, report.as_json(str(run_file), done))
-    _print(f"  written  {path}")
+        plan = proof.plan_proof(config, world)
+        _print(*report.heading(str(run_file), plan))
+        done = proof.prove(plan, lambda result: _print(*report.row(plan, result)))
+    with undisturbed():
+        _print(*report.ending(done))
+        report.write_json(path, report.as_json(str(run_file), done))
+        _print(f"  written  {path}")
     if not done.is_same:
         sys.exit(1)
+
+
+def _of_one_process(parallel: ParallelConfig) -> str:
+    """Return what is wrong with a world of one rank, by the key that made it so."""
+    if parallel.dp_shard == 0:
+        return problem("-n", 1, "one process has no layout to prove", "-n 2 would fit")
+    rule = "with every other axis at 1 this is one process, which has no layout to prove"
+    return problem("parallel.dp_shard", parallel.dp_shard, rule, "parallel.dp_shard=2 would fit")
 
 
 def _print(*lines: str) -> None:
     for line in lines:
         print(line, flush=True)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)

@@ -1,9 +1,7 @@
 """`meshwright verify-resume`: does a run that is killed and goes on with another layout come to the same?"""
 
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -45,23 +43,26 @@ def verify_resume(
 
     meshwright verify-resume runs/moe_tiny.toml --to "tp=2,dp_shard=1"
     """
+    from meshwright.launcher.proof.answer import answer_place, stoppable, undisturbed
     from meshwright.launcher.proof.world import usual_world
 
     config = read_run_file(run_file, overrides or [])
     world = world_size or usual_world(config.parallel)
     config = read_run_file(run_file, overrides or [], world_size=world)
+    path = answer_place(out, config.run.output_folder, "verify_resume.json", source=str(run_file))
 
-    from meshwright.launcher.proof import resume, resume_report
-    from meshwright.launcher.proof.report import write_json
+    with stoppable("verify-resume", "nothing was verified", path):
+        from meshwright.launcher.proof import resume, resume_report
+        from meshwright.launcher.proof.report import write_json
 
-    signal.signal(signal.SIGTERM, _end)  # as Ctrl-C does: the ranks are ended on the way out
-    plan = resume.plan_resume(config, world, to, steps)
-    _print(*resume_report.heading(str(run_file), plan))
-    results = resume.verify_resume(plan, lambda result: _print(*resume_report.row(result)))
-    _print(*resume_report.ending(results))
-    path = out or Path(config.run.output_folder) / "verify_resume.json"
-    write_json(path, resume_report.as_json(str(run_file), plan, results))
-    _print(f"  written  {path}")
+        said_by = "-n" if world_size else "the run file"
+        plan = resume.plan_resume(config, world, to, steps, said_by=said_by)
+        _print(*resume_report.heading(str(run_file), plan))
+        results = resume.verify_resume(plan, lambda result: _print(*resume_report.row(result)))
+    with undisturbed():
+        _print(*resume_report.ending(results))
+        write_json(path, resume_report.as_json(str(run_file), plan, results))
+        _print(f"  written  {path}")
     if not all(result.is_same for result in results):
         sys.exit(1)
 
@@ -69,7 +70,3 @@ def verify_resume(
 def _print(*lines: str) -> None:
     for line in lines:
         print(line, flush=True)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import cycle, islice
+from math import lcm
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from meshwright.launcher.proof.passes import Precision, build
 from meshwright.launcher.proof.prove import refusals
 from meshwright.launcher.proof.record import RankRecord, Recorder, piece_of
 from meshwright.launcher.proof.sublayouts import AXES, cover, said
-from meshwright.launcher.runfile.cross_checks import check
+from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.loop import train
@@ -42,9 +43,12 @@ from meshwright.launcher.training.progress import held_tensors
 from meshwright.launcher.training.saving import Saver, checkpoints_of, resume
 from meshwright.launcher.training.stopping import Signals
 from meshwright.parallel.checkpoint.folder import checkpoint_path
+from meshwright.parallel.config import MAX_RANKS
+from meshwright.parallel.fits import divisors, nearest
 from meshwright.parallel.mesh import Sizes, build_mesh
 
 _SECONDS = 150.0
+_MOST_TRIED = 64  # numbers of ranks that are tried for one that would fit
 _MARK = "to_be_killed_"
 
 
@@ -81,38 +85,82 @@ class ResumeResult:
         return not self.differences
 
 
-def parse_layout(text: str, run_file: RunFile, world_size: int) -> Sizes:
+def parse_layout(text: str, run_file: RunFile, world_size: int, *, said_by: str = "the run file") -> Sizes:
     """Return the layout that `tp=2,dp_shard=1` makes of the run file's; axes that are not named stay as they are.
+
+    `said_by` is where the number of ranks comes from, for the message.
 
     Raises:
         ConfigError: naming what is no axis or no size, or why the run file does not fit on that layout.
     """
+    given = _given_axes(text)
+    changed = _with_axes(run_file, given)
+    others = changed.parallel.tp * changed.parallel.pp * changed.parallel.cp * changed.parallel.dp_replicate
+    ranks = others * changed.parallel.dp_shard or world_size
+    if not changed.parallel.dp_shard and changed.parallel.problems(ranks):
+        line = _ranks_problem(text, given, run_file, world_size, said_by)
+        raise ConfigError(f"--to {text}", [*check_on_any_world(changed), line])
+    if problems := check(changed, ranks):
+        raise ConfigError(f"--to {text}", problems)
+    return sizes_of(changed, ranks)
+
+
+def _given_axes(text: str) -> dict[str, int]:
     problems, given = [], dict[str, int]()
     for item in text.split(","):
         axis, _, size = (part.strip() for part in item.partition("="))
         if axis not in AXES:
             problems.append(f"--to {item.strip()!r}: is no axis=size; the axes are {', '.join(AXES)}")
-        elif not (size.isdecimal() and int(size) > 0):
+        elif not (size.isdecimal() and len(size) < 10 and int(size) > 0):
             problems.append(f"--to {item.strip()!r}: the size must be a whole number of at least 1")
+        elif axis in given:
+            problems.append(
+                f"--to {item.strip()!r}: {axis} is named before, as {axis}={given[axis]}; name each axis once"
+            )
         else:
             given[axis] = int(size)
     if problems:
         raise ConfigError("--to", problems)
-    changed = run_file.model_copy(update={"parallel": run_file.parallel.model_copy(update=given)})
-    others = changed.parallel.tp * changed.parallel.pp * changed.parallel.cp * changed.parallel.dp_replicate
-    world_size = others * changed.parallel.dp_shard or world_size
-    if problems := check(changed, world_size):
-        raise ConfigError(f"--to {text}", problems)
-    return sizes_of(changed, world_size)
+    return given
 
 
-def plan_resume(run_file: RunFile, world_size: int, to: str, steps: int) -> ResumePlan:
+def _with_axes(run_file: RunFile, given: dict[str, int]) -> RunFile:
+    return run_file.model_copy(update={"parallel": run_file.parallel.model_copy(update=given)})
+
+
+def _ranks_problem(text: str, given: dict[str, int], run_file: RunFile, world_size: int, said_by: str) -> str:
+    """Say that the axes do not make up the run's ranks, and which sizes, or which other number of ranks, would do."""
+    changed = _with_axes(run_file, given)
+    table = changed.parallel
+    step = lcm(table.tp * table.pp * table.cp * table.dp_replicate, table.pp * table.ep * table.etp)
+    ways = []
+    for axis in given:
+        fits = [
+            size
+            for size in divisors(world_size)
+            if size != given[axis] and not check(_with_axes(run_file, {**given, axis: size}), world_size)
+        ]
+        if fits:
+            ways.append(f"{axis} of {nearest(fits, given[axis], 4)}")
+    worlds = range(step, min(_MOST_TRIED * step, MAX_RANKS) + 1, step)
+    ranks = next((n for n in worlds if not check(run_file, n) and not check(changed, n)), 0)
+    if ranks:
+        ways.append(f"-n {ranks}")
+    return (
+        f"--to {text!r}: needs {step} ranks or a multiple; the run has {world_size} (from {said_by}), and --to must keep"
+        f" this number unless it names dp_shard; {' or '.join(ways) or 'smaller sizes'} would fit"
+    )
+
+
+def plan_resume(
+    run_file: RunFile, world_size: int, to: str, steps: int, *, said_by: str = "the run file"
+) -> ResumePlan:
     """Choose layouts of at most 8 ranks and a narrow run; the run file must have passed its checks.
 
     Raises:
         ConfigError: if the layout to go on with does not fit the run.
     """
-    before, after = sizes_of(run_file, world_size), parse_layout(to, run_file, world_size)
+    before, after = sizes_of(run_file, world_size), parse_layout(to, run_file, world_size, said_by=said_by)
     has_experts = run_file.model.moe is not None
     sides = [cover(sizes, has_experts=has_experts).layouts or (Sizes(),) for sizes in (before, after)]
     largest = Sizes(**{axis: max(getattr(before, axis), getattr(after, axis)) for axis in AXES})

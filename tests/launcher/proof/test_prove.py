@@ -1,6 +1,8 @@
 """A proof from end to end: on the product's own path, with a plain verdict, a file and an exit status."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -220,7 +222,9 @@ def test_what_was_never_together_stands_above_the_table() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"world_size": 1}, "1: one process has no layout to prove; -n 2 would fit"),
+        ({"world_size": 1}, "  -n = 1: one process has no layout to prove; -n 2 would fit"),
+        ({"overrides": ["parallel.ep=1", "parallel.dp_shard=1"]}, "parallel.dp_shard=2 would fit"),
+        ({"out": RUNS}, f'--out = "{RUNS}": is a folder, and must be a file; --out {RUNS}/proof.json would fit'),
         ({"world_size": 3}, "parallel.ep = 2: ep * etp = 2 must divide the 3 ranks"),
         ({"overrides": ["train.stps=1"]}, "train.stps: no such key; did you mean train.steps?"),
         ({"overrides": ["parallel.tp=2"]}, "parallel.tp = 2: must divide model.num_heads = 5"),
@@ -231,6 +235,18 @@ def test_mistakes_are_told_before_anything_is_started(arguments: dict[str, objec
     with pytest.raises(ConfigError) as refused:
         command(RUNS / "moe_tiny.toml", **given)  # type: ignore[arg-type]
     assert told in str(refused.value)
+    assert not str(refused.value).startswith("world size")
+
+
+def test_a_proof_that_is_stopped_says_so_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(proof, "prove", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        command(RUNS / "dense_tiny.toml", [], out=tmp_path / "answer.json")
+    assert ended.value.code == 143
+    assert "prove was stopped by SIGTERM: nothing was proved, and " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_records_are_of_numbers_alone() -> None:

@@ -93,7 +93,10 @@ def test_a_large_layout_goes_on_by_its_sublayouts() -> None:
         ("tp", "--to 'tp': the size must be a whole number of at least 1"),
         ("dp_shard=0", "--to 'dp_shard=0': the size must be a whole number of at least 1"),
         ("tp=2,dp_shard=1", "parallel.tp = 2: must divide model.num_heads = 5; one of [1, 5] would fit"),
-        ("tp=5", "tp * pp * cp * dp_replicate"),
+        ("tp=2,dp_shard=1,tp=4", "--to 'tp=4': tp is named before, as tp=2; name each axis once"),
+        ("tp=" + "9" * 5000, "the size must be a whole number of at least 1"),
+        ("tp=5", "--to 'tp=5': needs 10 ranks or a multiple; the run has 2 (from the run file), and --to must keep"),
+        ("ep=4", "unless it names dp_shard; ep of [1, 2] or -n 4 would fit"),
         ("dp_shard=3", "parallel.ep = 2: ep * etp = 2 must divide the 3 ranks"),
     ],
 )
@@ -101,3 +104,25 @@ def test_a_layout_that_cannot_be_is_refused(to: str, told: str) -> None:
     with pytest.raises(ConfigError) as refused:
         plan_of("moe_tiny.toml", to)
     assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(("world", "origin"), [(0, "the run file"), (2, "-n")])
+def test_a_layout_of_more_ranks_is_refused_with_the_number_of_the_run_and_where_it_is_from(
+    world: int, origin: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        command(RUNS / "dense_tiny.toml", "tp=4", [], world_size=world, out=tmp_path / "answer.json")
+    assert f"the run has 2 (from {origin})" in str(refused.value)
+    assert "tp of [1, 2] or -n 4 would fit" in str(refused.value)
+    assert "world size" not in str(refused.value)
+
+
+def test_where_no_number_of_ranks_would_fit_none_is_named() -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan_of("dense_tiny.toml", "tp=1024")
+    assert str(refused.value).endswith("unless it names dp_shard; tp of [1, 2] would fit")
+
+
+def test_an_answer_that_could_not_be_written_is_told_before_anything_is_started(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder, and must be a file; --out .*verify_resume.json would fit"):
+        command(RUNS / "dense_tiny.toml", "tp=2", [], out=tmp_path)

@@ -1,0 +1,76 @@
+"""A place that cannot be written is found before the work, and a stop says that there is no answer."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from meshwright.launcher.proof.answer import answer_place, stoppable, undisturbed
+from meshwright.launcher.proof.forked import Fork
+from meshwright.launcher.runfile.messages import ConfigError
+
+
+def test_a_place_that_can_be_written_is_returned_and_nothing_is_left_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "newer" / "proof.json"
+    assert answer_place(path, "unused", "proof.json", source="x.toml") == path
+    assert not list(tmp_path.iterdir())
+    assert answer_place(None, str(tmp_path / "run"), "proof.json", source="x.toml") == tmp_path / "run" / "proof.json"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_that_is_there_stays_until_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "proof.json"
+    path.write_text("before")
+    answer_place(path, "unused", "proof.json", source="x.toml")
+    assert path.read_text() == "before"
+
+
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        (".", "is a folder, and must be a file; --out "),
+        ("file/proof.json", "the answer cannot be written there (Not a directory); name a file in a folder"),
+        ("new/" + "x" * 300, "the answer cannot be written there (File name too long); name a file in a folder"),
+        ("nul\0", "the answer cannot be written there (embedded null byte); name a file in a folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused(out: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError) as refused:
+        answer_place(tmp_path / out, "unused", "proof.json", source="x.toml")
+    assert str(refused.value).startswith("--out: 1 problem, nothing was started\n  --out = ")
+    assert told in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_usual_place_is_refused_by_the_key_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError) as refused:
+        answer_place(None, str(tmp_path / "file"), "proof.json", source="x.toml")
+    assert str(refused.value).startswith("x.toml: 1 problem, nothing was started\n  run.folder = ")
+    assert "--out proof.json, or another folder, would fit" in str(refused.value)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_ends_the_ranks_and_says_that_nothing_is_known(
+    number: signal.Signals, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, stoppable("prove", "nothing was proved", Path("x.json")):
+        with Fork(2, time.sleep) as ranks:
+            os.kill(os.getpid(), number)
+    assert ended.value.code == status
+    told = f"meshwright: prove was stopped by {number.name}: nothing was proved, and x.json was not written\n"
+    assert capsys.readouterr() == ("", told)
+    assert not any(psutil.pid_exists(process.pid or 0) for process in ranks.processes)
+    assert signal.getsignal(number) == before
+
+
+def test_an_answer_that_is_known_is_written_whatever_signal_comes() -> None:
+    with undisturbed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
