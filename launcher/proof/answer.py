@@ -40,6 +40,8 @@ def answer_place(out: Path | None, output_folder: str, name: str, *, source: str
         _try_to_write(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, FileExistsError):  # mkdir's word for it
+            reason = "something on its way is no folder"
         rule = "is a folder, and must be a file" if path.is_dir() else f"the answer cannot be written there ({reason})"
         if out is not None:
             raise ConfigError("--out", [problem("--out", str(path), rule, _way_out(path, name))]) from error

@@ -147,8 +147,8 @@ def _ranks_problem(text: str, given: dict[str, int], run_file: RunFile, world_si
     if ranks:
         ways.append(f"-n {ranks}")
     return (
-        f"--to {text!r}: needs {step} ranks or a multiple; the run has {world_size} (from {said_by}), and --to must keep"
-        f" this number unless it names dp_shard; {' or '.join(ways) or 'smaller sizes'} would fit"
+        f"--to {text!r}: needs {step} ranks or a multiple; the run has {world_size} (from {said_by}), and --to must"
+        f" keep this number unless it names dp_shard; {' or '.join(ways) or 'smaller sizes'} would fit"
     )
 
 

@@ -32,7 +32,10 @@ def test_an_answer_that_is_there_stays_until_the_next_one(tmp_path: Path) -> Non
     ("out", "told"),
     [
         (".", "is a folder, and must be a file; --out "),
-        ("file/proof.json", "the answer cannot be written there (Not a directory); name a file in a folder"),
+        (
+            "file/proof.json",
+            "the answer cannot be written there (something on its way is no folder); name a file in a folder",
+        ),
         ("new/" + "x" * 300, "the answer cannot be written there (File name too long); name a file in a folder"),
         ("nul\0", "the answer cannot be written there (embedded null byte); name a file in a folder"),
     ],
@@ -59,9 +62,12 @@ def test_a_stop_ends_the_ranks_and_says_that_nothing_is_known(
     number: signal.Signals, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as ended, stoppable("prove", "nothing was proved", Path("x.json")):
-        with Fork(2, time.sleep) as ranks:
-            os.kill(os.getpid(), number)
+    with (
+        pytest.raises(SystemExit) as ended,
+        stoppable("prove", "nothing was proved", Path("x.json")),
+        Fork(2, time.sleep) as ranks,
+    ):
+        os.kill(os.getpid(), number)
     assert ended.value.code == status
     told = f"meshwright: prove was stopped by {number.name}: nothing was proved, and x.json was not written\n"
     assert capsys.readouterr() == ("", told)

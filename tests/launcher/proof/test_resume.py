@@ -95,7 +95,10 @@ def test_a_large_layout_goes_on_by_its_sublayouts() -> None:
         ("tp=2,dp_shard=1", "parallel.tp = 2: must divide model.num_heads = 5; one of [1, 5] would fit"),
         ("tp=2,dp_shard=1,tp=4", "--to 'tp=4': tp is named before, as tp=2; name each axis once"),
         ("tp=" + "9" * 5000, "the size must be a whole number of at least 1"),
-        ("tp=5", "--to 'tp=5': needs 10 ranks or a multiple; the run has 2 (from the run file), and --to must keep"),
+        (
+            "tp=5",
+            "--to 'tp=5': needs 10 ranks or a multiple; the run has 2 (from the run file), and --to must keep this",
+        ),
         ("ep=4", "unless it names dp_shard; ep of [1, 2] or -n 4 would fit"),
         ("dp_shard=3", "parallel.ep = 2: ep * etp = 2 must divide the 3 ranks"),
     ],
@@ -124,5 +127,5 @@ def test_where_no_number_of_ranks_would_fit_none_is_named() -> None:
 
 
 def test_an_answer_that_could_not_be_written_is_told_before_anything_is_started(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a folder, and must be a file; --out .*verify_resume.json would fit"):
+    with pytest.raises(ConfigError, match=r"is a folder, and must be a file; --out .*verify_resume\.json would fit"):
         command(RUNS / "dense_tiny.toml", "tp=2", [], out=tmp_path)
