@@ -10,9 +10,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 source "$root/slurm/environment.sh" || exit 2
 cd "$root"
 
-if ! "$meshwright_python" -c 'import pytest, beartype, hypothesis' 2>/dev/null; then
-    meshwright_say "The active environment ($meshwright_python) has no pytest, no beartype or no hypothesis." \
-        "Add them: $meshwright_python -m pip install -c constraints.txt pytest beartype hypothesis"
+if ! "$meshwright_python" -c 'import pytest, xdist, beartype, hypothesis' 2>/dev/null; then
+    meshwright_say "The active environment ($meshwright_python) has no pytest, pytest-xdist, beartype or hypothesis." \
+        "Add them: $meshwright_python -m pip install -c constraints.txt pytest pytest-xdist beartype hypothesis"
     exit 2
 fi
 PYTHONPATH=$root/tests:$PYTHONPATH "$meshwright_python" - <<'PYTHON'
@@ -22,9 +22,12 @@ reason = why_not()
 print("tests/slurm:", f"its tests of a real Slurm will be skipped: {reason}" if reason else "with a Slurm of its own")
 PYTHON
 
-# The tests start many ranks on few cores; each process uses one thread unless a test says otherwise.
+# The tests start many ranks on few cores; each process uses one thread unless a test says otherwise. Files are shared out
+# over as many workers as there are cores, up to four: a test is often one process that waits for another.
+workers=$(nproc 2>/dev/null || echo 2)
+workers=$((workers < 4 ? workers : 4))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ $# -eq 0 ]; then
-    set -- -m "not slow and not gpu" --durations=15
+    set -- -m "not slow and not gpu" --durations=15 -n "$workers" --dist loadfile
 fi
 exec "$meshwright_python" -m pytest "$@"
