@@ -33,6 +33,8 @@ from meshwright.parallel.mesh import Axis, Mesh, Sizes, build_mesh
 TIMEOUT = timedelta(seconds=60)
 # Ranks that wait for one that failed are given so long to say more; their collectives cannot end.
 GRACE = timedelta(seconds=10)
+# One folder for this process and the ranks forked from it, whichever test came first.
+SHARED = tempfile.TemporaryDirectory(prefix="tests-")
 _POOLS: dict[int, "_Pool"] = {}
 _MESHES: dict[Sizes, Mesh] = {}
 

@@ -8,13 +8,14 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from rank_pool import SHARED
 
 from meshwright.data.prepare import PrepareOptions, prepare
 from meshwright.data.store import TokenStore
@@ -66,15 +67,20 @@ every = 3
 
 @cache
 def tiny_store() -> Path:
-    """Make the store once for the whole test run; forked ranks see it too if it was made before them."""
-    folder = Path(tempfile.mkdtemp(prefix="tiny-store-"))
+    """Make the store once for this process and its ranks, whichever of them asks first."""
+    made = Path(SHARED.name, "tiny-store")
+    if made.exists():
+        return made / "store"
+    folder = Path(tempfile.mkdtemp(prefix="tiny-store-", dir=SHARED.name))
     words = ["tensor", "rank", "mesh", "expert", "token", "layer", "loss", "grows", "slowly", "never"]
     for number in range(24):
         chosen = [words[(number * 31 + at * at * 7 + at // 5) % len(words)] for at in range(120)]
         (folder / f"{number:02}.txt").write_text(f"Document {number}: " + " ".join(chosen) + ".\n")
     out = folder / "store"
     prepare(PrepareOptions(out, (str(folder / "*.txt"),), vocab_size=300, validation_fraction=0.2, workers=1))
-    return out
+    with suppress(OSError):  # another rank was first
+        folder.rename(made)
+    return made / "store"
 
 
 def write_run_file(folder: Path) -> Path:

@@ -213,8 +213,8 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_training(tmp_path: Pa
     assert refused.err.count("cannot be written to") == 1
     # What can be seen without writing is told with the run file's other mistakes.
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        told = f'run.folder = "{folder}": {tmp_path / "file"} is there and is no folder'
-        run("train", run_file, f"run.folder={folder}", "train.steps=0").told(2, told, "train.steps = 0: must be")
+        refused = run("train", run_file, f"run.folder={folder}", "train.steps=0")
+        refused.told(2, "run.folder = ", f"{tmp_path / 'file'} is there and is no folder", "train.steps = 0: must be")
     run("train", run_file, f"run.folder={tmp_path / 'loop' / 'x'}").told(2, "cannot be looked at: Too many levels")
     assert (tmp_path / "file").read_text() == "mine"
 

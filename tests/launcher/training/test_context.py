@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from rank_pool import run_mesh
-from tiny_run import numbers, start, start_on, tiny_store
+from tiny_run import numbers, start, start_on
 
 from meshwright.parallel.mesh import Sizes
 
@@ -26,7 +26,6 @@ FP64 = ["train.precision=fp64", "data.mask_documents=true"]
     ],
 )
 def test_spread_samples_show_the_same_numbers(tmp_path: Path, sizes: Sizes, overrides: list[str]) -> None:
-    tiny_store()
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     alone.mkdir(), spread.mkdir()
     start(alone, *FP64)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_pool import run_mesh
-from tiny_run import EP2, build, metrics, numbers, start, start_on, tiny_store
+from tiny_run import EP2, build, metrics, numbers, start, start_on
 
 from meshwright.launcher.training import loop
 from meshwright.launcher.training.stopping import NotANumberError, SpikeGuard
@@ -105,7 +105,6 @@ def _one_rank_gets_a_signal(mesh: Mesh, folder: Path) -> None:
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
-    tiny_store()
     run_mesh(EP2, _one_rank_gets_a_signal, tmp_path)
     assert numbers(tmp_path, "step") == [1, 2]
     assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()
@@ -162,7 +161,6 @@ def _nan_on_one_rank(mesh: Mesh, folder: Path) -> str:
 
 
 def test_a_loss_that_is_no_number_on_one_rank_stops_all_ranks_with_its_documents(tmp_path: Path) -> None:
-    tiny_store()
     first, second = run_mesh(Sizes(dp_shard=2), _nan_on_one_rank, tmp_path)
     assert first == second
     assert "step 2: loss = nan" in first

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_pool import run_mesh
-from tiny_run import build, checkpoint_bytes, numbers, start, start_on, tiny_store
+from tiny_run import build, checkpoint_bytes, numbers, start, start_on
 
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.training import loop
@@ -44,7 +44,6 @@ ZBV = [*PIPELINE, "pipeline.schedule=zbv", "model.num_layers=4"]
     ],
 )
 def test_a_run_goes_into_stages_and_out_of_them_again(tmp_path: Path, sizes: Sizes, overrides: list[str]) -> None:
-    tiny_store()
     moved, whole = tmp_path / "moved", tmp_path / "whole"
     moved.mkdir(), whole.mkdir()
     model = [text for text in overrides if text.startswith("model.")]
@@ -68,7 +67,6 @@ def weights_of(mesh: Mesh, folder: Path, overrides: list[str]) -> dict[str, tupl
 
 
 def test_a_rank_holds_the_weights_of_its_stages_and_no_others(tmp_path: Path) -> None:
-    tiny_store()
     first, last = run_mesh(TWO, weights_of, tmp_path, [*PIPELINE, "model.num_layers=4"])
     assert {name.split(".")[1] for name in first if name.startswith("layers.")} == {"0", "1", "2"}
     assert {name.split(".")[1] for name in last if name.startswith("layers.")} == {"3"}  # the output costs two layers
@@ -83,7 +81,6 @@ def same_twice(mesh: Mesh, folder: Path, overrides: list[str]) -> None:
 
 @pytest.mark.slow
 def test_the_same_pipeline_twice_is_bitwise_the_same(tmp_path: Path) -> None:
-    tiny_store()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     run_mesh(TWO, same_twice, tmp_path, [*ZBV, "train.steps=3"])
@@ -108,7 +105,6 @@ def signalled(mesh: Mesh, folder: Path, overrides: list[str]) -> None:
 
 
 def test_a_signal_to_one_stage_stops_all_and_saves(tmp_path: Path) -> None:
-    tiny_store()
     run_mesh(TWO, signalled, tmp_path, [*PIPELINE, "evaluation.every=0"])
     assert numbers(tmp_path, "step") == [1, 2]
     assert list(checkpoint_bytes(tmp_path, 2)) == ["rank_00000.bin", "rank_00001.bin"]
@@ -132,7 +128,6 @@ def poisoned(mesh: Mesh, folder: Path, overrides: list[str]) -> str:
 
 
 def test_a_weight_that_is_no_number_in_the_first_stage_stops_all_with_the_documents(tmp_path: Path) -> None:
-    tiny_store()
     first, last = run_mesh(TWO, poisoned, tmp_path, [*PIPELINE, "evaluation.every=0"])
     assert first == last
     assert "step 2: loss = nan" in first
@@ -150,7 +145,6 @@ def group_error(mesh: Mesh, folder: Path, match: str) -> str:
 
 
 def test_a_group_of_the_optimizer_may_be_for_one_stage_only(tmp_path: Path) -> None:
-    tiny_store()
     assert run_mesh(TWO, group_error, tmp_path, "output.*") == ["", ""]
     assert run_mesh(TWO, group_error, tmp_path, "layers.0.*") == ["", ""]
     first, last = run_mesh(TWO, group_error, tmp_path, "layers.7.*")
@@ -164,7 +158,6 @@ def test_a_group_of_the_optimizer_may_be_for_one_stage_only(tmp_path: Path) -> N
     [("bf16", PIPELINE), ("bf16_autocast", ZBV), ("bf16_autocast", PIPELINE)],
 )
 def test_narrow_types_learn_the_same_in_stages(tmp_path: Path, precision: str, overrides: list[str]) -> None:
-    tiny_store()
     exact, rounded = tmp_path / "exact", tmp_path / "rounded"
     exact.mkdir(), rounded.mkdir()
     layers = [text for text in overrides if text.startswith("model.")]
