@@ -31,6 +31,7 @@ from meshwright.parallel.deep_ep import why_not as why_not_deep_ep
 from meshwright.parallel.mesh import Mesh, Sizes
 from meshwright.parallel.pipeline.adapter import Pipeline
 from meshwright.parallel.placement import placement_table
+from meshwright.parallel.recompute import Recompute
 from meshwright.parallel.tally import Tally, declared_entries, everyones_entries
 from meshwright.parallel.zero.engine import ZeroEngine
 
@@ -101,15 +102,19 @@ def _experts(layers: list[nn.Module]) -> list[nn.Module]:
 
 def plan_of(run_file: RunFile) -> Plan:
     """Return how a rank runs the model, as plain values."""
+    table = run_file.recompute
+    recompute = Recompute(
+        table.mode,
+        every=table.every,
+        save=tuple(table.save),
+        whole=tuple(name for key in table.modules for name in RECOMPUTED_WHOLE.get(key, ())),
+        remade=tuple(name for key in table.modules for name in RUN_AGAIN.get(key, ())),
+        offload=table.offload,
+    )
     return Plan(
         stage=run_file.zero.stage,
         compute_dtype=torch.bfloat16 if run_file.train.precision == "bf16" else None,
-        recompute=run_file.recompute.mode,
-        recompute_every=run_file.recompute.every,
-        recompute_save=tuple(run_file.recompute.save),
-        recompute_whole=tuple(name for key in run_file.recompute.modules for name in RECOMPUTED_WHOLE.get(key, ())),
-        recompute_remade=tuple(name for key in run_file.recompute.modules for name in RUN_AGAIN.get(key, ())),
-        offload=run_file.recompute.offload,
+        recompute=recompute,
         compile=run_file.train.compile,
         schedule=("split backward" if stages_of(run_file).splits_backward else "whole backward")
         if run_file.parallel.pp > 1

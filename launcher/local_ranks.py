@@ -19,7 +19,6 @@ a rank's death one that was stuck in a collective stayed for 30 s; after a signa
 a save that failed would look like one that went well; and it loads torch before any rank is started.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -27,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import IO, NamedTuple
@@ -35,6 +34,7 @@ from typing import IO, NamedTuple
 from meshwright.launcher.kept_memory import command_again, restart_with_kept_memory, with_kept_memory
 from meshwright.launcher.last_words import WORDS, is_consequence, lines_of, read_words
 from meshwright.launcher.ranks import LISTENING, STARTED_HERE, RankInfo, check_ranks_option, threads_of, who_am_i
+from meshwright.launcher.with_parent import end_with_parent
 
 _POLL_SECONDS = 0.05
 # After a rank died: how long the others may take to end by themselves, then how long to answer SIGTERM.
@@ -48,7 +48,6 @@ _PASSED_ON = {
     signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGUSR2: signal.SIGUSR2,
 }
-_PR_SET_PDEATHSIG = 1
 
 
 class _Rank(NamedTuple):
@@ -132,7 +131,11 @@ def _start(command: Sequence[str], ranks: int, threads: int, listening: socket.s
                 own[LISTENING] = str(listening.fileno())
             # A group of their own: Ctrl-C reaches the parent alone, so that a rank gets each signal once.
             process = subprocess.Popen(
-                command, env=common | own, pass_fds=inherited, process_group=0, preexec_fn=_end_with_parent()
+                command,
+                env=common | own,
+                pass_fds=inherited,
+                process_group=0,
+                preexec_fn=end_with_parent(signal.SIGTERM),
             )
             started.append(_Rank(process, words))
     except BaseException:
@@ -140,14 +143,6 @@ def _start(command: Sequence[str], ranks: int, threads: int, listening: socket.s
             each.process.kill()
         raise
     return started
-
-
-def _end_with_parent() -> Callable[[], object] | None:
-    """Return what a child calls before it becomes the rank, so that it is told when its parent is killed."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)  # loaded here: after the fork only a plain call is safe
-    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class _Watch:

@@ -5,6 +5,8 @@ cut is a function of the run file, so that every rank, `check` and the memory's 
 here loads torch.
 """
 
+from functools import lru_cache
+
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.model.config import ModelConfig
 from meshwright.model.costs import layer_forward_flops, output_forward_flops
@@ -22,7 +24,13 @@ def stages_of(run_file: RunFile) -> Stages:
 def layers_of_stages(run_file: RunFile) -> list[range]:
     """Return the layers of each stage, cut so that the costliest stage costs least."""
     layers, output = forward_costs(run_file.model, run_file.data.seq_len)
-    return cut_layers(layers, stages_of(run_file).count, last_extra=output)
+    return list(_cut(tuple(layers), stages_of(run_file).count, output))
+
+
+@lru_cache(maxsize=8)
+def _cut(layers: tuple[float, ...], num_stages: int, output: float) -> tuple[range, ...]:
+    """Cut once: each rank of a pipeline asks in turn, and a cut of hundreds of layers takes a tenth of a second."""
+    return tuple(cut_layers(list(layers), num_stages, last_extra=output))
 
 
 def stage_costs(run_file: RunFile) -> tuple[float, ...]:

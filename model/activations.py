@@ -82,10 +82,10 @@ def activation_bytes(
 ) -> ActivationBytes:
     """Return what a micro-batch of `tokens` (b * s, over all ranks) takes, of the whole model or of what is held."""
     held = held or Held(frozenset(range(config.num_layers)))
-    of_rank = tokens / degrees.cp
+    of_rank, layers = tokens / degrees.cp, config.layers
     kept, at_work = head_bytes(config, degrees, types) if held.has_head else 0.0, 0.0
     for number in held.layers:
-        kinds = config.layers[number]
+        kinds = layers[number]
         whole, again = layer_bytes(config, kinds, degrees, types), number in held.recomputed
         kept += config.hidden_size / degrees.tp * types.stream if again else whole
         working = context_bytes(config, degrees, types) if kinds.mixer == "attention" else 0.0

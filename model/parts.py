@@ -8,7 +8,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from meshwright.model.norms import RMSNorm
 from meshwright.model.routers.topk import TopKRouter
 from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages
-from meshwright.parallel.context.attend import Way
+from meshwright.parallel.config import ContextWay, ExpertExchange
 from meshwright.parallel.deep_ep import DeepEpExchange
 from meshwright.parallel.experts import AllToAll
 from meshwright.parallel.initialise import InitPolicy, fill, init_rules
@@ -35,9 +35,9 @@ from meshwright.parallel.vocabulary import Embedding, VocabularyRows
 class Ways:
     """How parts reach what lies on other ranks, where there is more than one way to the same result."""
 
-    context: Way = "ring"
+    context: ContextWay = "ring"
     """How attention reaches the positions of a sample over cp."""
-    expert_exchange: Literal["all_to_all", "deep_ep"] = "all_to_all"
+    expert_exchange: ExpertExchange = "all_to_all"
     """How tokens reach their experts over ep."""
 
 

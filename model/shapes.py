@@ -24,11 +24,16 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     h, table = config.hidden_size, (config.vocab_size, config.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": table}
     for number, kinds in enumerate(config.layers):
-        shapes |= {f"layers.{number}.{name}": shape for name, shape in _layer(config, kinds)}
+        shapes |= layer_shapes(config, number, kinds)
     shapes["final_norm.weight"] = (h,)
     if not config.tie_embeddings:
         shapes["output.weight"] = table
     return shapes
+
+
+def layer_shapes(config: ModelConfig, number: int, kinds: LayerKinds) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one layer, in the order of its parameters."""
+    return {f"layers.{number}.{name}": shape for name, shape in _layer(config, kinds)}
 
 
 def is_expert(name: str) -> bool:

@@ -4,7 +4,7 @@ A layer is compiled or recomputed, not both (the run file's checks refuse it); F
 filled last, when each rank holds its final part and nothing else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,12 +25,7 @@ class Plan:
     stage: int = 0
     compute_dtype: torch.dtype | None = None
     """Type of the weights in the forward pass where it is narrower than their masters'."""
-    recompute: str = "none"
-    recompute_every: int = 1
-    recompute_save: tuple[str, ...] = ()
-    recompute_whole: tuple[str, ...] = ()
-    recompute_remade: tuple[str, ...] = ()
-    offload: bool = False
+    recompute: Recompute = field(default_factory=Recompute)
     compile: bool = False
     schedule: Literal["none", "whole backward", "split backward"] = "none"
     """How a pipeline's schedule computes gradients, if one runs the model."""
@@ -55,15 +50,7 @@ def apply(
         torch._dynamo.config.recompile_limit = 64
         for layer in layers:
             layer.forward = torch.compile(layer.forward)
-    how = Recompute(
-        plan.recompute,
-        every=plan.recompute_every,
-        save=plan.recompute_save,
-        whole=plan.recompute_whole,
-        remade=plan.recompute_remade,
-        offload=plan.offload,
-    )
-    keep_less(layers, tally, how, device)
+    keep_less(layers, tally, plan.recompute, device)
     return shard(
         model,
         units,

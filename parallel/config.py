@@ -21,6 +21,7 @@ Degree = Annotated[int, Field(gt=0, le=MAX_RANKS)]
 SavedOp = Literal["attention", "matmul"]
 RecomputedModule = Literal["norm", "activation", "mixer", "feedforward", "experts"]
 ContextWay = Literal["ring", "ulysses"]
+ExpertExchange = Literal["all_to_all", "deep_ep"]
 
 Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
 ONE_STAGE = ("1f1b", "gpipe")
@@ -53,7 +54,7 @@ class ParallelConfig(BaseModel):
     ep * etp divides dp * cp * tp: experts lie on the ranks of a stage in a way of their own."""
     etp: Degree = 1
     """Expert tensor parallel: splits each expert's matrices; for experts that are too wide for a rank. 1 is usual."""
-    expert_exchange: Literal["all_to_all", "deep_ep"] = "all_to_all"
+    expert_exchange: ExpertExchange = "all_to_all"
     """How tokens reach their experts: NCCL's all-to-all, or DeepEP where it is installed (Hopper GPUs, bf16)."""
     dp_replicate: Degree = 1
     """Copies of the sharded state (hybrid sharding): ZeRO shards over dp_shard ranks and repeats that so often, so that

@@ -23,7 +23,7 @@ from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages, MicroBatch, stage_parts
 from meshwright.parallel.apply import Plan, apply, fill_initial_weights
 from meshwright.parallel.collectives import all_reduce
-from meshwright.parallel.context.attend import Way
+from meshwright.parallel.config import ContextWay
 from meshwright.parallel.context.order import zigzag_positions
 from meshwright.parallel.grad_norm import clip_gradients, gradient_norm
 from meshwright.parallel.mesh import Mesh
@@ -54,7 +54,7 @@ class Trace:
 class Samples(NamedTuple):
     """How the positions of a sample see each other."""
 
-    context: Way = "ring"
+    context: ContextWay = "ring"
     mask_documents: bool = False
 
 

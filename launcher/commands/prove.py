@@ -46,7 +46,7 @@ def prove(
 
     meshwright prove runs/qwen3_30b_a3b.toml -n 64 zero.stage=2
     """
-    from meshwright.launcher.proof.answer import answer_place, stoppable, undisturbed
+    from meshwright.launcher.proof.answer import answer_place, stoppable, tell, undisturbed
     from meshwright.launcher.proof.world import usual_world
 
     config = read_run_file(run_file, overrides or [])
@@ -61,12 +61,12 @@ def prove(
         from meshwright.launcher.proof import report
 
         plan = proof.plan_proof(config, world)
-        _print(*report.heading(str(run_file), plan))
-        done = proof.prove(plan, lambda result: _print(*report.row(plan, result)))
+        tell(*report.heading(str(run_file), plan))
+        done = proof.prove(plan, lambda result: tell(*report.row(plan, result)))
     with undisturbed():
-        _print(*report.ending(done))
+        tell(*report.ending(done))
         report.write_json(path, report.as_json(str(run_file), done))
-        _print(f"  written  {path}")
+        tell(f"  written  {path}")
     if not done.is_same:
         sys.exit(1)
 
@@ -77,8 +77,3 @@ def _of_one_process(parallel: ParallelConfig) -> str:
         return problem("-n", 1, "one process has no layout to prove", "-n 2 would fit")
     rule = "with every other axis at 1 this is one process, which has no layout to prove"
     return problem("parallel.dp_shard", parallel.dp_shard, rule, "parallel.dp_shard=2 would fit")
-
-
-def _print(*lines: str) -> None:
-    for line in lines:
-        print(line, flush=True)

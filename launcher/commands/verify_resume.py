@@ -43,7 +43,7 @@ def verify_resume(
 
     meshwright verify-resume runs/moe_tiny.toml --to "tp=2,dp_shard=1"
     """
-    from meshwright.launcher.proof.answer import answer_place, stoppable, undisturbed
+    from meshwright.launcher.proof.answer import answer_place, stoppable, tell, undisturbed
     from meshwright.launcher.proof.world import usual_world
 
     config = read_run_file(run_file, overrides or [])
@@ -57,16 +57,11 @@ def verify_resume(
 
         said_by = "-n" if world_size else "the run file"
         plan = resume.plan_resume(config, world, to, steps, said_by=said_by)
-        _print(*resume_report.heading(str(run_file), plan))
-        results = resume.verify_resume(plan, lambda result: _print(*resume_report.row(result)))
+        tell(*resume_report.heading(str(run_file), plan))
+        results = resume.verify_resume(plan, lambda result: tell(*resume_report.row(result)))
     with undisturbed():
-        _print(*resume_report.ending(results))
+        tell(*resume_report.ending(results))
         write_json(path, resume_report.as_json(str(run_file), plan, results))
-        _print(f"  written  {path}")
+        tell(f"  written  {path}")
     if not all(result.is_same for result in results):
         sys.exit(1)
-
-
-def _print(*lines: str) -> None:
-    for line in lines:
-        print(line, flush=True)

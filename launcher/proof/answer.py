@@ -112,3 +112,9 @@ def undisturbed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def tell(*lines: str) -> None:
+    """Print lines at once, so that a long proof shows how far it is."""
+    for line in lines:
+        print(line, flush=True)

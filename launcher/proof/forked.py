@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from meshwright.launcher.with_parent import end_with_parent
+
 _SETTLE_SECONDS = 2.0  # after a rank was lost: how long the others may take to say that they miss it
 _LONGEST = 300
 _POLL_SECONDS = 0.02
-_PR_SET_PDEATHSIG = 1
 
 
 class RankLostError(RuntimeError):
@@ -50,6 +51,7 @@ class Fork:
     def __init__(self, size: int, work: Callable[[int], Any], *, timeout_seconds: int = 60) -> None:
         """Start the ranks."""
         context = multiprocessing.get_context("fork")
+        self._end_with_parent = end_with_parent(signal.SIGKILL)
         self.size, self.timeout = size, timedelta(seconds=timeout_seconds)
         self._folder = tempfile.TemporaryDirectory(prefix="meshwright-ranks-")
         self._pipes: list[Connection] = []
@@ -141,7 +143,8 @@ class Fork:
         return RankLostError(f"rank {causes[0]} of {self.size} {line}", details)
 
     def _serve(self, rank: int, work: Callable[[int], Any], pipe: Connection) -> None:
-        _die_with_parent()
+        if self._end_with_parent is not None:
+            self._end_with_parent()
         torch.set_num_threads(1)
         try:
             if self.size > 1:
@@ -168,11 +171,3 @@ def _first_cause(error: BaseException) -> BaseException:
 
 def _is_consequence(line: str) -> bool:
     return any(sign in line.lower() for sign in ("connection closed", "connection reset", "broken pipe", "timed out"))
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent ends (Linux)."""
-    if sys.platform.startswith("linux"):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -12,14 +12,13 @@
 Below, `many` is what a size must divide by in all sub-layouts together (`Needs`). No torch is needed here.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, gcd, lcm
 from typing import Any, NamedTuple
 
-from meshwright.launcher.runfile.resume_rules import Change
+from meshwright.launcher.runfile.resume_rules import Change, changed_keys
 from meshwright.launcher.runfile.tables import RunFile
-from meshwright.launcher.runfile.write import as_tables
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.pattern import FEEDFORWARDS, MIXERS, LayerKinds, parse_pattern
 from meshwright.parallel.mesh import Sizes
@@ -91,7 +90,7 @@ def narrow(run_file: RunFile, target: Sizes, layouts: Sequence[Sizes]) -> Narrow
         update={name: getattr(run_file, name).model_copy(update=table) for name, table in updates.items()}
         | {"model": model}
     )
-    return Narrowed(small, tuple(_changes(run_file, small)))
+    return Narrowed(small, tuple(changed_keys(run_file, small)))
 
 
 def on_layout(run_file: RunFile, sizes: Sizes) -> RunFile:
@@ -216,18 +215,3 @@ def _train(run_file: RunFile, target: Sizes, needs: Needs) -> dict[str, Any]:
         "compile": False,
         "threads": 1,
     }
-
-
-def _changes(before: RunFile, after: RunFile) -> Iterator[Change]:
-    old, new = (dict(_flat(as_tables(run_file))) for run_file in (before, after))
-    for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key):
-            yield Change(key, old.get(key), new.get(key))
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tables.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

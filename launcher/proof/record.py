@@ -27,6 +27,7 @@ from meshwright.launcher.training.progress import held_tensors
 from meshwright.model.block import Block
 from meshwright.model.stage import MicroBatch, StagePart
 from meshwright.parallel.checkpoint.describe import HeldPart
+from meshwright.parallel.placement import without_padding
 from meshwright.parallel.vocabulary import Embedding
 from meshwright.parallel.where import Where
 
@@ -199,9 +200,7 @@ class Recorder:
 
 def piece_of(part: HeldPart) -> Piece:
     """Return a copy of what a rank holds, without the rows that lie beyond the global tensor."""
-    held = part.tensor.detach()
-    for dim, (size, begin) in enumerate(zip(part.global_shape, part.offset, strict=True)):
-        held = held.narrow(dim, 0, max(0, min(held.shape[dim], size - begin)))
+    held = without_padding(part.tensor.detach(), part.global_shape, part.offset)
     return Piece(part.global_shape, part.offset, _numbers(held))
 
 

@@ -96,13 +96,8 @@ def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:
     """Return each batch size that the data-parallel ranks cannot share out evenly."""
     # Axes that leave no rank are refused by [parallel]; once they are 1, every rank shares the data.
     dp = run_file.parallel.dp_in(world_size) or world_size
-    sizes = [("train.global_batch_size", run_file.train.global_batch_size)]
-    sizes += [
-        (f"train.batch_ramp[{at}].global_batch_size", entry.global_batch_size)
-        for at, entry in enumerate(run_file.train.batch_ramp)
-    ]
     found = []
-    for key, size in sizes:
+    for key, size in run_file.train.batch_sizes:
         if size % dp != 0:
             fits = [near for near in (size // dp * dp, size // dp * dp + dp) if near > 0]
             found.append(

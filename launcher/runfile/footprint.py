@@ -26,7 +26,7 @@ from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
 from meshwright.model.activations import ActivationBytes, Degrees, Held, Types, activation_bytes
 from meshwright.model.costs import WeightCounts, layer_weights
-from meshwright.model.shapes import is_expert, parameter_shapes
+from meshwright.model.shapes import is_expert, layer_shapes
 
 COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "fp64": 8}
 UPDATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 4, "fp64": 8}
@@ -67,8 +67,8 @@ def _state_of(run_file: RunFile, world_size: int, pp_rank: int) -> StateBytes:
 def held_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[int, int]:
     """Return how many weights a rank computes with, at one place in the pipeline: dense ones, and its experts'."""
     parallel, model = run_file.parallel, run_file.model
-    held, last = layers_held(run_file, pp_rank), stages_of(run_file).count - 1
-    counts = [layer_weights(model, model.layers[number]) for layers in held.values() for number in layers]
+    held, last, kinds = layers_held(run_file, pp_rank), stages_of(run_file).count - 1, model.layers
+    counts = [layer_weights(model, kinds[number]) for layers in held.values() for number in layers]
     layers = WeightCounts(*(sum(column) for column in zip(*counts, strict=True)))
     matrices = {"embedding"} if 0 in held else set[str]()
     matrices |= {"embedding" if model.tie_embeddings else "output"} if last in held else set()
@@ -81,13 +81,18 @@ def held_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[int, int]:
 def muon_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[float, float]:
     """Return how many of the weights that a rank computes with Muon updates: dense ones, and its experts'."""
     parallel, model = run_file.parallel, run_file.model
-    held, last = layers_held(run_file, pp_rank), stages_of(run_file).count - 1
-    beginnings = {f"layers.{number}." for layers in held.values() for number in layers}
-    beginnings |= {"embedding."} if 0 in held or (last in held and model.tie_embeddings) else set()
-    beginnings |= {"output."} if last in held else set()
+    held, last, kinds = layers_held(run_file, pp_rank), stages_of(run_file).count - 1, model.layers
+    table = (model.vocab_size, model.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = (
+        {"embedding.weight": table} if 0 in held or (last in held and model.tie_embeddings) else {}
+    )
+    shapes |= {"output.weight": table} if last in held and not model.tie_embeddings else {}
+    for layers in held.values():
+        for number in layers:
+            shapes |= layer_shapes(model, number, kinds[number])
     counts = {False: 0.0, True: 0.0}
-    for name, shape in parameter_shapes(model).items():
-        if not name.startswith(tuple(beginnings)) or settings_of(name, shape, run_file.optimizer).kind != "muon":
+    for name, shape in shapes.items():
+        if settings_of(name, shape, run_file.optimizer).kind != "muon":
             continue
         if is_expert(name):
             counts[True] += prod(shape) / (parallel.ep * parallel.etp)

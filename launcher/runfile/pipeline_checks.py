@@ -77,12 +77,7 @@ def micro_batch_problems(run_file: RunFile, world_size: int) -> list[str]:
     """Return each batch size of which a rank's samples are no steps of the schedule."""
     if run_file.parallel.pp == 1 or run_file.pipeline.problems():
         return []
-    dp = run_file.parallel.dp_in(world_size)
-    sizes = [("train.global_batch_size", run_file.train.global_batch_size)]
-    sizes += [
-        (f"train.batch_ramp[{at}].global_batch_size", entry.global_batch_size)
-        for at, entry in enumerate(run_file.train.batch_ramp)
-    ]
+    dp, sizes = run_file.parallel.dp_in(world_size), run_file.train.batch_sizes
     return [line for key, size in sizes if dp and size % dp == 0 for line in _of_size(run_file, key, size, dp)]
 
 

@@ -78,15 +78,22 @@ def _rule(key: str) -> str:
     return "on request"
 
 
-def _changes(before: RunFile, after: RunFile) -> Iterator[Change]:
+def changed_keys(before: RunFile, after: RunFile) -> Iterator[Change]:
+    """Yield every key that differs between two run files."""
     old, new = (dict(_flatten(as_tables(run_file), "")) for run_file in (before, after))
     for key in dict.fromkeys([*old, *new]):
-        was, now = old.get(key), new.get(key)
-        if was == now or key == "model.preset":  # a preset's name changes nothing: its keys are compared
+        if old.get(key) != new.get(key):
+            yield Change(key, old.get(key), new.get(key))
+
+
+def _changes(before: RunFile, after: RunFile) -> Iterator[Change]:
+    for change in changed_keys(before, after):
+        if change.key == "model.preset":  # a preset's name changes nothing: its keys are compared
             continue
-        if key == "model.vocab_size" and 0 in (was, now):  # 0 is the tokenizer's, which the fingerprint looks after
+        # 0 is the tokenizer's, which the fingerprint looks after
+        if change.key == "model.vocab_size" and 0 in (change.before, change.after):
             continue
-        yield Change(key, was, now)
+        yield change
 
 
 def _flatten(tables: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -85,6 +85,15 @@ class TrainConfig(BaseModel):
     threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
     """CPU threads of each rank; 0 = this machine's cores divided by its ranks."""
 
+    @property
+    def batch_sizes(self) -> list[tuple[str, int]]:
+        """Return every size of a batch that the run comes through, by its key."""
+        ramp = [
+            (f"train.batch_ramp[{at}].global_batch_size", entry.global_batch_size)
+            for at, entry in enumerate(self.batch_ramp)
+        ]
+        return [("train.global_batch_size", self.global_batch_size), *ramp]
+
 
 class OptimizerGroup(BaseModel):
     """Parameters that are updated in a way of their own; what is left out here is as in [optimizer]."""

@@ -4,6 +4,7 @@ Each rank takes a block of the samples. All ranks run the same number of micro-b
 other ranks; where a rank has fewer samples left, its micro-batch is padded with samples that do not count.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,26 +51,35 @@ def evaluate(run: Run, held_out: HeldOut, step: int) -> tuple[float, int]:
     mine = range(min(first, total), min(first + per_rank, total))
     sums = torch.zeros(2, dtype=torch.float64 if run.device.type != "mps" else torch.float32, device=run.device)
     run.model.eval()
-    batches = [_padded(held_out, mine[at * size : (at + 1) * size], size, run) for at in range(rounds)]
-    cut = [micro_batch_of(run, one, slice(None), step, 1.0) for one in batches]
-    for loss in _losses(run, cut):
-        sums[0] += loss.to(sums)
-    if run.mesh.pp.rank == 0:  # every stage knows the tokens
-        sums[1] = sum(int(one.where.counted.sum()) for one in cut)
+    batches = (_padded(held_out, mine[at * size : (at + 1) * size], size, run) for at in range(rounds))
+    cut = (micro_batch_of(run, one, slice(None), step, 1.0) for one in batches)
+    with torch.no_grad():
+        sums += _one_by_one(run, cut, sums) if run.pipeline is None else _through_stages(run, list(cut), sums)
     all_reduce(sums, run.mesh.world)  # each rank has the loss and the number of the tokens that it holds
     run.model.train()
     return float(sums[0] / sums[1]), int(sums[1])
 
 
-@torch.no_grad()
-def _losses(run: Run, micro_batches: list[MicroBatch]) -> list[Tensor]:
-    """Return the summed loss of each micro-batch; with a pipeline, only where its last stage is."""
-    if run.pipeline is not None:
-        start_stages(run, micro_batches, tally=None)
-        shape = activations_of(run, micro_batches[0])
-        return [loss[0] for loss in run.pipeline.evaluate(len(micro_batches), shape)]
-    with autocast(run):
-        return [run.model(each.tokens, each.targets, each.where) for each in micro_batches]
+def _one_by_one(run: Run, micro_batches: Iterable[MicroBatch], like: Tensor) -> Tensor:
+    """Return the summed loss and the counted tokens; a micro-batch is read when its turn is."""
+    sums = torch.zeros_like(like)
+    for each in micro_batches:
+        with autocast(run):
+            loss = run.model(each.tokens, each.targets, each.where)
+        sums += torch.stack((loss.to(sums), each.where.counted.sum().to(sums)))
+    return sums
+
+
+def _through_stages(run: Run, micro_batches: list[MicroBatch], like: Tensor) -> Tensor:
+    """Return the same through a pipeline: the loss where its last stage is, the tokens where its first rank is."""
+    assert run.pipeline is not None
+    sums = torch.zeros_like(like)
+    start_stages(run, micro_batches, tally=None)
+    for loss in run.pipeline.evaluate(len(micro_batches), activations_of(run, micro_batches[0])):
+        sums[0] += loss[0].to(sums)
+    if run.mesh.pp.rank == 0:
+        sums[1] = sum(int(each.where.counted.sum()) for each in micro_batches)
+    return sums
 
 
 def _padded(held_out: HeldOut, samples: range, size: int, run: Run) -> Inputs:

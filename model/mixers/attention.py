@@ -23,7 +23,8 @@ from meshwright.kernels.rope import apply_rope
 from meshwright.model.norms import RMSNorm
 from meshwright.model.positions import rotary_angles
 from meshwright.parallel.collectives import gather
-from meshwright.parallel.context.attend import Way, context_attention
+from meshwright.parallel.config import ContextWay
+from meshwright.parallel.context.attend import context_attention
 from meshwright.parallel.context.order import meetings
 from meshwright.parallel.initialise import InitPolicy
 from meshwright.parallel.linear import NO_COPIES, ColumnLinear, RowLinear, divide
@@ -56,7 +57,7 @@ class Spread(NamedTuple):
     kv_copies: Axis = NO_COPIES
     """The neighbouring ranks of `tp` that hold the same key and value head (`copies_of_kv_heads`)."""
     cp: Axis = NO_CP
-    context: Way = "ring"
+    context: ContextWay = "ring"
     """How positions of a sample on other ranks of `cp` are attended to."""
 
 

@@ -6,18 +6,15 @@
 Both take and give this rank's positions (`order.py`); on one rank both are plain attention.
 """
 
-from typing import Literal
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from meshwright.kernels.attention import attention
+from meshwright.parallel.config import ContextWay
 from meshwright.parallel.context.order import Meetings
 from meshwright.parallel.context.ring import ring_attention
 from meshwright.parallel.context.ulysses import ulysses_attention
 from meshwright.parallel.mesh import Axis
-
-Way = Literal["ring", "ulysses"]
 
 
 def context_attention(
@@ -25,7 +22,7 @@ def context_attention(
     k: Float[Tensor, "s_local b k d"],
     v: Float[Tensor, "s_local b k d"],
     cp: Axis,
-    way: Way,
+    way: ContextWay,
     document: Int[Tensor, "s b"] | None = None,
     meet: Meetings | None = None,
 ) -> Float[Tensor, "s_local b n d"]:

@@ -14,6 +14,7 @@ Kept for the backward: q, k, v, the output and the log-sum-exp, s/cp rows each. 
 at a time (the backward: four, two of them gradients in at least fp32).
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from meshwright.kernels.flash import Sight, merge_parts, partial_attention, partial_attention_gradients
 from meshwright.kernels.precision import at_least_fp32, autocast_inputs
 from meshwright.parallel.collectives import Passing, pass_on
-from meshwright.parallel.context.order import Meetings, Pair, chunks_of, meetings, pairs
+from meshwright.parallel.context.order import Meetings, Pair, meetings, pairs, zigzag_part
 from meshwright.parallel.mesh import Axis
 
 
@@ -41,20 +42,18 @@ class _Ring(NamedTuple):
 
     def meeting(self, step: int, rows: int) -> list[tuple[Pair, Sight]]:
         """Return the pairs of a step, and what is seen within each."""
-        source, found = self.source(step), []
-        for pair in pairs(self.cp.rank, source, self.cp.size, rows, self.meet):
-            if pair.by_document:
-                mine, theirs = self._documents(self.cp.rank), self._documents(source)
-                sight = Sight(pair.is_causal, mine[pair.queries], theirs[pair.keys])
-            else:
-                sight = Sight(pair.is_causal)
-            found.append((pair, sight))
-        return found
-
-    def _documents(self, rank: int) -> Tensor:
+        source = self.source(step)
+        found = pairs(self.cp.rank, source, self.cp.size, rows, self.meet)
+        if not any(pair.by_document for pair in found):
+            return [(pair, Sight(pair.is_causal)) for pair in found]
         assert self.document is not None, "there are pairs by document only where documents are given"
-        chunks = self.document.chunk(2 * self.cp.size)
-        return torch.cat([chunks[at] for at in chunks_of(rank, self.cp.size)])
+        mine, theirs = (zigzag_part(self.document, replace(self.cp, rank=rank)) for rank in (self.cp.rank, source))
+        return [
+            (pair, Sight(pair.is_causal, mine[pair.queries], theirs[pair.keys]))
+            if pair.by_document
+            else (pair, Sight(pair.is_causal))
+            for pair in found
+        ]
 
 
 def ring_attention(

@@ -307,10 +307,10 @@ def test_the_routing_is_kept_when_recomputed_scores_differ(how: Recompute) -> No
         assert torch.equal(gradient.nonzero().flatten(), loads[f"layers.{name}.load"].nonzero().flatten())
 
 
-NORMS = Plan(stage=3, recompute="modules", recompute_remade=RUN_AGAIN["norm"], offload=True)
+NORMS = Plan(stage=3, recompute=Recompute("modules", remade=RUN_AGAIN["norm"], offload=True))
 LAYOUTS = [
     (Sizes(dp_shard=2), NORMS),
-    pytest.param(Sizes(dp_shard=2), Plan(stage=3, offload=True), marks=pytest.mark.slow),
+    pytest.param(Sizes(dp_shard=2), Plan(stage=3, recompute=Recompute(offload=True)), marks=pytest.mark.slow),
     pytest.param(Sizes(dp_shard=4, ep=2), NORMS, marks=pytest.mark.slow),
 ]
 

@@ -16,7 +16,7 @@ from meshwright.model.stack import LanguageModel
 from meshwright.parallel.apply import Plan, apply
 from meshwright.parallel.mesh import single_process_mesh
 from meshwright.parallel.placement import placement_table
-from meshwright.parallel.recompute import recompute_layers
+from meshwright.parallel.recompute import Recompute, recompute_layers
 from meshwright.parallel.tally import Tally, declared_entries
 from meshwright.parallel.where import where_of_plain_tokens
 
@@ -194,7 +194,7 @@ def test_only_the_layers_that_are_given_are_recomputed() -> None:
 def test_every_nth_layer_is_recomputed(every: int, passes: list[int]) -> None:
     layers = [Plain() for _ in passes]
     model, mesh = nn.Sequential(*layers), single_process_mesh()
-    plan = Plan(recompute="full", recompute_every=every)
+    plan = Plan(recompute=Recompute("full", every=every))
     engine = apply(model, layers, [model], placement_table(model), mesh, Tally({}), plan, torch.device("cpu"))
     engine.start_step(1)
     model(torch.zeros(1, requires_grad=True)).backward()

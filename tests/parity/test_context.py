@@ -9,6 +9,7 @@ from rank_pool import run_mesh
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.pipeline.orders import Stages
+from meshwright.parallel.recompute import Recompute
 
 CONFIGS = {
     "dense": dense_config(),
@@ -60,7 +61,7 @@ def test_spread_samples_train_like_whole_ones(sizes: Sizes, name: str, stage: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", [Plan(), Plan(recompute="full"), Plan(recompute="selective")])
+@pytest.mark.parametrize("plan", [Plan(), Plan(recompute=Recompute("full")), Plan(recompute=Recompute("selective"))])
 def test_without_masks_and_recomputed_the_result_is_the_same(plan: Plan) -> None:
     for trace in run_mesh(Sizes(cp=2), case, "moe", plan, "ring", False):
         assert_same(trace, definition("moe", False))

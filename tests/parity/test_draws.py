@@ -13,6 +13,7 @@ from meshwright.model.parts import build_model
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.pipeline.orders import Stages
+from meshwright.parallel.recompute import Recompute
 from meshwright.parallel.where import place, where_of_plain_tokens
 
 CONFIGS = {
@@ -78,13 +79,15 @@ def test_each_of_them_changes_the_result(name: str) -> None:
 
 
 MODULES = {
-    "recompute_whole": RECOMPUTED_WHOLE["mixer"] + RECOMPUTED_WHOLE["feedforward"],
-    "recompute_remade": RUN_AGAIN["norm"],
+    "whole": RECOMPUTED_WHOLE["mixer"] + RECOMPUTED_WHOLE["feedforward"],
+    "remade": RUN_AGAIN["norm"],
 }
 
 
 @pytest.mark.parametrize(
-    "plan", [Plan(recompute="full"), Plan(recompute="modules", **MODULES, offload=True)], ids=["full", "modules"]
+    "plan",
+    [Plan(recompute=Recompute("full")), Plan(recompute=Recompute("modules", **MODULES, offload=True))],
+    ids=["full", "modules"],
 )
 def test_a_recomputed_pass_draws_and_drops_the_same(plan: Plan) -> None:
     trace, expected = train(single_process_mesh(), CONFIGS["all"], plan, micro_batch=2), definition("all")

@@ -9,6 +9,7 @@ from rank_pool import run_mesh
 
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
+from meshwright.parallel.recompute import Recompute
 from meshwright.parallel.zero import buckets
 
 CONFIGS = {
@@ -116,9 +117,9 @@ def test_micro_batches_do_not_change_the_result(name: str, micro_batch: int) -> 
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
-        ("dense", Plan(recompute="full", recompute_every=2)),
-        ("moe", Plan(recompute="full")),
-        ("moe", Plan(recompute="selective", recompute_save=("attention", "matmul"))),
+        ("dense", Plan(recompute=Recompute("full", every=2))),
+        ("moe", Plan(recompute=Recompute("full"))),
+        ("moe", Plan(recompute=Recompute("selective", save=("attention", "matmul")))),
     ],
 )
 def test_recompute_does_not_change_the_result(name: str, plan: Plan) -> None:
@@ -127,7 +128,7 @@ def test_recompute_does_not_change_the_result(name: str, plan: Plan) -> None:
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_recompute_and_zero_and_expert_parallel_stand_together(stage: int) -> None:
-    plan = Plan(stage=stage, recompute="full")
+    plan = Plan(stage=stage, recompute=Recompute("full"))
     for trace in run_mesh(FOUR_EP2, case, "moe", plan, 2):
         assert_same(trace, definition("moe"))
 

@@ -11,6 +11,7 @@ from rank_pool import run_mesh
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, Sizes, build_mesh, single_process_mesh
 from meshwright.parallel.pipeline.orders import Stages
+from meshwright.parallel.recompute import Recompute
 from meshwright.parallel.zero import buckets
 
 CONFIGS = {
@@ -105,10 +106,10 @@ def test_experts_and_split_layers_stand_within_stages(sizes: Sizes, schedule: st
 @pytest.mark.parametrize(
     ("schedule", "plan"),
     [
-        ("1f1b", Plan(recompute="full")),
-        pytest.param("interleaved_1f1b", Plan(recompute="full", stage=3), marks=pytest.mark.slow),
-        pytest.param("gpipe", Plan(recompute="selective", recompute_save=("attention",)), marks=pytest.mark.slow),
-        pytest.param("zbv", Plan(recompute="selective", recompute_save=("attention",)), marks=pytest.mark.slow),
+        ("1f1b", Plan(recompute=Recompute("full"))),
+        pytest.param("interleaved_1f1b", Plan(recompute=Recompute("full"), stage=3), marks=pytest.mark.slow),
+        pytest.param("gpipe", Plan(recompute=Recompute("selective", save=("attention",))), marks=pytest.mark.slow),
+        pytest.param("zbv", Plan(recompute=Recompute("selective", save=("attention",))), marks=pytest.mark.slow),
     ],
 )
 def test_recompute_stands_within_stages(schedule: str, plan: Plan) -> None:
