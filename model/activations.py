@@ -3,18 +3,18 @@
 Kept for each token that a mixer of this rank sees (there are b * s/cp), n and k heads of width d, hidden size h:
 
     a part's input     h/tp          what the norm before it was given; held between layers, in the stream's type
-    attention          h             the normed input, gathered over tp, for the gradients of q, k and v
+    attention          h/tp          the normed input, for the gradients of q, k and v
                        (n + 2k)d/tp  q, k, v as attention takes them       (n + k)d/tp more where queries are normed
                        nd/tp         its output                            n/tp log-sum-exps in at least fp32
-    mlp                h             the normed input; its products gate, up and gate * up: 3f/tp
-    moe                h/tp          the normed input, for the router;     h with 3f_shared/tp for shared experts
+    mlp                h/tp          the normed input; its products gate, up and gate * up: 3f/tp
+    moe                h/tp          the normed input, for the router;     3f_shared/tp for shared experts
                        rows          each token comes top_k times: h of input, h of result, 3f_expert between
-    head               h/tp          the final norm's input                h of its gradient, in at least fp32
-                                     (logits are never held)
+    head               h/tp          the final norm's input                h/tp of its gradient (logits are never held)
 
 Under bf16 autocast the stream stays in fp32 and each product keeps a bf16 copy of its input of its own: three of the
-normed input for q, k and v, two for gate and up. A layer that is recomputed keeps its input only, and while its turn
-is, what it would have kept. Attention over cp holds blocks of other ranks while it works (`context_bytes`).
+normed input for q, k and v, two for gate and up; over tp they share one. A layer that is recomputed keeps its input
+only, and while its turn is, what it would have kept. Besides, while they work, attention over cp holds blocks of other
+ranks (`context_bytes`), and products over tp all ranks' tokens and their gradient (`gathered_bytes`).
 
 Rows of experts lie wherever they were routed: a rank has its share of them on average, times etp where they are
 shared, and more when routing is uneven. Norms' and routers' numbers of a few for each token are left out.
@@ -83,13 +83,15 @@ def activation_bytes(
     """Return what a micro-batch of `tokens` (b * s, over all ranks) takes, of the whole model or of what is held."""
     held = held or Held(frozenset(range(config.num_layers)))
     of_rank, layers = tokens / degrees.cp, config.layers
-    kept, at_work = head_bytes(config, degrees, types) if held.has_head else 0.0, 0.0
+    kept = head_bytes(config, degrees, types) if held.has_head else 0.0
+    at_work = gathered_bytes(config, degrees, types.product + types.wide) if held.has_head else 0.0
+    gathered = gathered_bytes(config, degrees, types.product + types.stream)
     for number in held.layers:
         kinds = layers[number]
         whole, again = layer_bytes(config, kinds, degrees, types), number in held.recomputed
         kept += config.hidden_size / degrees.tp * types.stream if again else whole
         working = context_bytes(config, degrees, types) if kinds.mixer == "attention" else 0.0
-        at_work = max(at_work, working + (whole if again else 0.0))
+        at_work = max(at_work, gathered + working + (whole if again else 0.0))
     return ActivationBytes(kept * of_rank, at_work * of_rank)
 
 
@@ -107,7 +109,8 @@ def layer_bytes(config: ModelConfig, kinds: LayerKinds, degrees: Degrees, types:
 
 def head_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
     """Return what the final norm and the loss keep for each token that a mixer sees on this rank."""
-    return config.hidden_size * (types.stream / degrees.tp + types.wide)
+    of_gradient = types.wide if degrees.tp == 1 else types.stream
+    return config.hidden_size / degrees.tp * (types.stream + of_gradient)
 
 
 def context_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
@@ -118,15 +121,25 @@ def context_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
     return kv_width * 2 * (types.product + types.wide)
 
 
+def gathered_bytes(config: ModelConfig, degrees: Degrees, width: int) -> float:
+    """Return what products over tp hold besides, for each token: the gathered ones and their gradient."""
+    return 0.0 if degrees.tp == 1 else float(config.hidden_size * width)
+
+
+def _input(config: ModelConfig, products: int, degrees: Degrees, types: Types) -> float:
+    kept = types.inputs(products) if degrees.tp == 1 else types.product
+    return config.hidden_size / degrees.tp * kept
+
+
 def _attention(config: ModelConfig, degrees: Degrees, types: Types) -> float:
     heads, kv_heads = config.num_heads / degrees.tp, max(1.0, config.num_kv_heads / degrees.tp)
     own = 2 * heads + 2 * kv_heads + (heads + kv_heads if config.qk_norm else 0)
     stream = config.hidden_size / degrees.tp * types.stream
-    return stream + config.hidden_size * types.inputs(3) + own * config.head_dim * types.product + heads * types.wide
+    return stream + _input(config, 3, degrees, types) + own * config.head_dim * types.product + heads * types.wide
 
 
 def _mlp(config: ModelConfig, width: int, degrees: Degrees, types: Types) -> float:
-    return config.hidden_size * types.inputs(2) + 3 * width / degrees.tp * types.product
+    return _input(config, 2, degrees, types) + 3 * width / degrees.tp * types.product
 
 
 def _moe(config: ModelConfig, degrees: Degrees, types: Types) -> float:
@@ -138,6 +151,6 @@ def _moe(config: ModelConfig, degrees: Degrees, types: Types) -> float:
     found = 2 * h / degrees.tp * types.stream + routed  # the norm's input and, for the router, its output
     if moe.num_shared_experts:
         shared = _mlp(config, moe.shared_hidden_size, degrees, types)
-        # On one rank of tp the shared experts take the very tensor that the router does, unless each keeps a copy.
-        found += shared - (h * types.product if degrees.tp == 1 and not types.is_cast else 0.0)
+        # The shared experts take the very tensor that the router does, unless they keep a copy.
+        found += shared - (0.0 if types.is_cast else _input(config, 2, degrees, types))
     return found

@@ -91,34 +91,48 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _gather_rows(x, axis)
+        return gather_rows(x, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _scatter_sum_of_rows(grads[0], ctx.axis), None
+        return scatter_sum_of_rows(grads[0], ctx.axis), None
 
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _scatter_sum_of_rows(x, axis)
+        return scatter_sum_of_rows(x, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather_rows(grads[0], ctx.axis), None
+        return gather_rows(grads[0], ctx.axis), None
 
 
-def _gather_rows(x: Tensor, axis: Axis) -> Tensor:
+def gather_rows(x: Shaped[Tensor, "s_local *rest"], axis: Axis) -> Shaped[Tensor, "s *rest"]:
+    """Put every rank's rows after each other, in axis order; nothing is recorded for a gradient."""
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
     _all_gather_flat(out, x.contiguous(), group=axis.group)
     return out
 
 
-def _scatter_sum_of_rows(x: Tensor, axis: Axis) -> Tensor:
+def scatter_sum_of_rows(x: Shaped[Tensor, "s *rest"], axis: Axis) -> Shaped[Tensor, "s_local *rest"]:
+    """Sum the ranks' `x` and give each its stretch of rows, in axis order; nothing is recorded for a gradient."""
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     reduce_scatter_flat(out, x.contiguous(), group=axis.group)
     return out
+
+
+def start_gather_rows(x: Tensor, axis: Axis) -> tuple[Tensor, Pending]:
+    """Begin `gather_rows`; its result may be read once the second has been waited for."""
+    out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
+    return out, all_gather(out.flatten(), x.contiguous().flatten(), axis)
+
+
+def start_scatter_sum_of_rows(x: Tensor, axis: Axis) -> tuple[Tensor, Pending]:
+    """Begin `scatter_sum_of_rows`; until the second has been waited for, `x` must live and not be written to."""
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    return out, reduce_scatter(out.flatten(), x.contiguous().flatten(), axis)
 
 
 def exchange_counts(counts: Shaped[Tensor, "n *rest"], axis: Axis) -> Shaped[Tensor, "n *rest"]:

@@ -3,7 +3,7 @@
 A dim written `f/tp` is held in tp equal parts, one on each rank; tokens lie on all ranks inside a pair of layers,
 and on one rank each between pairs:
 
-    gather         x [s/tp, b, i]   ->  [s, b, i]                             (parallel/collectives.py)
+    column_products    x [s/tp, b, i]  weights [o/tp, i]  ->  [s, b, o/tp] each   gathered once (parallel/gathered.py)
     ColumnLinear   x [s, b, i]      weight [o/tp, i]   ->  [s, b, o/tp]
     RowLinear      x [s, b, i/tp]   weight [o, i/tp]   ->  [s/tp, b, o]       summed over the ranks once, at the end
 
@@ -12,12 +12,15 @@ a part of its gradient. A row layer adds its bias after the sum, so once. Withou
 This file knows axes; it knows no model.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from meshwright.kernels.linear import linear
 from meshwright.parallel.collectives import scatter_sum
+from meshwright.parallel.gathered import Matrix, products_of_gathered
 from meshwright.parallel.initialise import ZEROS, InitRule
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split, partial_over
@@ -90,6 +93,16 @@ class RowLinear(nn.Module):
             return linear(x, self.weight, self.bias)
         y = scatter_sum(linear(x, self.weight), self.tp)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def column_products(
+    x: Float[Tensor, "s_local *rest i"], columns: Sequence[ColumnLinear], tp: Axis
+) -> list[Float[Tensor, "s *rest o_local"]]:
+    """Return what each of the layers makes of all ranks' tokens."""
+    if not tp.is_split:
+        return [column(x) for column in columns]
+    results: list[Tensor] = products_of_gathered(x, [Matrix(column.weight, column.bias) for column in columns], tp)
+    return results
 
 
 def divide(size: int, parts: int, *, what: str, by: str) -> int:

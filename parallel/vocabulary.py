@@ -28,7 +28,14 @@ from meshwright.kernels.cross_entropy import (
 )
 from meshwright.kernels.linear import linear
 from meshwright.kernels.precision import at_least_fp32
-from meshwright.parallel.collectives import all_reduce, all_reduce_max, gather, scatter_sum
+from meshwright.parallel.collectives import (
+    all_reduce,
+    all_reduce_max,
+    gather,
+    gather_rows,
+    scatter_sum,
+    scatter_sum_of_rows,
+)
 from meshwright.parallel.initialise import InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split
@@ -97,10 +104,9 @@ def next_token_loss(
     """Return this rank's share of the counted targets' cross entropy, over the counted tokens of the whole step."""
     if not rows.tp.is_split:
         return linear_cross_entropy(x.flatten(0, 1), rows.weight, targets.flatten(), divisor=step_tokens)
-    dtype = products_dtype(x)
-    held = x.shape[0] * x.shape[1]
+    own = _Vocabulary(rows, held=x.shape[0] * x.shape[1])
     loss: Tensor = _SplitCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        gather(x, rows.tp).flatten(0, 1), rows.weight, targets.flatten(), _Vocabulary(rows, held), step_tokens, dtype
+        x, rows.weight, targets.flatten(), own, step_tokens, products_dtype(x)
     )
     return loss
 
@@ -122,12 +128,16 @@ class _Vocabulary:
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
-    """As the kernel of a whole vocabulary, with the chunks' statistics agreed over tp; gradients made on the way."""
+    """As the kernel of a whole vocabulary, with the chunks' statistics agreed over tp; gradients made on the way.
+
+    The gathered tokens and the gradient of all of them live while the chunks are gone through, and no longer.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, own: _Vocabulary, divisor: float, dtype: torch.dtype
+        ctx: Any, held: Tensor, weight: Tensor, targets: Tensor, own: _Vocabulary, divisor: float, dtype: torch.dtype
     ) -> Tensor:
+        x = gather_rows(held.flatten(0, 1).to(dtype), own.tp)
         wide = at_least_fp32(weight[:0].to(dtype)).dtype
         narrow = weight.to(dtype)
         losses = torch.zeros(x.shape[0], dtype=wide, device=x.device)
@@ -138,21 +148,22 @@ class _SplitCrossEntropy(torch.autograd.Function):
         rows = max(1, limit // weight.shape[0])
         for begin in range(0, x.shape[0], rows):
             part = slice(begin, begin + rows)
-            x_part = x[part].to(dtype)
+            x_part = x[part]
             losses[part], p, share = _chunk(x_part, narrow, targets[part], own, divisor)
             if wants:
                 p = p.to(dtype)
                 torch.mul(products.input_gradient(p, narrow), share, out=of_x[part])
                 products.add_weight_gradient(p, (x_part * share).to(dtype), of_weight)
-        ctx.save_for_backward(of_x, of_weight)
-        ctx.dtypes = x.dtype, weight.dtype
+        of_held = scatter_sum_of_rows(of_x.to(held.dtype), own.tp).view(held.shape) if wants else losses
+        ctx.save_for_backward(of_held, of_weight)
+        ctx.dtypes = held.dtype, weight.dtype
         return losses[own.held].sum() / divisor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        of_x, of_weight = ctx.saved_tensors
-        x_dtype, weight_dtype = ctx.dtypes
-        return (of_x * grads[0]).to(x_dtype), (of_weight * grads[0]).to(weight_dtype), None, None, None, None
+        of_held, of_weight = ctx.saved_tensors
+        dtype, weight_dtype = ctx.dtypes
+        return (of_held * grads[0]).to(dtype), (of_weight * grads[0]).to(weight_dtype), None, None, None, None
 
 
 def _chunk(

@@ -9,7 +9,8 @@ split, h hidden_size; N weights of this rank, P the same with dims cut in n part
           ZeRO-3   the same, and gathers once more for each backward pass
     HSDP           each rank's part again over dp_replicate: all_reduce 2 (r-1)/r P/n
     tp + sp        attention, feed-forward, and each end of the model gather and scatter tokens once forward and once
-                   backward: m (2 L + 2) times (n-1)/n t h, twice; the loss 3 numbers a token; norms' gradients
+                   backward: m (2 L + 2) times (n-1)/n t h, twice; the former gather once more backward, as each rank
+                   keeps its own tokens only: m 2 L; the loss 3 numbers a token; norms' gradients
     ep             every row that leaves goes there, comes back, and both again backward: 4 h; counts e of int64
     etp            everyone's k t rows gathered and summed, forward and backward: 4 (n-1) k t h; counts
     cp, ring       keys and values go round: n-1 times forward, n-1 times backward, and their gradients n times:
@@ -126,8 +127,8 @@ def tp_bytes(drawn: Sample, n: int) -> Bytes:
     model = drawn.run_file().model
     m, t, h, layers = BATCH // drawn.micro_batch, SEQ * drawn.micro_batch, model.hidden_size, model.num_layers
     blocks = m * (n - 1) * t * h // n
-    moves = blocks * (4 * layers + 2)
-    found = Counter({("tp", "all_gather"): moves, ("tp", "reduce_scatter"): moves})
+    moves, again = blocks * (4 * layers + 2), blocks * 2 * layers
+    found = Counter({("tp", "all_gather"): moves + again, ("tp", "reduce_scatter"): moves})
     norms = (2 * layers + 1) * h
     found["tp", "all_reduce"] = 2 * (n - 1) * (3 * m * t + norms) // n
     return in_bytes(found)

@@ -7,9 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meshwright.kernels.swiglu import swiglu
-from meshwright.parallel.collectives import gather
 from meshwright.parallel.initialise import InitPolicy
-from meshwright.parallel.linear import ColumnLinear, RowLinear
+from meshwright.parallel.linear import ColumnLinear, RowLinear, column_products
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
@@ -49,8 +48,8 @@ class Mlp(nn.Module):
         self, x: Float[Tensor, "*tokens h"], where: Where | None = None, tally: Tally | None = None
     ) -> Float[Tensor, "*tokens h"]:
         """Compute each token by itself."""
-        x = gather(x, self.tp)
-        return self.down(self.activation(self.gate(x), self.up(x)))  # type: ignore[no-any-return]
+        gate, up = column_products(x, (self.gate, self.up), self.tp)
+        return self.down(self.activation(gate, up))  # type: ignore[no-any-return]
 
     def initial_state(self, batch: int, max_len: int) -> None:
         """Return nothing: tokens do not see each other here."""

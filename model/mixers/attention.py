@@ -22,12 +22,11 @@ from meshwright.kernels.attention import cached_attention
 from meshwright.kernels.rope import apply_rope
 from meshwright.model.norms import RMSNorm
 from meshwright.model.positions import rotary_angles
-from meshwright.parallel.collectives import gather
 from meshwright.parallel.config import ContextWay
 from meshwright.parallel.context.attend import context_attention
 from meshwright.parallel.context.order import meetings
 from meshwright.parallel.initialise import InitPolicy
-from meshwright.parallel.linear import NO_COPIES, ColumnLinear, RowLinear, divide
+from meshwright.parallel.linear import NO_COPIES, ColumnLinear, RowLinear, column_products, divide
 from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
@@ -110,7 +109,7 @@ class Attention(nn.Module):
         cos, sin = where.derive(
             key, lambda: rotary_angles(where.position_mixed, self.head_dim, self.rope_base, x.dtype)
         )
-        q, k, v = self._heads(gather(x, self.spread.tp), cos, sin)
+        q, k, v = self._heads(x, cos, sin)
         document = where.document_whole if where.mask_documents else None
         meet = None
         cp = self.spread.cp
@@ -142,9 +141,8 @@ class Attention(nn.Module):
         return self.output(mixed.flatten(2))  # type: ignore[no-any-return]
 
     def _heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = self.q(x).unflatten(2, (-1, self.head_dim))
-        k = self.k(x).unflatten(2, (-1, self.head_dim))
-        v = self.v(x).unflatten(2, (-1, self.head_dim))
+        columns = column_products(x, (self.q, self.k, self.v), self.spread.tp)
+        q, k, v = (column.view(*column.shape[:2], -1, self.head_dim) for column in columns)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
