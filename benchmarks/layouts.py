@@ -32,8 +32,8 @@ from torch import nn
 from meshwright.model.feedforward.mlp import Mlp
 from meshwright.model.norms import RMSNorm
 from meshwright.parallel.initialise import ZEROS
-from meshwright.parallel.linear import ColumnLinear, RowLinear
-from meshwright.parallel.vocabulary import Embedding
+from meshwright.parallel.tensor.linear import ColumnLinear, RowLinear
+from meshwright.parallel.tensor.vocabulary import Embedding
 
 TIMEOUT = timedelta(seconds=300)
 

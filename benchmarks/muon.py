@@ -10,8 +10,8 @@ gradients, the contestants in turns:
 
 Two ranks (gloo, ZeRO-1: every matrix is cut in rows) then make whole matrices, work on them and take their parts back:
 
-    shared         each rank works on half of the matrices (parallel/shared_work.py)
-    everyone all   each gathers all of them and computes all (parallel/whole.py)
+    shared         each rank works on half of the matrices (parallel/whole/shared_work.py)
+    everyone all   each gathers all of them and computes all (parallel/whole/tensors.py)
 
 Prints one JSON line for each: medians with quartiles over the rounds of wall and CPU milliseconds (of one process, or
 of rank 0), after checking that the ways of one type agree.
@@ -38,8 +38,8 @@ from meshwright.launcher.training import muon as our_muon
 from meshwright.launcher.training.optimizer import Optimizer
 from meshwright.parallel.mesh import Mesh, Sizes, build_mesh, single_process_mesh
 from meshwright.parallel.placement import Placement
-from meshwright.parallel.shared_work import Matrix, SharedWork
-from meshwright.parallel.whole import part_of_whole, whole_tensors
+from meshwright.parallel.whole.shared_work import Matrix, SharedWork
+from meshwright.parallel.whole.tensors import part_of_whole, whole_tensors
 from meshwright.parallel.zero.part import Part, make_part
 
 Rounds = dict[str, list[tuple[float, float]]]

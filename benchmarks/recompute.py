@@ -25,8 +25,8 @@ from meshwright.model.block import RECOMPUTED_WHOLE, RUN_AGAIN
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
-from meshwright.parallel.kept import Kept
-from meshwright.parallel.recompute import Recompute, keep_less
+from meshwright.parallel.recompute.kept import Kept
+from meshwright.parallel.recompute.policy import Recompute, keep_less
 from meshwright.parallel.tally import Tally, declared_entries
 
 VOCAB = 512

@@ -10,7 +10,7 @@ the chunk's part of both gradients, in the forward pass; then the next chunk ove
 
 so the backward only multiplies both gradients by what arrives from above. Sums are made in at least fp32, in the
 order of the tokens. A chunk is as large as stays in the processor's cache on a CPU, and large enough to fill a GPU.
-This file knows one vocabulary; a vocabulary in parts is `parallel/vocabulary.py`'s.
+This file knows one vocabulary; a vocabulary in parts is `parallel/tensor/vocabulary.py`'s.
 """
 
 from typing import Any

@@ -27,11 +27,11 @@ from meshwright.model.parts import Ways, build_model, reset_buffers
 from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages, stage_parts
 from meshwright.parallel.apply import Plan, apply, fill_initial_weights
-from meshwright.parallel.deep_ep import why_not as why_not_deep_ep
+from meshwright.parallel.experts.deep_ep import why_not as why_not_deep_ep
 from meshwright.parallel.mesh import Mesh, Sizes
 from meshwright.parallel.pipeline.adapter import Pipeline
 from meshwright.parallel.placement import placement_table
-from meshwright.parallel.recompute import Recompute
+from meshwright.parallel.recompute.policy import Recompute
 from meshwright.parallel.tally import Tally, declared_entries, everyones_entries
 from meshwright.parallel.zero.engine import ZeroEngine
 

@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import IO
 
-from meshwright.launcher.ranks import who_am_i
+from meshwright.launcher.ranks.environment import who_am_i
 from meshwright.launcher.runfile.messages import ConfigError
 
-# Holds the descriptor of the file that a rank inherits from launcher/local_ranks.py.
+# Holds the descriptor of the file that a rank inherits from launcher/ranks/local_ranks.py.
 WORDS = "MESHWRIGHT_WORDS_FD"
 
 

@@ -16,7 +16,7 @@ from meshwright.parallel.dropout import dropout
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 
-# What [recompute] modules may name, as the names of modules within a layer (parallel/recompute.py).
+# What [recompute] modules may name, as the names of modules within a layer (parallel/recompute/policy.py).
 RECOMPUTED_WHOLE = {
     "mixer": ("mixer.part",),
     "feedforward": ("feedforward.part",),

@@ -23,12 +23,12 @@ from meshwright.model.routers.topk import TopKRouter
 from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages
 from meshwright.parallel.config import ContextWay, ExpertExchange
-from meshwright.parallel.deep_ep import DeepEpExchange
-from meshwright.parallel.experts import AllToAll
+from meshwright.parallel.experts.deep_ep import DeepEpExchange
+from meshwright.parallel.experts.exchange import AllToAll
 from meshwright.parallel.initialise import InitPolicy, fill, init_rules
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import placement_table, without_padding
-from meshwright.parallel.vocabulary import Embedding, VocabularyRows
+from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows
 
 
 @dataclass(frozen=True)

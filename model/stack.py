@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from meshwright.model.block import Layer
 from meshwright.parallel.tally import Tally
-from meshwright.parallel.vocabulary import Embedding, VocabularyRows, next_token_logits, next_token_loss
+from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows, next_token_logits, next_token_loss
 from meshwright.parallel.where import Where, where_of_plain_tokens
 
 

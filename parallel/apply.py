@@ -13,7 +13,7 @@ from torch import nn
 from meshwright.parallel.initialise import fill, init_rules
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.placement import Placement
-from meshwright.parallel.recompute import Recompute, keep_less
+from meshwright.parallel.recompute.policy import Recompute, keep_less
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.zero.engine import ZeroEngine, shard
 

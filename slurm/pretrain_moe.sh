@@ -14,7 +14,7 @@
 #   MESHWRIGHT_RUN_FILE          another run file (default: runs/moe_tiny.toml); its store must have been prepared
 #   MESHWRIGHT_RANKS             ranks on each node (default by hand: one for each GPU, or 2)
 #   MESHWRIGHT_INSTALL_IN_JOB=1  install and prepare inside a job after all
-#   MASTER_ADDR, MASTER_PORT     where the ranks meet (default: found by launcher/rendezvous.py)
+#   MASTER_ADDR, MASTER_PORT     where the ranks meet (default: found by launcher/ranks/rendezvous.py)
 #
 #SBATCH --job-name=pretrain-moe
 #SBATCH --nodes=1

@@ -21,8 +21,8 @@ BELOW = {
 }
 # These answer on a login node at once, so that nothing they import, directly or not, may be heavy.
 LIGHT = (
-    "launcher/__main__.py", "launcher/commands/check.py", "launcher/here.py", "launcher/ranks.py",
-    "launcher/local_ranks.py",
+    "launcher/__main__.py", "launcher/commands/check.py", "launcher/here.py", "launcher/ranks/environment.py",
+    "launcher/ranks/local_ranks.py",
     "model/config.py", "model/presets.py", "model/pattern.py", "model/costs.py", "parallel/config.py", "data/config.py",
     "data/meta.py",
 )  # fmt: skip

@@ -39,8 +39,8 @@ def train(
     torchrun --nproc-per-node 8 -m meshwright.launcher train runs/llama3_8b.toml
     """
     from meshwright.launcher.here import problems_here
-    from meshwright.launcher.local_ranks import become_a_rank
-    from meshwright.launcher.ranks import who_am_i
+    from meshwright.launcher.ranks.environment import who_am_i
+    from meshwright.launcher.ranks.local_ranks import become_a_rank
     from meshwright.launcher.runfile.messages import ConfigError
     from meshwright.launcher.runfile.read import read_run_file
 

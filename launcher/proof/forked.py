@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from meshwright.launcher.with_parent import end_with_parent
+from meshwright.launcher.ranks.with_parent import end_with_parent
 
 _SETTLE_SECONDS = 2.0  # after a rank was lost: how long the others may take to say that they miss it
 _LONGEST = 300

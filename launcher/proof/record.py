@@ -28,7 +28,7 @@ from meshwright.model.block import Block
 from meshwright.model.stage import MicroBatch, StagePart
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.placement import without_padding
-from meshwright.parallel.vocabulary import Embedding
+from meshwright.parallel.tensor.vocabulary import Embedding
 from meshwright.parallel.where import Where
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 
 from meshwright.data.config import DataConfig
-from meshwright.launcher.ranks import MAX_THREADS
+from meshwright.launcher.ranks.environment import MAX_THREADS
 from meshwright.model.config import ModelConfig
 from meshwright.parallel.config import ParallelConfig, PipelineConfig, RecomputeConfig, ZeroConfig
 

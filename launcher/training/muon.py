@@ -2,7 +2,7 @@
 
     m   <- momentum * m + (1 - momentum) * g           on this rank's part
     u    = momentum * m + (1 - momentum) * g           (Nesterov; else m)
-    o    = orthogonalise(u)                            on whole matrices, each by one rank (parallel/shared_work.py)
+    o    = orthogonalise(u)                            on whole matrices, each by one rank (parallel/whole)
     w   <- (1 - lr * decay) * w - lr * 0.2 * sqrt(max(rows, cols)) * o
 
 The scale is Moonlight's (arXiv 2502.16982, section 2.2): an orthogonal [rows, cols] has elements of root mean square
@@ -26,8 +26,8 @@ from meshwright.kernels.newton_schulz import multiplications, orthogonalise
 from meshwright.launcher.runfile.optimizer_rules import Settings
 from meshwright.launcher.runfile.tables import OptimizerConfig
 from meshwright.parallel.mesh import Mesh
-from meshwright.parallel.shared_work import Matrix, SharedWork, way_of_cutting
-from meshwright.parallel.whole import held_box
+from meshwright.parallel.whole.shared_work import Matrix, SharedWork, way_of_cutting
+from meshwright.parallel.whole.tensors import held_box
 from meshwright.parallel.zero.part import Part
 
 MOMENTUM = "momentum"

@@ -33,8 +33,8 @@ from meshwright.launcher.observe.provenance import write_provenance
 from meshwright.launcher.observe.sinks import Sinks, open_sinks
 from meshwright.launcher.observe.summary import RunFacts, print_summary, write_summary
 from meshwright.launcher.observe.terminal import StderrConsole, while_it_is_read
-from meshwright.launcher.ranks import RankInfo, threads_of
-from meshwright.launcher.rendezvous import process_group
+from meshwright.launcher.ranks.environment import RankInfo, threads_of
+from meshwright.launcher.ranks.rendezvous import process_group
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.write import write_resolved
 from meshwright.launcher.training.loop import train

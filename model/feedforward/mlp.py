@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from meshwright.kernels.swiglu import swiglu
 from meshwright.parallel.initialise import InitPolicy
-from meshwright.parallel.linear import ColumnLinear, RowLinear, column_products
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.tally import Tally
+from meshwright.parallel.tensor.linear import ColumnLinear, RowLinear, column_products
 from meshwright.parallel.where import Where
 
 

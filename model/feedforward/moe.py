@@ -31,12 +31,12 @@ from meshwright.model.routers.capacity import taken_choices
 from meshwright.model.routers.topk import Routing, TopKRouter
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.dropout import jitter
-from meshwright.parallel.experts import AllToAll, return_rows, share_rows
+from meshwright.parallel.experts.exchange import AllToAll, return_rows, share_rows
 from meshwright.parallel.initialise import ZEROS, InitPolicy, InitRule
-from meshwright.parallel.linear import divide
 from meshwright.parallel.mesh import NO_EP, NO_ETP, Axis
 from meshwright.parallel.placement import Placement, Split, partial_over
 from meshwright.parallel.tally import Tally, attach_loss
+from meshwright.parallel.tensor.linear import divide
 from meshwright.parallel.where import Where
 
 NO_TOKEN = Axis("token")

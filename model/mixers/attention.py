@@ -26,9 +26,9 @@ from meshwright.parallel.config import ContextWay
 from meshwright.parallel.context.attend import context_attention
 from meshwright.parallel.context.order import meetings
 from meshwright.parallel.initialise import InitPolicy
-from meshwright.parallel.linear import NO_COPIES, ColumnLinear, RowLinear, column_products, divide
 from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
 from meshwright.parallel.tally import Tally
+from meshwright.parallel.tensor.linear import NO_COPIES, ColumnLinear, RowLinear, column_products, divide
 from meshwright.parallel.where import Where
 
 

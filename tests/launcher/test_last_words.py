@@ -7,7 +7,7 @@ import tempfile
 import pytest
 
 from meshwright.launcher.last_words import WORDS, LastWords, lines_of, read_words, say
-from meshwright.launcher.rendezvous import LostRankError
+from meshwright.launcher.ranks.rendezvous import LostRankError
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.parallel.checkpoint.agree import CheckpointError
 

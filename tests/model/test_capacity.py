@@ -15,7 +15,7 @@ from meshwright.launcher.observe.peak import Peak
 from meshwright.model.feedforward.moe import Moe, RouterLosses
 from meshwright.model.parts import Ways, initialise, make_moe
 from meshwright.model.routers.capacity import capacity_of, within_capacity
-from meshwright.parallel import experts as exchange
+from meshwright.parallel.experts import exchange
 from meshwright.parallel.initialise import InitPolicy
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.tally import Tally

@@ -5,7 +5,7 @@ from mutations.fault import MOE, Fault
 HARMLESS = [
     Fault(
         "S7: rows beyond the last expert's are not zeroed, and nobody reads them",
-        "parallel/experts.py",
+        "parallel/experts/exchange.py",
         "return x.new_zeros((size, *x.shape[1:])).index_copy_(0, place, x)",
         "return x.new_full((size, *x.shape[1:]), 0.5).index_copy_(0, place, x)",
         model=MOE,
@@ -13,7 +13,7 @@ HARMLESS = [
     ),
     Fault(
         "experts' rows padded with ones, which nobody takes",
-        "parallel/experts.py",
+        "parallel/experts/exchange.py",
         "torch.nn.functional.pad(rows, (0, 0, 0, padded - own))",
         "torch.nn.functional.pad(rows, (0, 0, 0, padded - own), value=1.0)",
         model=MOE,

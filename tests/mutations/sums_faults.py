@@ -102,7 +102,7 @@ SUMS = [
     ),
     Fault(
         "gradients of the copies of a KV head not summed",
-        "parallel/linear.py",
+        "parallel/tensor/linear.py",
         "Placement((self.split,), grad_sum=partial_over(self.copies))",
         "Placement((self.split,))",
         named="mixer.part.v.bias",
@@ -111,7 +111,7 @@ SUMS = [
     ),
     Fault(
         "a bias added once for each rank",
-        "parallel/linear.py",
+        "parallel/tensor/linear.py",
         "y = scatter_sum(linear(x, self.weight), self.tp)",
         "return scatter_sum(linear(x, self.weight, self.bias), self.tp)",
         named="feedforward.part.down.bias",
@@ -119,7 +119,7 @@ SUMS = [
     ),
     Fault(
         "the two ends' gradients of a tied embedding not summed",
-        "parallel/vocabulary.py",
+        "parallel/tensor/vocabulary.py",
         "if self.tp.is_split else (), grad_sum=self.copies)}",
         "if self.tp.is_split else ())}",
         named="gradient of embedding.weight",
@@ -129,7 +129,7 @@ SUMS = [
     ),
     Fault(
         "S6: the loss is summed in bf16",
-        "parallel/vocabulary.py",
+        "parallel/tensor/vocabulary.py",
         "losses = torch.zeros(x.shape[0], dtype=wide, device=x.device)",
         "losses = torch.zeros(x.shape[0], dtype=torch.bfloat16, device=x.device)",
         quantity="loss",

@@ -32,7 +32,7 @@ TOKENS = [
     ),
     Fault(
         "padding of the vocabulary takes part in the softmax",
-        "parallel/vocabulary.py",
+        "parallel/tensor/vocabulary.py",
         "logits[:, own.real :] = -torch.inf",
         "logits[:, own.real :] = 0.0",
         quantity="loss",
@@ -68,7 +68,7 @@ TOKENS = [
     ),
     Fault(
         "rows come back to the wrong tokens",
-        "parallel/experts.py",
+        "parallel/experts/exchange.py",
         "return scatter_sum(whole, etp)[: shared.own].clone()",
         "return scatter_sum(whole, etp)[-shared.own :].clone()",
         named="layers.0.feedforward",

@@ -9,7 +9,7 @@ from rank_pool import run_mesh
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.pipeline.orders import Stages
-from meshwright.parallel.recompute import Recompute
+from meshwright.parallel.recompute.policy import Recompute
 
 CONFIGS = {
     "dense": dense_config(),

@@ -13,7 +13,7 @@ from meshwright.model.parts import build_model
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.pipeline.orders import Stages
-from meshwright.parallel.recompute import Recompute
+from meshwright.parallel.recompute.policy import Recompute
 from meshwright.parallel.where import place, where_of_plain_tokens
 
 CONFIGS = {

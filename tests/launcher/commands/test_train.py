@@ -113,7 +113,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_exchange_that_this_machine_lacks_is_refused_before_any_rank_is_started(tmp_path: Path) -> None:
-    none_starts = "from meshwright.launcher import local_ranks\nlocal_ranks.run_local_ranks = lambda *given: 7"
+    none_starts = "from meshwright.launcher.ranks import local_ranks\nlocal_ranks.run_local_ranks = lambda *given: 7"
     asked = ("parallel.ep=2", "parallel.expert_exchange=deep_ep", "train.precision=bf16", "run.device=auto")
     command = ("train", write_run_file(tmp_path), *asked, "--ranks", 2)
     refused = run(*command, fault=none_starts, environment={"CUDA_VISIBLE_DEVICES": ""})

@@ -16,7 +16,7 @@ from meshwright.model.stack import LanguageModel
 from meshwright.parallel.apply import Plan, apply
 from meshwright.parallel.mesh import single_process_mesh
 from meshwright.parallel.placement import placement_table
-from meshwright.parallel.recompute import Recompute, recompute_layers
+from meshwright.parallel.recompute.policy import Recompute, recompute_layers
 from meshwright.parallel.tally import Tally, declared_entries
 from meshwright.parallel.where import where_of_plain_tokens
 

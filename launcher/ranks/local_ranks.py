@@ -33,8 +33,15 @@ from typing import IO, NamedTuple
 
 from meshwright.launcher.kept_memory import command_again, restart_with_kept_memory, with_kept_memory
 from meshwright.launcher.last_words import WORDS, is_consequence, lines_of, read_words
-from meshwright.launcher.ranks import LISTENING, STARTED_HERE, RankInfo, check_ranks_option, threads_of, who_am_i
-from meshwright.launcher.with_parent import end_with_parent
+from meshwright.launcher.ranks.environment import (
+    LISTENING,
+    STARTED_HERE,
+    RankInfo,
+    check_ranks_option,
+    threads_of,
+    who_am_i,
+)
+from meshwright.launcher.ranks.with_parent import end_with_parent
 
 _POLL_SECONDS = 0.05
 # After a rank died: how long the others may take to end by themselves, then how long to answer SIGTERM.

@@ -7,12 +7,13 @@ from rank_pool import run_mesh
 from torch import Tensor
 
 from meshwright.kernels.cross_entropy import NOT_COUNTED
-from meshwright.parallel import collectives, vocabulary
+from meshwright.parallel import collectives
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.initialise import InitRule, fill
 from meshwright.parallel.mesh import Mesh, Sizes
 from meshwright.parallel.placement import without_padding
-from meshwright.parallel.vocabulary import Embedding, VocabularyRows, next_token_loss
+from meshwright.parallel.tensor import vocabulary
+from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows, next_token_loss
 
 S, B, H, STEP_TOKENS = 8, 3, 5, 29.0
 RULE = InitRule("normal", 1.0)

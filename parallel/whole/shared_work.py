@@ -28,7 +28,7 @@ from torch import Tensor
 
 from meshwright.parallel.collectives import exchange_rows
 from meshwright.parallel.mesh import Axis, Mesh
-from meshwright.parallel.whole import Box, Cut, box_of, boxes_along, cuts_of
+from meshwright.parallel.whole.tensors import Box, Cut, box_of, boxes_along, cuts_of
 from meshwright.parallel.zero.part import Part
 
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from meshwright.parallel.experts import Dispatch, combine, dispatch
+from meshwright.parallel.experts.exchange import Dispatch, combine, dispatch
 from meshwright.parallel.mesh import NO_EP, Axis
 
 

@@ -1,7 +1,7 @@
 """What autograd keeps of the layers for the backward pass, and where: on the device, on the host, or nowhere.
 
     kept as it is      weights, small tensors, everything unless one of the next two is asked for
-    on the host        a copy of its storage (parallel/host_copies.py)
+    on the host        a copy of its storage (parallel/recompute/host_copies.py)
     nowhere            the result of a module that is cheap to run again from its input, such as a norm:
 
         x ---norm---> y ---q, k, v---> ...        q, k and v each would keep y; instead they keep "the norm of x",
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from meshwright.parallel.host_copies import HostCopies, HostCopy
+from meshwright.parallel.recompute.host_copies import HostCopies, HostCopy
 
 Packed = Any
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from meshwright.launcher.ranks import who_am_i
-from meshwright.launcher.rendezvous import (
+from meshwright.launcher.ranks.environment import who_am_i
+from meshwright.launcher.ranks.rendezvous import (
     RendezvousError,
     explain,
     first_host,

@@ -94,7 +94,7 @@ def combine(rows: Float[Tensor, "r h"], weight: Float[Tensor, "t k"], plan: Disp
 
 
 class AllToAll:
-    """The exchange by an all-to-all with the sizes of the moment; `parallel/deep_ep.py` has another."""
+    """The exchange by an all-to-all with the sizes of the moment; `parallel/experts/deep_ep.py` has another."""
 
     def __init__(self, num_experts: int, ep: Axis) -> None:
         """Take the global number of experts and the axis over which they lie."""

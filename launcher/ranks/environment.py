@@ -9,7 +9,7 @@
 
 The first row that fits wins: torchrun and mpirun are often themselves started by srun, whose variables then describe
 them and not their ranks. The shell of a Slurm job also has SLURM_PROCID = 0 and SLURM_NTASKS, but no SLURM_STEP_ID: a
-command typed there is one process of its own. `launcher/rendezvous.py` lets the ranks meet. No torch is loaded here.
+command typed there is one process of its own. `rendezvous.py` lets the ranks meet. No torch is loaded here.
 """
 
 import os
@@ -21,10 +21,10 @@ from typing import Literal
 How = Literal["plain", "started here", "torchrun", "slurm", "mpirun"]
 Environment = Mapping[str, str]
 
-# Holds the descriptor of the listening socket that rank 0 inherits from launcher/local_ranks.py.
+# Holds the descriptor of the listening socket that rank 0 inherits from launcher/ranks/local_ranks.py.
 LISTENING = "MESHWRIGHT_LISTENING_FD"
 
-# Is set where launcher/local_ranks.py started the ranks; its other variables are those of torchrun.
+# Is set where launcher/ranks/local_ranks.py started the ranks; its other variables are those of torchrun.
 STARTED_HERE = "MESHWRIGHT_STARTED_HERE"
 
 # OpenMP ends the process without a word where a thread more cannot be had.

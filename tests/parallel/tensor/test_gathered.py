@@ -15,8 +15,8 @@ from meshwright.kernels import products
 from meshwright.kernels.choose import Choices, use
 from meshwright.kernels.linear import linear
 from meshwright.parallel.collectives import gather
-from meshwright.parallel.gathered import Matrix, products_of_gathered
 from meshwright.parallel.mesh import Axis
+from meshwright.parallel.tensor.gathered import Matrix, products_of_gathered
 
 S, B, H, WIDTHS = 6, 3, 10, (4, 7)
 Products = Callable[[Tensor, list[Matrix], Axis], list[Tensor]]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
 from meshwright.parallel.placement import Placement, Split, chunk_bounds
-from meshwright.parallel.shared_work import Matrix, SharedWork, way_of_cutting
-from meshwright.parallel.whole import box_of, cuts_of, held_box, part_of_whole, whole_tensors
+from meshwright.parallel.whole.shared_work import Matrix, SharedWork, way_of_cutting
+from meshwright.parallel.whole.tensors import box_of, cuts_of, held_box, part_of_whole, whole_tensors
 from meshwright.parallel.zero.part import Part
 
 FOUR = Sizes(dp_shard=2, tp=2)

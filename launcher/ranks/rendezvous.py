@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from meshwright.launcher.ranks import LISTENING, RankInfo
+from meshwright.launcher.ranks.environment import LISTENING, RankInfo
 
 # A node that is up joins within this time; only a run that may not wait so long (timeout_seconds) gives up sooner.
 JOIN_SECONDS = 300

@@ -3,7 +3,7 @@
     full         a layer keeps only its input, every n-th layer or all
     selective    a layer keeps the results of the named ops and computes the cheap rest again
     modules      the named modules of a layer keep only their input; of others, which are cheap, not even the result is
-                 kept by those who use it (parallel/kept.py)
+                 kept by those who use it (parallel/recompute/kept.py)
     offload      with any of these or none: what is kept lies on the host until the backward pass needs it
 
 What a recomputed pass adds to the tally is ignored, and what a layer decided in the first pass (`Where.decide`), such
@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from meshwright.kernels.attention_blocks import attention_by_blocks
 from meshwright.kernels.grouped import grouped_product
 from meshwright.kernels.products import onednn_product
-from meshwright.parallel.host_copies import HostCopies
-from meshwright.parallel.kept import Kept
+from meshwright.parallel.recompute.host_copies import HostCopies
+from meshwright.parallel.recompute.kept import Kept
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from meshwright.launcher.ranks import (
+from meshwright.launcher.ranks.environment import (
     STARTED_HERE,
     RankInfo,
     check_ranks_option,
@@ -111,5 +111,5 @@ def test_a_task_bound_to_its_own_cores_does_not_divide_them_again() -> None:
 
 
 def test_asking_who_am_i_loads_no_torch() -> None:
-    code = "import sys, meshwright.launcher.local_ranks; sys.exit('torch' in sys.modules)"
+    code = "import sys, meshwright.launcher.ranks.local_ranks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,8 +9,8 @@ from rank_pool import run_mesh
 from torch import Tensor
 
 from meshwright.parallel.collectives import exchange_counts, exchange_rows
-from meshwright.parallel.deep_ep import DeepEpExchange, why_not
-from meshwright.parallel.experts import AllToAll
+from meshwright.parallel.experts.deep_ep import DeepEpExchange, why_not
+from meshwright.parallel.experts.exchange import AllToAll
 from meshwright.parallel.mesh import Axis, Mesh, Sizes
 
 T, K, E, H = 7, 3, 4, 5

@@ -13,12 +13,12 @@ from virtual_slurm import is_running
 
 RUN = """
 import sys
-from meshwright.launcher.local_ranks import run_local_ranks
+from meshwright.launcher.ranks.local_ranks import run_local_ranks
 sys.exit(run_local_ranks(sys.argv[2:], 2))
 """
 BECOME = """
 import os, sys
-from meshwright.launcher.local_ranks import become_a_rank
+from meshwright.launcher.ranks.local_ranks import become_a_rank
 info = become_a_rank(int(sys.argv[1]))
 line = f"PLACE {info.rank} {info.world_size} {info.how} {os.environ.get('MALLOC_TRIM_THRESHOLD_')}\\n"
 os.write(1, line.encode())  # one call, so that the ranks' lines do not mix

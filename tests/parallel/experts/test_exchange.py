@@ -5,7 +5,7 @@ import torch
 from rank_pool import run_mesh
 from torch import Tensor
 
-from meshwright.parallel.experts import combine, dispatch, return_rows, share_rows
+from meshwright.parallel.experts.exchange import combine, dispatch, return_rows, share_rows
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
 
 T, K, E, H = 7, 2, 4, 3

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from meshwright.parallel.collectives import all_reduce, gather
 from meshwright.parallel.initialise import InitRule
-from meshwright.parallel.linear import ColumnLinear, RowLinear
 from meshwright.parallel.mesh import Axis, Mesh, Sizes
+from meshwright.parallel.tensor.linear import ColumnLinear, RowLinear
 
 S, B, H, F = 8, 3, 6, 20  # all different, so that a swapped dim cannot pass unseen
 RULE = InitRule("normal", 1.0)

@@ -19,10 +19,10 @@ from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.config import RecomputedModule
-from meshwright.parallel.host_copies import SMALLEST, HostCopies
-from meshwright.parallel.kept import Kept
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
-from meshwright.parallel.recompute import Recompute, keep_less, recompute_modules
+from meshwright.parallel.recompute.host_copies import SMALLEST, HostCopies
+from meshwright.parallel.recompute.kept import Kept
+from meshwright.parallel.recompute.policy import Recompute, keep_less, recompute_modules
 from meshwright.parallel.tally import Tally, declared_entries
 
 CPU = torch.device("cpu")

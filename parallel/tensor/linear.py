@@ -3,7 +3,7 @@
 A dim written `f/tp` is held in tp equal parts, one on each rank; tokens lie on all ranks inside a pair of layers,
 and on one rank each between pairs:
 
-    column_products    x [s/tp, b, i]  weights [o/tp, i]  ->  [s, b, o/tp] each   gathered once (parallel/gathered.py)
+    column_products    x [s/tp, b, i]  weights [o/tp, i]  ->  [s, b, o/tp] each   gathered once (gathered.py)
     ColumnLinear   x [s, b, i]      weight [o/tp, i]   ->  [s, b, o/tp]
     RowLinear      x [s, b, i/tp]   weight [o, i/tp]   ->  [s/tp, b, o]       summed over the ranks once, at the end
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from meshwright.kernels.linear import linear
 from meshwright.parallel.collectives import scatter_sum
-from meshwright.parallel.gathered import Matrix, products_of_gathered
 from meshwright.parallel.initialise import ZEROS, InitRule
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split, partial_over
+from meshwright.parallel.tensor.gathered import Matrix, products_of_gathered
 
 NO_COPIES = Axis("copies")
 
