@@ -58,11 +58,6 @@ def active_parameter_count(config: ModelConfig) -> int:
     return parameter_count(config) - sum(_idle_parameters(config, kinds) for kinds in config.layers)
 
 
-def routed_parameter_count(config: ModelConfig) -> int:
-    """Return the number of weights in routed experts: those that expert parallelism splits."""
-    return config.num_moe_layers * _experts(config, _experts_of(config))
-
-
 def embedding_parameters(config: ModelConfig) -> int:
     """Return the weights of the embedding and, unless it is tied, of the output."""
     return config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
@@ -145,20 +140,11 @@ def _mlp(config: ModelConfig, width: int) -> int:
     return 3 * config.hidden_size * width + biases
 
 
-def _experts(config: ModelConfig, number: int) -> int:
-    """Return the weights of so many routed experts."""
-    return number * _mlp(config, config.moe.expert_hidden_size) if config.moe else 0
-
-
-def _experts_of(config: ModelConfig) -> int:
-    return config.moe.num_experts if config.moe else 0
-
-
 def _idle_parameters(config: ModelConfig, kinds: LayerKinds) -> int:
     """Return the weights of a layer's experts that a token is not sent to."""
     if kinds.feedforward != "moe" or config.moe is None:
         return 0
-    return _experts(config, config.moe.num_experts - config.moe.top_k)
+    return (config.moe.num_experts - config.moe.top_k) * _mlp(config, config.moe.expert_hidden_size)
 
 
 def _product_weights(config: ModelConfig, kinds: LayerKinds) -> int:

@@ -1,6 +1,7 @@
 """What `prove` prints and writes: a table for a person, one JSON file for a program."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -67,9 +68,19 @@ def ending(proof: Proof) -> Iterator[str]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write plain values where they are asked for."""
+    """Write plain values where they are asked for: a file appears whole or not at all; what is no file is written to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1) + "\n"
+    is_other = path.is_symlink() or (path.exists() and not path.is_file())
+    if is_other or not os.access(path.parent, os.W_OK):
+        path.write_text(text, encoding="utf-8")
+        return
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def as_json(name: str, proof: Proof) -> dict[str, Any]:

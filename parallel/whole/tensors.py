@@ -1,4 +1,4 @@
-"""Whole global tensors from the parts that ranks hold, by their placement, and a rank's part of a whole.
+"""Whole global tensors from the parts that ranks hold, by their placement.
 
 A part is cut from its global tensor by the placement's splits, outermost first, then by ZeRO along dim 0. Every rank
 can say what any other one holds, and undoes one cut after the other, innermost first, with one collective each:
@@ -122,11 +122,6 @@ def whole_tensors(parts: Mapping[str, Part], held: Mapping[str, Tensor], mesh: M
             tensors = _gather_to_all(tensors, boxes, outer, axis)
         wholes |= tensors
     return {name: wholes[name] for name in held}
-
-
-def part_of_whole(part: Part, whole: Tensor, mesh: Mesh) -> Tensor:
-    """Return this rank's part of a global tensor, padding left out: the inverse of `whole_tensors`."""
-    return whole[held_box(part, mesh).within(Box((0,) * whole.dim(), tuple(whole.shape)))]
 
 
 def _gather_to_all(

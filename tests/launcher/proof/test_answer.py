@@ -1,5 +1,6 @@
 """A place that cannot be written is found before the work, and a stop says that there is no answer."""
 
+import json
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ import pytest
 
 from meshwright.launcher.proof.answer import answer_place, stoppable, undisturbed
 from meshwright.launcher.proof.forked import Fork
+from meshwright.launcher.proof.report import write_json
 from meshwright.launcher.runfile.messages import ConfigError
 
 
@@ -80,3 +82,41 @@ def test_an_answer_that_is_known_is_written_whatever_signal_comes() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+
+
+def test_an_answer_replaces_an_older_one_whole_or_not_at_all(tmp_path: Path) -> None:
+    path, link = tmp_path / "prove.json", tmp_path / "link.json"
+    path.write_text("older")
+    link.symlink_to(path)
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert path.read_text() == "older"
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(link, {"a": 2})
+    assert link.is_symlink()
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert sorted(tmp_path.iterdir()) == [link, path]
+
+
+def test_an_answer_goes_into_what_is_no_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)  # open for both, so that neither end waits for the other
+    try:
+        write_json(pipe, {"a": 3})
+        assert json.loads(os.read(reader, 100)) == {"a": 3}
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_an_answer_goes_to_a_file_in_a_folder_that_takes_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "prove.json"
+    path.write_text("older, and longer than the new one")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(Path, "replace", None)
+    write_json(path, {})
+    assert path.read_text() == "{}\n"
