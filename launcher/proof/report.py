@@ -68,7 +68,7 @@ def ending(proof: Proof) -> Iterator[str]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write plain values where they are asked for: a file appears whole or not at all; what is no file is written to."""
+    """Write plain values: a file appears whole or not at all, what is no file (a pipe, a link) is written to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1) + "\n"
     is_other = path.is_symlink() or (path.exists() and not path.is_file())
