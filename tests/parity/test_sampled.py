@@ -1,19 +1,14 @@
 """Layouts by hand and by chance compute what one process computes: 12 always, a slice of many with each commit.
 
-The slice is drawn by hypothesis from a seed that is the commit's hash, so that the same commit always gets the same
-layouts and every commit others. Hash, seed and layouts are printed; MESHWRIGHT_SAMPLE_SEED draws another slice, and
-MESHWRIGHT_SAMPLES says how many.
+How the slice is drawn, and how to ask for another: tests/commit_slice.py.
 """
 
-import os
-import subprocess
 from functools import cache
 from itertools import combinations
-from pathlib import Path
 
 import pytest
+from commit_slice import check_slice
 from engine_cases import Samples, Trace, assert_same, train
-from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from parity_samples import AXES, MODELS, Sample, sample, samples
 from rank_pool import run_mesh
 
@@ -22,9 +17,6 @@ from meshwright.launcher.runfile.tables import OptimizerConfig
 from meshwright.launcher.stages import stages_of
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, single_process_mesh
-
-# Outside git, as in an unpacked source archive.
-DEFAULT_SEED = 20261121
 
 FIXED = [
     sample("dense", dp_replicate=2, dp_shard=2, zero__stage=2, micro_batch=2),
@@ -90,47 +82,9 @@ def test_the_fixed_layouts_have_every_pair_of_axes_and_every_choice_of_memory() 
     assert "mixed" in {drawn.model for drawn in FIXED}
 
 
-def commit() -> str:
-    """Return the hash of this commit; "" outside git."""
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def seed_of(commit_hash: str) -> int:
-    """Return the seed of a commit's slice, or the one that was asked for."""
-    given_seed = os.environ.get("MESHWRIGHT_SAMPLE_SEED")
-    if given_seed is not None:
-        return int(given_seed)
-    return int(commit_hash[:15], 16) if commit_hash else DEFAULT_SEED
-
-
 @pytest.mark.slow
 def test_sampled_layouts_compute_what_one_process_computes(capfd: pytest.CaptureFixture[str]) -> None:
-    commit_hash, passed = commit(), set[Sample]()
-    number, count = seed_of(commit_hash), int(os.environ.get("MESHWRIGHT_SAMPLES", "24"))
-    with capfd.disabled():
-        print(
-            f"\ncommit {commit_hash or 'unknown'}: a slice of {count} sampled layouts, seed {number}",
-            end="",
-            flush=True,
-        )
-
-    @seed(number)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],  # a failing layout is named; looking for a smaller one would take minutes
-        suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+    passed = check_slice(
+        "layouts", 24, samples(), capfd, is_sound=lambda drawn: not drawn.problems(), check=assert_like_one_process
     )
-    @given(samples())
-    def one_more(drawn: Sample) -> None:
-        assume(drawn not in passed and not drawn.problems())
-        with capfd.disabled():
-            print(f"\nsample {len(passed) + 1} of {count}: {drawn}", end="", flush=True)
-        assert_like_one_process(drawn)
-        passed.add(drawn)
-
-    one_more()
     assert len({axis for drawn in passed for axis in AXES if drawn.has(axis)}) >= 4, "the slice must not be trivial"
