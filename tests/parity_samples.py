@@ -25,13 +25,15 @@ MODELS = {
     "dense-one-kv-head": dense_config(num_kv_heads=1, qk_norm=True),
     "moe": moe_config(),
     "moe-step-balance": moe_config(num_experts=4, load_balancing="step", bias=("ffn",), normalise_top_k=False),
-    "mixed": moe_config(pattern="*-*E", num_layers=4),
+    "mixed": moe_config(pattern="*-*E", num_layers=4, tie_embeddings=True),
     "moe-draws-and-drops": moe_config(residual_dropout=0.2, router_jitter=0.2, capacity_factor=0.75),
 }
 # Tables whose choices are drawn; [parallel]'s sizes are drawn apart, as they must multiply.
 TABLES = ("parallel", "zero", "recompute", "pipeline")
 # Of other tables these alone bear on how ranks work together.
 KEYS = {"data": ("mask_documents",), "optimizer": ("kind",)}
+# What no CPU has (tests/parallel/test_deep_ep.py).
+ELSEWHERE = {("parallel", "expert_exchange")}
 AXES = tuple(field.name for field in fields(Sizes))
 
 
@@ -84,23 +86,28 @@ def sample(model: str, *, micro_batch: int = 1, **changes: Any) -> Sample:
 
 
 @strategies.composite
-def samples(draw: Any) -> Sample:
-    """Draw a sample, sound or not: its `problems` are asked outside, as beartype draws random numbers of its own."""
+def samples(draw: Any, tables_drawn: tuple[str, ...] = TABLES) -> Sample:
+    """Draw a sample, sound or not: its `problems` are asked outside, as beartype draws random numbers of its own.
+
+    Tables other than `tables_drawn` are left at their defaults.
+    """
     sizes = dict.fromkeys(AXES, 1)
     dense = [axis for axis in AXES if axis not in ("ep", "etp")]
     factors = draw(strategies.sampled_from([(2,), (3,), (2, 2), (2, 3), (2, 2, 2), (2, 2, 2)]))
     for factor in factors:
         sizes[draw(strategies.sampled_from(dense))] *= factor
-    for axis in ("ep", "etp"):
-        sizes[axis] = draw(strategies.sampled_from([1, 2, 3, 4]))
+    model = draw(strategies.sampled_from(sorted(MODELS)))
+    stage = prod(factors) // sizes["pp"]
+    for axis in ("ep", "etp") if MODELS[model].moe else ():  # drawn from what may fit, as most would not
+        sizes[axis] = draw(strategies.sampled_from([size for size in (1, 2, 3, 4) if stage % size == 0]))
     tables: list[tuple[str, str, Any]] = [("parallel", axis, size) for axis, size in sizes.items()]
-    for table in TABLES:
+    for table in tables_drawn:
         if table != "pipeline" or sizes["pp"] > 1:
             tables += draw(strategies.tuples(*choices_of(table)))
     for table, keys in KEYS.items():
         tables += draw(strategies.tuples(*choices_of(table, keys)))
     return Sample(
-        model=draw(strategies.sampled_from(sorted(MODELS))),
+        model=model,
         world=prod(factors),
         micro_batch=draw(strategies.sampled_from([1, 2, 4])),
         tables=tuple(sorted(entry for entry in tables if entry[2] != default_of(*entry[:2]))),
@@ -112,7 +119,7 @@ def choices_of(table: str, keys: tuple[str, ...] = ()) -> list[Any]:
     drawn = []
     for key, field in table_of(table).model_fields.items():
         values = values_of(field.annotation, field.metadata)
-        if values and key not in AXES and (not keys or key in keys):
+        if values and key not in AXES and (table, key) not in ELSEWHERE and (not keys or key in keys):
             drawn.append(strategies.sampled_from([(table, key, value) for value in values]))
     return drawn
 
