@@ -6,6 +6,9 @@
     zero       ZeRO-1 beside torch's DDP, DDP with ZeroRedundancyOptimizer, and FSDP2, on two ranks
     peak       bytes of gradients while a step runs, by ZeRO stage and schedule
 
+`--width` is the hidden size of the model of `ranks` and `zero` (docs/measured/layouts.md has 128): heads of 32, half as
+many of keys and values, feed-forwards of three widths, experts of one and a half.
+
 Prints Markdown tables. Contestants take turns in one run and ratios are taken within a turn; CPU time is the process's
 own, which other work on the machine moves less than the wall's.
 """
@@ -147,13 +150,13 @@ def cpu_of(module: nn.Module, given: torch.Tensor, repeat: int) -> float:
     return time.process_time() - began
 
 
-def ranks_table(turns: int) -> None:
+def ranks_table(turns: int, width: int) -> None:
     """Print how much of two cores each layout uses, against one process on both."""
     print("| layout | steps/s of the wall, over one process on 2 threads | CPU s a step, all ranks |\n|---|---|---|")
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in LAYOUTS_OF_TWO}
     for _ in range(turns):
         for name, world in LAYOUTS_OF_TWO.items():
-            taken = on_ranks(world, time_layout, name)
+            taken = on_ranks(world, time_layout, name, width)
             rows[name].append((max(wall for wall, _ in taken), sum(cpu for _, cpu in taken)))
     for name, taken in rows.items():
         base = "one process, MoE" if "MoE" in name else "one process"
@@ -161,10 +164,10 @@ def ranks_table(turns: int) -> None:
         print(f"| {name} | {spread(speed, 2)} | {spread([cpu for _, cpu in taken], 2)} |", flush=True)
 
 
-def zero_table(turns: int) -> None:
+def zero_table(turns: int, width: int) -> None:
     """Print the time of a step under each way of data parallelism."""
     print("| way, 2 ranks | wall s a step | CPU s a step | CPU over that of ZeRO-1 |\n|---|---|---|---|")
-    taken = on_ranks(2, time_contestants, turns)[0]
+    taken = on_ranks(2, time_contestants, turns, width)[0]
     ours = taken[CONTESTANTS[0]]
     for name, rows in taken.items():
         ratio = [cpu / base for (_, cpu), (_, base) in zip(rows, ours, strict=True)]
@@ -182,8 +185,13 @@ def peak_table() -> None:
     drawn = [sample("dense", dp_shard=2, zero__stage=stage) for stage in range(4)]
     drawn += [sample("dense", pp=2, dp_shard=2, zero__stage=stage, pipeline__schedule="gpipe") for stage in (0, 1, 2)]
     drawn += [sample("dense", pp=2, dp_shard=2, zero__stage=stage) for stage in (1, 2)]
-    drawn += [sample("dense", pp=2, dp_shard=2, zero__stage=1, pipeline__schedule="zbv")]
+    drawn += [
+        sample("dense", pp=2, dp_shard=2, zero__stage=stage, pipeline__schedule=schedule)
+        for schedule in ("interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
+        for stage in (1, 2)
+    ]
     for each in drawn:
+        assert each.problems() == [], f"{each}: {each.problems()}"
         weights, most = run_mesh(sizes_of(each.run_file(), each.world), peak_gradients, each)[0]
         print(f"| {each} | {weights:,} | {most:,} | {most / weights:.2f} |", flush=True)
 
@@ -193,16 +201,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["bytes", "overhead", "ranks", "zero", "peak"])
     parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--width", type=int, default=128)
     asked = parser.parse_args()
+    if asked.width <= 0 or asked.width % 128:
+        parser.error(
+            f"--width {asked.width}: must be a multiple of 128, for two ranks with as many key heads of 32 each"
+        )
     tables: dict[str, Callable[[], None]] = {
         "bytes": bytes_table,
         "overhead": lambda: overhead_table(4 * asked.turns),
-        "ranks": lambda: ranks_table(asked.turns),
-        "zero": lambda: zero_table(asked.turns),
+        "ranks": lambda: ranks_table(asked.turns, asked.width),
+        "zero": lambda: zero_table(asked.turns, asked.width),
         "peak": peak_table,
     }
     for part in asked.parts:
-        print(f"\n### {part}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}\n")
+        made = f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}"
+        print(f"\n### {part}{f', width {asked.width}' if part in ('ranks', 'zero') else ''}; {made}\n")
         tables[part]()
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of benchmarks/layouts.py do: steps of one small model, timed, under one layout after the other."""
+"""What the ranks of benchmarks/layouts.py do: steps of one model, timed, under one layout after the other."""
 
 import time
 from collections.abc import Callable
@@ -25,11 +25,6 @@ from meshwright.parallel.tally import Tally, declared_entries, everyones_entries
 from meshwright.parallel.where import place
 
 SEQ, BATCH, VOCAB, MICRO = 64, 8, 1024, 2
-DENSE = ModelConfig(
-    pattern="*-", num_layers=4, hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=32, ffn_hidden_size=384,
-    vocab_size=VOCAB,
-)  # fmt: skip
-MOE = DENSE.model_copy(update={"pattern": "*E", "moe": MoeConfig(num_experts=8, top_k=2, expert_hidden_size=192)})
 # By name: how many processes.
 LAYOUTS_OF_TWO = {
     "one process": 1, "DP2, ZeRO-1": 2, "TP2": 2, "PP2, 1F1B, 4 micro-batches": 2, "CP2, ring": 2,
@@ -37,6 +32,27 @@ LAYOUTS_OF_TWO = {
 }  # fmt: skip
 STEPS = 3
 CONTESTANTS = ("ZeRO-1", "DDP", "DDP + ZeroRedundancyOptimizer", "FSDP2", "ZeRO-3")
+
+
+def dense_of(width: int) -> ModelConfig:
+    """Return a dense model of four layers of this width."""
+    heads = width // 32
+    return ModelConfig(
+        pattern="*-",
+        num_layers=4,
+        hidden_size=width,
+        num_heads=heads,
+        num_kv_heads=heads // 2,
+        head_dim=32,
+        ffn_hidden_size=3 * width,
+        vocab_size=VOCAB,
+    )
+
+
+def moe_of(width: int) -> ModelConfig:
+    """Return the same with a mixture of eight experts in each layer, two for each token."""
+    moe = MoeConfig(num_experts=8, top_k=2, expert_hidden_size=3 * width // 2)
+    return dense_of(width).model_copy(update={"pattern": "*E", "moe": moe})
 
 
 def tokens() -> tuple[Tensor, Tensor]:
@@ -108,20 +124,20 @@ def timed(step: Callable[[], None], steps: int = STEPS) -> tuple[float, float]:
     return (time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps
 
 
-def time_layout(name: str) -> tuple[float, float]:
+def time_layout(name: str, width: int) -> tuple[float, float]:
     """Time the steps of one layout, after one that warms up."""
     axes = {"DP": "dp_shard", "TP": "tp", "PP": "pp", "CP": "cp"}
     sizes = Sizes(**{axes[name[:2]]: 2}) if name[:2] in axes else Sizes()
     sizes = Sizes(dp_shard=2, ep=2) if name.startswith("EP") else sizes
     torch.set_num_threads(2 if sizes.world == 1 else 1)
-    step = our_step(build_mesh(sizes), MOE if "MoE" in name else DENSE, 1)
+    step = our_step(build_mesh(sizes), moe_of(width) if "MoE" in name else dense_of(width), 1)
     step()
     return timed(step)
 
 
-def peer_step(name: str, mesh: Mesh) -> Callable[[], None]:
+def peer_step(name: str, mesh: Mesh, config: ModelConfig) -> Callable[[], None]:
     """Return what makes one step of torch's own ways, on the same model and samples."""
-    model: nn.Module = build_model(DENSE)
+    model: nn.Module = build_model(config)
     if name == "FSDP2":
         for layer in model.layers.values():  # type: ignore[union-attr,operator]
             fully_shard(layer)
@@ -150,11 +166,15 @@ def peer_step(name: str, mesh: Mesh) -> Callable[[], None]:
     return step
 
 
-def time_contestants(turns: int) -> dict[str, list[tuple[float, float]]]:
+def time_contestants(turns: int, width: int) -> dict[str, list[tuple[float, float]]]:
     """Time every way of data parallelism in turns."""
     mesh = build_mesh(Sizes(dp_shard=2))
     ours = {"ZeRO-1": 1, "ZeRO-3": 3}
-    steps = {name: our_step(mesh, DENSE, ours[name]) if name in ours else peer_step(name, mesh) for name in CONTESTANTS}
+    config = dense_of(width)
+    steps = {
+        name: our_step(mesh, config, ours[name]) if name in ours else peer_step(name, mesh, config)
+        for name in CONTESTANTS
+    }
     for step in steps.values():
         step()
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
