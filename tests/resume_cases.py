@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # here, where it is loaded once: AdamW would load it in each of the forked ranks
 from engine_cases import BATCH, SEQ, VOCAB
 from parity_samples import Sample
 from torch import Tensor
