@@ -152,21 +152,13 @@ class Fork:
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=self.size, timeout=self.timeout)
             answer: tuple[bool, Any] = (True, work(rank))
         except BaseException as error:  # whatever it is, the parent must hear of it
-            first = _first_cause(error)
-            line = " ".join(str(first).split())
-            answer = (False, (f"failed: {type(first).__name__}: {line}", traceback.format_exc()))
+            line = " ".join(str(error).split())
+            answer = (False, (f"failed: {type(error).__name__}: {line}", traceback.format_exc()))
         pipe.send_bytes(pickle.dumps(answer, protocol=5))
         # Stay until the parent ends this process: others may still be reading from its sockets, and what the parent
         # would do at its end, such as removing its folders, is not ours to do.
         while True:
             signal.pause()
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """Return the error that this one was raised from: torch's pipeline wraps what goes wrong in a stage."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _is_consequence(line: str) -> bool:

@@ -17,6 +17,7 @@ from meshwright.launcher.training.kept_moments import Kept, kept_moments
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.weights.read_weights import ExportWeights, Source, find_source
 from meshwright.launcher.weights.saved_run import run_file_of
+from meshwright.model.shapes import parameter_shapes
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state, saved_tensors
 
@@ -64,7 +65,7 @@ def _fill_from_checkpoint(run: Run, found: Source, events: list[str]) -> int:
 
 
 def _fill_from_export(run: Run, found: Source) -> int:
-    """Read this rank's rows of every weight.
+    """Read this rank's part of every weight.
 
     Raises:
         ValueError: naming every weight that the export has not, or has in another shape.
@@ -72,20 +73,23 @@ def _fill_from_export(run: Run, found: Source) -> int:
     if run.run_file.init.load != "weights":
         raise ValueError('an export has no optimizer state; init.load = "weights" would fit')
     weights = ExportWeights(found.path)
-    held, there = run.engine.parts, weights.shapes()
+    # Of the whole model, whose other weights other ranks hold: all ranks find the same mistakes.
+    wanted, there = parameter_shapes(run.run_file.model), weights.shapes()
     wrong = [
-        f"{name} is {list(there[name]) if name in there else 'missing'}, the run file has {list(part.global_shape)}"
-        for name, part in held.items()
-        if there.get(name) != part.global_shape
+        f"{name} is {list(there[name]) if name in there else 'missing'}, the run file has {list(shape)}"
+        for name, shape in wanted.items()
+        if there.get(name) != shape
     ]
-    wrong += [f"{name} has no place in the model" for name in sorted(there.keys() - held.keys())]
+    wrong += [f"{name} has no place in the model" for name in sorted(there.keys() - wanted.keys())]
     if wrong:
         raise ValueError("\n".join(wrong))
     with torch.no_grad():
-        for name, part in held.items():
-            rows = part.parameter.shape[0]
-            if rows:
-                part.parameter.copy_(weights.read(name, (part.offset[0], part.offset[0] + rows)))
+        for name, part in run.engine.parts.items():
+            held = part.real(part.parameter)
+            if held.numel():
+                stretch = [slice(begin, begin + size) for begin, size in zip(part.offset, held.shape, strict=True)]
+                rows = weights.read(name, (stretch[0].start, stretch[0].stop))
+                held.copy_(rows[(slice(None), *stretch[1:])])
     return 0
 
 

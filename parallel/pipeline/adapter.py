@@ -9,6 +9,7 @@ number of micro-batches. Activations have one shape, which is given to torch, so
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ _SCHEDULES: dict[str, Callable[..., Any]] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
+# What goes wrong in a stage is raised; torch also logs the whole schedule, on every rank, before anyone can say why.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 _ONE_STAGE = (ScheduleGPipe, Schedule1F1B)
 
 
@@ -64,7 +67,10 @@ class Pipeline:
         numbers, losses = self._numbers(num_micro_batches), list[Tensor]()
         # The target is what torch asks for beside an output; the output is the loss already.
         asked = {"target": numbers, "losses": losses} if self.has_last else {}
-        schedule.step(number=numbers, **asked, **_without_outputs(schedule))
+        try:
+            schedule.step(number=numbers, **asked, **_without_outputs(schedule))
+        except RuntimeError as error:
+            raise _within_a_stage(error) from None
         total = torch.zeros((), dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         for loss in losses:
             total += loss.detach()
@@ -133,6 +139,13 @@ class Pipeline:
             output_args=(loss if stage == count - 1 else activations,),
             group=self.pp.group,
         )
+
+
+def _within_a_stage(error: BaseException) -> BaseException:
+    """Return what was raised within a stage: torch wraps it in the shapes of everything that the stage was given."""
+    while type(error) is RuntimeError and "failed to run" in str(error).lower() and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _loss_of_output(output: Tensor, _target: Tensor) -> Tensor:

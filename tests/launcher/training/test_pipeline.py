@@ -37,7 +37,7 @@ ZBV = [*PIPELINE, "pipeline.schedule=zbv", "model.num_layers=4"]
                 "parallel.ep=2",
                 "zero.stage=1",
                 "model.tie_embeddings=true",
-                "checkpoint.asynchronous=1",
+                "checkpoint.asynchronous=true",
             ],
             marks=pytest.mark.slow,
         ),

@@ -4,16 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from rank_pool import run_mesh
 from tiny_run import EP2, build, checkpoint_bytes, metrics, numbers, saved_state, start, start_on
 
-from meshwright.data.prepare import PrepareOptions, prepare
 from meshwright.launcher.runfile.messages import ConfigError
-from meshwright.parallel.checkpoint import durable, verify
-from meshwright.parallel.checkpoint.durable import FileSeal, write_file
-from meshwright.parallel.checkpoint.folder import list_checkpoints, read_manifest
-from meshwright.parallel.mesh import Mesh, Sizes
+from meshwright.parallel.checkpoint import durable
+from meshwright.parallel.checkpoint.durable import write_file
+from meshwright.parallel.checkpoint.folder import list_checkpoints
+from meshwright.parallel.mesh import Sizes
 
 
 def stop_and_go_on(folder: Path, *overrides: str) -> None:
@@ -178,84 +176,3 @@ def test_a_store_with_other_tokens_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="holds other tokens than those of the checkpoint"):
         resume(run)
-
-
-def test_a_run_branches_from_the_weights_of_another(tmp_path: Path) -> None:
-    (tmp_path / "first").mkdir()
-    (tmp_path / "branch").mkdir()
-    start(tmp_path / "first")
-    loss = numbers(tmp_path / "first", "validation_loss", "evaluation")[-1]
-    source = f'init.from="{tmp_path / "first" / "run"}"'
-    # A learning rate of almost nothing: the branch's first evaluation is of the weights that it began from.
-    start(tmp_path / "branch", source, "learning_rate.peak=1e-12", "train.steps=1", "evaluation.every=1")
-    assert numbers(tmp_path / "branch", "validation_loss", "evaluation") == pytest.approx([loss], rel=1e-6)
-    assert numbers(tmp_path / "branch", "step") == [1.0]
-    run_mesh(
-        EP2,
-        start_on,
-        tmp_path / "branch",
-        ["parallel.ep=2", "run.folder=" + str(tmp_path / "b2"), source, "train.steps=1"],
-    )
-    assert (tmp_path / "b2" / "checkpoints" / "step_00000001").is_dir()
-
-
-def hashed_on(mesh: Mesh, folder: Path, overrides: list[str]) -> list[str]:
-    """Train on the ranks of a mesh; return the files that this rank hashed."""
-    hashed: list[str] = []
-
-    def counting(path: Path) -> FileSeal:
-        hashed.append(path.name)
-        return durable.hash_file(path)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(verify, "hash_file", counting)
-        start_on(mesh, folder, overrides)
-    return hashed
-
-
-@pytest.mark.parametrize("source", ["run", pytest.param("run/checkpoints/step_00000001", marks=pytest.mark.slow)])
-def test_a_branch_reads_each_file_of_its_source_once_over_the_ranks(tmp_path: Path, source: str) -> None:
-    (tmp_path / "first").mkdir()
-    start(tmp_path / "first", "train.steps=1", "evaluation.every=0")
-    files = read_manifest(tmp_path / "first" / "run" / "checkpoints" / "step_00000001").files
-    overrides = [f"run.folder={tmp_path / 'branch'}", f'init.from="{tmp_path / "first" / source}"', "train.steps=1"]
-    by_rank = run_mesh(EP2, hashed_on, tmp_path / "first", ["parallel.ep=2", *overrides])
-    assert sorted(name for names in by_rank for name in names) == sorted(files)
-    assert all(by_rank)
-
-
-def test_a_branch_of_another_shape_is_refused_with_every_difference(tmp_path: Path) -> None:
-    (tmp_path / "first").mkdir()
-    start(tmp_path / "first", "train.steps=1", "evaluation.every=0")
-    (tmp_path / "branch").mkdir()
-    with pytest.raises(ConfigError, match=r"init.from = ") as refused:
-        start(tmp_path / "branch", f'init.from="{tmp_path / "first" / "run"}"', "model.moe.expert_hidden_size=20")
-    assert "experts.gate" in str(refused.value)
-    assert "experts.down" in str(refused.value)
-
-
-def test_weights_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "first").mkdir()
-    start(tmp_path / "first", "train.steps=1", "evaluation.every=0")
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for number in range(12):
-        (texts / f"{number}.txt").write_text(f"{number} other words, of which another tokenizer is made " * 12)
-    out = tmp_path / "other"
-    prepare(PrepareOptions(out, (str(texts / "*.txt"),), vocab_size=290, validation_fraction=0.3, workers=1))
-    (tmp_path / "branch").mkdir()
-    overrides = (f'init.from="{tmp_path / "first" / "run"}"', f'data.store="{out}"', "train.steps=1")
-    with pytest.raises(ConfigError, match=r"gives tokens other numbers than that of data\.store"):
-        start(tmp_path / "branch", *overrides, "evaluation.every=0")
-    assert not (tmp_path / "branch" / "run" / "checkpoints").exists()
-
-
-@pytest.mark.parametrize("load", ["weights", "weights+optimizer"])
-def test_a_branch_may_balance_its_experts_by_another_rule(tmp_path: Path, load: str) -> None:
-    (tmp_path / "first").mkdir()
-    (tmp_path / "branch").mkdir()
-    start(tmp_path / "first", "train.steps=1", "evaluation.every=0", "model.moe.load_balancing=sequence")
-    overrides = (f'init.from="{tmp_path / "first" / "run"}"', f'init.load="{load}"', "train.steps=1")
-    run = start(tmp_path / "branch", *overrides, "evaluation.every=0", "model.moe.load_balancing=step")
-    assert all(torch.isfinite(buffer).all() for buffer in run.buffers().values())
-    assert len(run.buffers()) == 2
