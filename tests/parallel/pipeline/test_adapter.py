@@ -1,5 +1,9 @@
 """The adapter around torch's schedules, held to a 1F1B written by hand; forward passes alone; forms of a step."""
 
+import logging
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from pipeline_cases import SHAPE, Part, one_forward_one_backward
@@ -109,3 +113,48 @@ def test_steps_of_several_forms_and_evaluations_between_do_not_disturb_each_othe
         fresh_loss, fresh = together(run_mesh(TWO, by_schedule, schedule, per_rank, micro_batches))
         assert loss == fresh_loss
         assert all(torch.equal(grads[stage], grad) for stage, grad in fresh.items())
+
+
+class Broken(torch.autograd.Function):
+    """Fails, as a collective does whose other rank is gone: forward or backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, way: str) -> Tensor:
+        if way == "forward":
+            raise RuntimeError("Connection closed by peer")
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        raise RuntimeError("Connection closed by peer")
+
+
+class BrokenPart(torch.nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.weight = way, torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, *, number: Tensor) -> Tensor:
+        return Broken.apply(self.weight * number, self.way)
+
+
+def words_of_a_failure(mesh: Mesh, schedule: str, way: str, log: Path) -> str:
+    """Return what is raised on one rank that holds every stage; what torch logs goes to a file."""
+    handler = logging.FileHandler(log)
+    logging.getLogger("torch.distributed").addHandler(handler)
+    pipeline = Pipeline({0: BrokenPart(way)}, Stages(schedule, 1), mesh.pp, torch.device("cpu"), torch.float64)
+    try:
+        pipeline.step(2, SHAPE)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        logging.getLogger("torch.distributed").removeHandler(handler)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b"])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_what_goes_wrong_in_a_stage_is_raised_and_nothing_around_it(tmp_path: Path, schedule: str, way: str) -> None:
+    log = tmp_path / "log"
+    assert run_mesh(Sizes(), words_of_a_failure, schedule, way, log) == ["Connection closed by peer"]
+    assert log.read_text() == ""
