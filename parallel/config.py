@@ -86,21 +86,25 @@ class ParallelConfig(BaseModel):
         found = []
         if world_size % self._without_dp_shard != 0:
             found.append(self._axes_problem(world_size, suits))
-        elif not self._makes(world_size):
+        elif not self.makes_up(world_size):
             used = self._without_dp_shard
             found.append(
                 f"parallel.dp_shard = {self.dp_shard}: tp * pp * cp * dp_replicate * dp_shard ="
                 f" {used * self.dp_shard} must be the world size {world_size}; {world_size // used} or 0 (what remains)"
                 " would fit"
             )
-        if world_size % self.pp == 0 and world_size // self.pp % (self.ep * self.etp) != 0:
+        if world_size % self.pp == 0 and not self._gives_experts_ranks(world_size):
             found.append(self._experts_problem(world_size, suits))
         return found
 
-    def _makes(self, world_size: int) -> bool:
+    def makes_up(self, world_size: int) -> bool:
         """Say whether the axes of the dense layers make up this world."""
         used = self._without_dp_shard
         return world_size == used * self.dp_shard if self.dp_shard else world_size % used == 0
+
+    def _gives_experts_ranks(self, world_size: int) -> bool:
+        """Say whether the axes of the experts divide the ranks of a stage."""
+        return world_size // self.pp % (self.ep * self.etp) == 0
 
     def _axes_problem(self, world_size: int, suits: Suits) -> str:
         """Name the axes that are above 1, and what would fit: another size of one of them, or another world."""
@@ -108,7 +112,9 @@ class ParallelConfig(BaseModel):
         used, ways = self._without_dp_shard, []
         for axis, size in axes.items():
             others = [self.model_copy(update={axis: other}) for other in divisors(world_size)]
-            fits = [getattr(other, axis) for other in others if other._makes(world_size) and suits(other)]
+            others = [other for other in others if other.makes_up(world_size) and suits(other)]
+            with_experts = [other for other in others if other._gives_experts_ranks(world_size)]
+            fits = [getattr(other, axis) for other in with_experts or others]
             if fits:
                 ways.append(f"parallel.{axis} of {nearest(fits, size, 4)}")
         # The experts' axes must divide the world, too.

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic
 from typing import Any
+from unittest.mock import patch
 
 import strict_group
 import torch
@@ -37,6 +38,8 @@ GRACE = timedelta(seconds=10)
 SHARED = tempfile.TemporaryDirectory(prefix="tests-")
 _POOLS: dict[int, "_Pool"] = {}
 _MESHES: dict[Sizes, Mesh] = {}
+_GROUPS: dict[tuple[int, ...], Any] = {}
+_new_group = dist.new_group
 
 
 class RankFailed(AssertionError):
@@ -63,9 +66,18 @@ def _with_axis(case: Callable[..., Any], *args: Any) -> Any:
 
 def _with_mesh(case: Callable[..., Any], sizes: Sizes, *args: Any) -> Any:
     if sizes not in _MESHES:
-        _MESHES[sizes] = build_mesh(sizes, TIMEOUT)
+        with patch.object(dist, "new_group", _group_made_once):
+            _MESHES[sizes] = build_mesh(sizes, TIMEOUT)
     strict_group.name_axes(_MESHES[sizes].axes)
     return case(_MESHES[sizes], *args)
+
+
+def _group_made_once(ranks: list[int], timeout: timedelta) -> Any:
+    """Make a group, or return that of the same ranks: each has a thread that wakes up a hundred times a second."""
+    key = tuple(ranks)
+    if key not in _GROUPS:
+        _GROUPS[key] = _new_group(ranks, timeout=timeout)
+    return _GROUPS[key]
 
 
 def _pool(size: int) -> "_Pool":
@@ -136,6 +148,7 @@ def _serve(rank: int, size: int, log: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     _MESHES.clear()
+    _GROUPS.clear()
     store = dist.FileStore(str(log.parent / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     strict_group.install(log)

@@ -147,9 +147,7 @@ def _recompute_words(run_file: RunFile) -> str:
 
 
 def _activations_line(run_file: RunFile) -> str:
-    """Say what comes on top; in figures where samples are spread because they are long."""
-    if run_file.parallel.cp == 1:
-        return "activations come on top"
+    """Say what comes on top of the state."""
     found = micro_batch_bytes(run_file)
     table = run_file.recompute
     bound = "" if table.mode in ("none", "full") and not table.offload else "at most "

@@ -43,12 +43,13 @@ def verify_resume(
 
     meshwright verify-resume runs/moe_tiny.toml --to "tp=2,dp_shard=1"
     """
-    from meshwright.launcher.proof.answer import answer_place, stoppable, tell, undisturbed
+    from meshwright.launcher.proof.answer import answer_place, stoppable, tell, undisturbed, with_mistakes_of
     from meshwright.launcher.proof.world import usual_world
 
-    config = read_run_file(run_file, overrides or [])
-    world = world_size or usual_world(config.parallel)
-    config = read_run_file(run_file, overrides or [], world_size=world)
+    with with_mistakes_of(out, "verify_resume.json"):
+        config = read_run_file(run_file, overrides or [])
+        world = world_size or usual_world(config.parallel)
+        config = read_run_file(run_file, overrides or [], world_size=world)
     path = answer_place(out, config.run.output_folder, "verify_resume.json", source=str(run_file))
 
     with stoppable("verify-resume", "nothing was verified", path):

@@ -35,23 +35,42 @@ def answer_place(out: Path | None, output_folder: str, name: str, *, source: str
     Raises:
         ConfigError: if it could not be written; `source` is the run file, as the user gave it.
     """
-    path = out if out is not None else Path(output_folder, name)
+    if out is not None:
+        if problems := _out_problems(out, name):
+            raise ConfigError("--out", problems)
+        return out
+    path = Path(output_folder, name)
+    if rule := _why_not(path):
+        line = problem("run.folder", output_folder, f"{path}: {rule}", f"--out {name}, or another folder, would fit")
+        raise ConfigError(source, [line])
+    return path
+
+
+@contextmanager
+def with_mistakes_of(out: Path | None, name: str) -> Iterator[None]:
+    """Where the run file is read: what is wrong with it is told together with what is wrong with --out."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(error.source, [*error.problems, *(_out_problems(out, name) if out else [])]) from None
+
+
+def _out_problems(out: Path, name: str) -> list[str]:
+    rule = _why_not(out)
+    way_out = f"--out {out / name} would fit" if out.is_dir() else "name a file in a folder that can be written"
+    return [problem("--out", str(out), rule, way_out)] if rule else []
+
+
+def _why_not(path: Path) -> str:
+    """Return why an answer cannot be written there, or nothing."""
     try:
         _try_to_write(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if isinstance(error, FileExistsError):  # mkdir's word for it
             reason = "something on its way is no folder"
-        rule = "is a folder, and must be a file" if path.is_dir() else f"the answer cannot be written there ({reason})"
-        if out is not None:
-            raise ConfigError("--out", [problem("--out", str(path), rule, _way_out(path, name))]) from error
-        line = problem("run.folder", output_folder, f"{path}: {rule}", f"--out {name}, or another folder, would fit")
-        raise ConfigError(source, [line]) from error
-    return path
-
-
-def _way_out(path: Path, name: str) -> str:
-    return f"--out {path / name} would fit" if path.is_dir() else "name a file in a folder that can be written"
+        return "is a folder, and must be a file" if path.is_dir() else f"the answer cannot be written there ({reason})"
+    return ""
 
 
 def _try_to_write(path: Path) -> None:

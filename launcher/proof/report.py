@@ -68,13 +68,24 @@ def ending(proof: Proof) -> Iterator[str]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write plain values: a file appears whole or not at all, what is no file (a pipe, a link) is written to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write plain values: a file appears whole or not at all, what is no file (a pipe, a link) is written to.
+
+    Raises:
+        OSError: naming the file, which the system's own answer (a full disk) may not.
+    """
     text = json.dumps(content, indent=1) + "\n"
-    is_other = path.is_symlink() or (path.exists() and not path.is_file())
-    if is_other or not os.access(path.parent, os.W_OK):
-        path.write_text(text, encoding="utf-8")
-        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_other = path.is_symlink() or (path.exists() and not path.is_file())
+        if is_other or not os.access(path.parent, os.W_OK):
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace(path, text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _replace(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_text(text, encoding="utf-8")

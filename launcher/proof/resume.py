@@ -112,7 +112,7 @@ def _given_axes(text: str) -> dict[str, int]:
         if axis not in AXES:
             problems.append(f"--to {item.strip()!r}: is no axis=size; the axes are {', '.join(AXES)}")
         elif not (size.isdecimal() and len(size) < 10 and int(size) > 0):
-            problems.append(f"--to {item.strip()!r}: the size must be a whole number of at least 1")
+            problems.append(f"--to {item.strip()!r}: the size must be a whole number of at least 1; write tp=2,pp=1")
         elif axis in given:
             problems.append(
                 f"--to {item.strip()!r}: {axis} is named before, as {axis}={given[axis]}; name each axis once"

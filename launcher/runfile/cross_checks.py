@@ -94,9 +94,9 @@ def _recompute_problems(run_file: RunFile) -> list[str]:
 
 def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:
     """Return each batch size that the data-parallel ranks cannot share out evenly."""
-    # Axes that leave no rank are refused by [parallel]; once they are 1, every rank shares the data.
-    dp = run_file.parallel.dp_in(world_size) or world_size
-    found = []
+    if not run_file.parallel.makes_up(world_size):
+        return []  # how many ranks share the data is known once the axes go with the world
+    dp, found = run_file.parallel.dp_in(world_size), list[str]()
     for key, size in run_file.train.batch_sizes:
         if size % dp != 0:
             fits = [near for near in (size // dp * dp, size // dp * dp + dp) if near > 0]

@@ -75,10 +75,11 @@ def _split_backward_problems(run_file: RunFile) -> list[str]:
 
 def micro_batch_problems(run_file: RunFile, world_size: int) -> list[str]:
     """Return each batch size of which a rank's samples are no steps of the schedule."""
-    if run_file.parallel.pp == 1 or run_file.pipeline.problems():
+    parallel = run_file.parallel
+    if parallel.pp == 1 or run_file.pipeline.problems() or not parallel.makes_up(world_size):
         return []
-    dp, sizes = run_file.parallel.dp_in(world_size), run_file.train.batch_sizes
-    return [line for key, size in sizes if dp and size % dp == 0 for line in _of_size(run_file, key, size, dp)]
+    dp, sizes = parallel.dp_in(world_size), run_file.train.batch_sizes
+    return [line for key, size in sizes if size % dp == 0 for line in _of_size(run_file, key, size, dp)]
 
 
 def _of_size(run_file: RunFile, key: str, size: int, dp: int) -> Iterator[str]:

@@ -183,7 +183,7 @@ class EvaluationConfig(BaseModel):
     every: CountOrZero = 0
     """Steps between evaluations; the last step is evaluated too. 0 = never."""
     samples: Count = 64
-    """Samples of the validation split that are used, the same ones each time."""
+    """Samples of the validation split that are used, the same ones each time; all of them where it has fewer."""
 
 
 class LogConfig(BaseModel):

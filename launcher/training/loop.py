@@ -92,6 +92,14 @@ def held_out_of(run: Run) -> HeldOut | None:
     return HeldOut(split, SampleOrder(split.num_tokens, run.run_file.data.seq_len, seed=0), table.samples)
 
 
+def held_out_lines(run: Run) -> list[str]:
+    """Say where fewer samples are evaluated than were asked for."""
+    asked, found = run.run_file.evaluation.samples, held_out_of(run)
+    if found is None or found.available == asked:
+        return []
+    return [f"evaluation.samples = {asked:,}: the validation split has {found.available:,}, and all are used"]
+
+
 def tell(
     run: Run, sinks: Sinks, meter: Meter, progress: Progress, result: StepResult, learning_rate: float, clock: StepClock
 ) -> None:

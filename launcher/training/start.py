@@ -37,7 +37,7 @@ from meshwright.launcher.ranks.environment import RankInfo, threads_of
 from meshwright.launcher.ranks.rendezvous import process_group
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.write import write_resolved
-from meshwright.launcher.training.loop import train
+from meshwright.launcher.training.loop import held_out_lines, train
 from meshwright.launcher.training.run_lock import run_lock
 from meshwright.launcher.training.saving import Saver, resume
 from meshwright.launcher.training.stopping import Signals
@@ -103,7 +103,7 @@ def _train_locked(run: Run, signals: Signals, allow_change: Sequence[str], about
         every=table.log.every,
         unit="gpu" if run.device.type == "cuda" else "rank",
     ) as sinks:
-        for event in [*about, *chosen.reasons, *slow, *began.events]:
+        for event in [*about, *chosen.reasons, *slow, *held_out_lines(run), *began.events]:
             sinks.event(event)
         if began.progress.step >= table.train.steps:
             sinks.event(f"all {table.train.steps} steps are made; a larger train.steps goes on from here")

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from meshwright.launcher.proof.answer import answer_place, stoppable, undisturbed
+from meshwright.launcher.proof.answer import answer_place, stoppable, undisturbed, with_mistakes_of
 from meshwright.launcher.proof.forked import Fork
 from meshwright.launcher.proof.report import write_json
 from meshwright.launcher.runfile.messages import ConfigError
@@ -120,3 +120,21 @@ def test_an_answer_goes_to_a_file_in_a_folder_that_takes_no_other(
     monkeypatch.setattr(Path, "replace", None)
     write_json(path, {})
     assert path.read_text() == "{}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_is_full_is_told_with_the_file() -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_json(Path("/dev/full"), {})
+
+
+def test_the_place_of_the_answer_is_told_with_the_run_files_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused, with_mistakes_of(tmp_path, "proof.json"):
+        raise ConfigError("x.toml", ["train.steps = 0: must be at least 1"])
+    assert refused.value.source == "x.toml"
+    first, second = refused.value.problems
+    assert first.startswith("train.steps")
+    assert second.startswith(f'--out = "{tmp_path}": is a folder')
+    with pytest.raises(ConfigError) as refused, with_mistakes_of(None, "proof.json"):
+        raise ConfigError("x.toml", ["train.steps = 0: must be at least 1"])
+    assert len(refused.value.problems) == 1

@@ -131,11 +131,26 @@ def test_what_one_table_finds_is_told_too(tables: dict[str, Any], begins: str) -
     assert found[0].startswith(begins)
 
 
-def test_a_batch_is_held_against_the_ranks_though_the_other_axes_leave_none() -> None:
-    found = check(run_file(train={"global_batch_size": 7}, parallel={"tp": 8}), 4)
-    rule = "parallel.tp = 8: tp * pp * cp * dp_replicate = 8 must divide the world size 4"
-    assert f"{rule}; parallel.tp of [1, 2, 4] or a world size of [8] would fit" in found
-    assert found[-1].startswith("train.global_batch_size = 7: must be a multiple of the 4 data-parallel ranks")
+@pytest.mark.parametrize(
+    ("parallel", "told"),
+    [
+        ({"tp": 8}, "parallel.tp = 8: tp * pp * cp * dp_replicate = 8 must divide the world size 4;"
+            " parallel.tp of [1, 2, 4] or a world size of [8] would fit"),
+        ({"dp_replicate": 3}, "parallel.dp_replicate = 3: tp * pp * cp * dp_replicate = 3 must divide"),
+        ({"dp_shard": 3}, "parallel.dp_shard = 3: tp * pp * cp * dp_replicate * dp_shard = 3 must be"),
+    ],
+)  # fmt: skip
+def test_a_batch_is_held_against_ranks_that_are_known(parallel: dict[str, int], told: str) -> None:
+    """With other axes other sizes would fit, so nothing is said of the batch before they are right."""
+    found = check(run_file(train={"global_batch_size": 7}, parallel=parallel), 4)
+    assert any(line.startswith(told) for line in found)
+    assert not any(line.startswith("train.global_batch_size") for line in found)
+
+
+def test_only_a_pp_that_leaves_the_experts_their_ranks_is_said_to_fit() -> None:
+    odd = run_file(model=MOE | {"num_layers": 4}, parallel={"pp": 3, "ep": 4}, train={"global_batch_size": 8})
+    told = "parallel.pp = 3: tp * pp * cp * dp_replicate = 3 must divide the world size 8; parallel.pp of [1, 2] or"
+    assert any(line.startswith(told) for line in check(odd, 8))
 
 
 def test_only_an_ep_that_divides_the_experts_is_said_to_fit() -> None:

@@ -1,5 +1,7 @@
 """Bytes of state on a rank, counted by hand for each ZeRO stage, and those of a micro-batch."""
 
+from math import prod
+
 import pytest
 
 from meshwright.launcher.runfile.footprint import (
@@ -14,9 +16,9 @@ from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
 from meshwright.model.activations import Degrees, Types, head_bytes, layer_bytes
-from meshwright.model.costs import parameter_count, routed_parameter_count
+from meshwright.model.costs import parameter_count
 from meshwright.model.parts import build_model
-from meshwright.model.shapes import parameter_shapes
+from meshwright.model.shapes import is_expert, parameter_shapes
 from meshwright.model.stage import HeldStages
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
 
@@ -35,7 +37,7 @@ def run_file(*overrides: str) -> RunFile:
 
 
 ALL = parameter_count(run_file().model)
-EXPERTS = routed_parameter_count(run_file().model)
+EXPERTS = sum(prod(shape) for name, shape in parameter_shapes(run_file().model).items() if is_expert(name))
 # On 8 ranks with ep = 2: a rank holds half of the experts, shared with the 3 others of its edp; the rest with 7.
 HELD = ALL - EXPERTS + EXPERTS / 2
 PART = (ALL - EXPERTS) / 8 + EXPERTS / 2 / 4

@@ -12,6 +12,7 @@ from rank_pool import run_mesh
 from tiny_run import EP2, build, metrics, numbers, start, start_on
 
 from meshwright.launcher.training import loop
+from meshwright.launcher.training.loop import held_out_lines, held_out_of
 from meshwright.launcher.training.stopping import NotANumberError, SpikeGuard
 from meshwright.parallel.mesh import Mesh, Sizes
 
@@ -217,3 +218,13 @@ def test_events_of_a_run_stand_in_its_records(tmp_path: Path) -> None:
     start(tmp_path)
     texts = [record["text"] for record in metrics(tmp_path) if record["kind"] == "event"]
     assert sum("saving" in text for text in texts) == 2
+
+
+def test_a_split_with_fewer_samples_than_are_asked_for_is_told(tmp_path: Path) -> None:
+    enough = held_out_of(build(tmp_path, []))
+    assert enough is not None
+    there = enough.order.samples_per_epoch
+    assert held_out_lines(build(tmp_path, [f"evaluation.samples={there}"])) == []
+    told = f"evaluation.samples = {there + 1}: the validation split has {there}, and all are used"
+    assert held_out_lines(build(tmp_path, [f"evaluation.samples={there + 1}"])) == [told]
+    assert held_out_lines(build(tmp_path, [f"evaluation.samples={there + 1}", "evaluation.every=0"])) == []
