@@ -59,6 +59,15 @@ def _in_place(function: Callable[..., Any]) -> Callable[[Tensor, Axis], Tensor]:
     return call
 
 
+def _started(function: Callable[..., Any]) -> Callable[[Tensor, Axis], Tensor]:
+    def call(x: Tensor, axis: Axis) -> Tensor:
+        y, pending = function(x, axis)
+        pending.wait()
+        return y
+
+    return call
+
+
 def _into(function: Callable[..., Any]) -> Callable[[Tensor, Axis], Tensor]:
     def call(x: Tensor, axis: Axis) -> Tensor:
         out = torch.empty_like(x.flatten())
@@ -76,6 +85,10 @@ CASES: dict[str, Callable[[Tensor, Axis], Tensor]] = {
     "all_gather": _into(collectives.all_gather),
     "gather": collectives.gather,
     "scatter_sum": collectives.scatter_sum,
+    "gather_rows": collectives.gather_rows,
+    "scatter_sum_of_rows": collectives.scatter_sum_of_rows,
+    "start_gather_rows": _started(collectives.start_gather_rows),
+    "start_scatter_sum_of_rows": _started(collectives.start_scatter_sum_of_rows),
     "exchange_counts": collectives.exchange_counts,
     "exchange_rows": lambda x, axis: collectives.exchange_rows(x.flatten(1), [4], [4], axis).view_as(x),
     "pass_on": lambda x, axis: collectives.pass_on(x, axis).wait(),

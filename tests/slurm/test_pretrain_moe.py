@@ -29,8 +29,8 @@ def test_by_hand_it_trains_exports_verifies_and_samples(
 @pytest.mark.parametrize(
     ("ranks", "arguments"),
     [
-        pytest.param("2 ranks on 2 nodes", ["--ntasks-per-node=1"], marks=pytest.mark.slow),
-        ("4 ranks on 2 nodes", []),
+        ("2 ranks on 2 nodes", ["--ntasks-per-node=1"]),
+        pytest.param("4 ranks on 2 nodes", [], marks=pytest.mark.slow),
     ],
 )
 def test_two_nodes_give_the_losses_of_one_machine(

@@ -23,7 +23,9 @@ ZBV = [*PIPELINE, "pipeline.schedule=zbv", "model.num_layers=4"]
 @pytest.mark.parametrize(
     ("sizes", "overrides"),
     [
-        (TWO, ["parallel.pp=2", "pipeline.schedule=zbv", "model.tie_embeddings=true"]),
+        pytest.param(
+            TWO, ["parallel.pp=2", "pipeline.schedule=zbv", "model.tie_embeddings=true"], marks=pytest.mark.slow
+        ),
         pytest.param(TWO, ["parallel.pp=2", "model.tie_embeddings=true"], marks=pytest.mark.slow),
         pytest.param(
             Sizes(pp=2, dp_shard=2, ep=2),

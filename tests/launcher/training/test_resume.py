@@ -49,9 +49,13 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path, overrides: tu
     ("sizes", "overrides"),
     [
         (EP2, ["parallel.ep=2"]),
-        (Sizes(dp_shard=2), ["zero.stage=3"]),
-        (Sizes(dp_shard=4, ep=2), ["parallel.ep=2", "zero.stage=1", "train.micro_batch_size=1"]),
+        pytest.param(Sizes(dp_shard=2), ["zero.stage=3"], marks=pytest.mark.slow),
         (Sizes(tp=2, etp=2), ["parallel.tp=2", "parallel.etp=2", "zero.stage=1"]),
+        pytest.param(
+            Sizes(dp_shard=4, ep=2),
+            ["parallel.ep=2", "zero.stage=1", "train.micro_batch_size=1"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(Sizes(cp=2), ["parallel.cp=2", "zero.stage=2"], marks=pytest.mark.slow),
         pytest.param(
             Sizes(dp_replicate=2, dp_shard=2, tp=2, ep=2),
