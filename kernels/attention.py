@@ -1,8 +1,11 @@
 """Attention over sequence-first tensors: [s, b, heads, d] in, [s, b, heads, d] out.
 
 torch's scaled_dot_product_attention, or our blocks of query rows where a CPU is faster with them (`choose.py`).
-fp64 and GPUs always take the former.
+fp64 and GPUs always take the former. Documents that do not see each other go by the flash operators of `flash.py`,
+which keep no mask [s, s] for the backward; where there is none, by a mask.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from meshwright.kernels.attention_blocks import block_attention
 from meshwright.kernels.choose import current
+from meshwright.kernels.flash import Sight, partial_attention, partial_attention_gradients, slower_than_flash
 from meshwright.kernels.precision import autocast_inputs
 
 
@@ -28,12 +32,38 @@ def attention(
     if way != "flash":
         return block_attention(q, k, v, document, is_causal=is_causal, narrow=way == "blocks")
     mask = None
+    if document is not None and slower_than_flash(q.device, q.dtype, q.shape[3]) is None:
+        attended: Tensor = within_documents(q, k, v, document, is_causal)
+        return attended
     if document is not None:
         mask = document.T[:, None, :, None] == document.T[:, None, None, :]
         if is_causal:
             s = q.shape[0]
             mask = mask & torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
     return _sdpa(q, k, v, mask, is_causal and mask is None)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def within_documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor, is_causal: bool) -> Tensor:
+    """Attend by a flash operator to the tokens of the own document."""
+    attended: Tensor = _WithinDocuments.apply(q, k, v, document, is_causal)  # type: ignore[no-untyped-call]
+    return attended
+
+
+class _WithinDocuments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, document: Tensor, is_causal: bool) -> Tensor:
+        out, lse = partial_attention(q, k, v, Sight(is_causal, document, document))
+        ctx.save_for_backward(q, k, v, out, lse, document)
+        ctx.is_causal = is_causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, lse, document = ctx.saved_tensors
+        sight = Sight(ctx.is_causal, document, document)
+        of_q, of_k, of_v = partial_attention_gradients(grads[0], q, k, v, out, lse, sight)
+        return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), None, None
 
 
 def cached_attention(

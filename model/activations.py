@@ -9,12 +9,14 @@ Kept for each token that a mixer of this rank sees (there are b * s/cp), n and k
     mlp                h/tp          the normed input; its products gate, up and gate * up: 3f/tp
     moe                h/tp          the normed input, for the router;     3f_shared/tp for shared experts
                        rows          each token comes top_k times: h of input, h of result, 3f_expert between
-    head               h/tp          the final norm's input                h/tp of its gradient (logits are never held)
+    head               h/tp          the final norm's input                h/tp of its gradient; v h/tp of the matrix's
 
 Under bf16 autocast the stream stays in fp32 and each product keeps a bf16 copy of its input of its own: three of the
 normed input for q, k and v, two for gate and up; over tp they share one. A layer that is recomputed keeps its input
 only, and while its turn is, what it would have kept. Besides, while they work, attention over cp holds blocks of other
 ranks (`context_bytes`), and products over tp all ranks' tokens and their gradient (`gathered_bytes`).
+
+Of the logits a chunk is held at a time, and not counted: 2^27 numbers at most on a GPU, 2^23 on a CPU.
 
 Rows of experts lie wherever they were routed: a rank has its share of them on average, times etp where they are
 shared, and more when routing is uneven. Norms' and routers' numbers of a few for each token are left out.
@@ -92,7 +94,8 @@ def activation_bytes(
         kept += config.hidden_size / degrees.tp * types.stream if again else whole
         working = context_bytes(config, degrees, types) if kinds.mixer == "attention" else 0.0
         at_work = max(at_work, gathered + working + (whole if again else 0.0))
-    return ActivationBytes(kept * of_rank, at_work * of_rank)
+    of_matrix = head_matrix_bytes(config, degrees, types) if held.has_head else 0.0
+    return ActivationBytes(kept * of_rank + of_matrix, at_work * of_rank)
 
 
 def layer_bytes(config: ModelConfig, kinds: LayerKinds, degrees: Degrees, types: Types) -> float:
@@ -111,6 +114,11 @@ def head_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
     """Return what the final norm and the loss keep for each token that a mixer sees on this rank."""
     of_gradient = types.wide if degrees.tp == 1 else types.stream
     return config.hidden_size / degrees.tp * (types.stream + of_gradient)
+
+
+def head_matrix_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
+    """Return what the loss keeps for any number of tokens: its matrix's gradient, made in the forward pass."""
+    return config.vocab_size * config.hidden_size / degrees.tp * types.wide
 
 
 def context_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:

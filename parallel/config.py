@@ -110,18 +110,19 @@ class ParallelConfig(BaseModel):
         """Name the axes that are above 1, and what would fit: another size of one of them, or another world."""
         axes = {axis: getattr(self, axis) for axis in _DENSE_AXES if getattr(self, axis) > 1}
         used, ways = self._without_dp_shard, []
+        # Where the experts' own sizes do not go with this world, that is told beside it, with what would.
+        is_told = world_size % self.pp == 0 and not self._gives_experts_ranks(world_size)
         for axis, size in axes.items():
             others = [self.model_copy(update={axis: other}) for other in divisors(world_size)]
             others = [other for other in others if other.makes_up(world_size) and suits(other)]
-            with_experts = [other for other in others if other._gives_experts_ranks(world_size)]
-            fits = [getattr(other, axis) for other in with_experts or others]
+            fits = [getattr(other, axis) for other in others if is_told or other._gives_experts_ranks(world_size)]
             if fits:
                 ways.append(f"parallel.{axis} of {nearest(fits, size, 4)}")
         # The experts' axes must divide the world, too.
         step = lcm(used, self.pp * self.ep * self.etp)
         below = world_size // step * step
         worlds = [used * self.dp_shard] if self.dp_shard else [below, below + step]
-        worlds = [world for world in worlds if 0 < world <= MAX_RANKS]
+        worlds = [world for world in worlds if 0 < world <= MAX_RANKS and self._gives_experts_ranks(world)]
         if worlds:
             ways.append(f"a world size of {worlds}")
         given = ", ".join(f"parallel.{axis} = {size}" for axis, size in axes.items())

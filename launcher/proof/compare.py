@@ -14,6 +14,7 @@ last, the loss, gradients from the last to the first, the norm, the weights. The
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def compare_exactly(one: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
         _compare_tokens(verdict, one, ranks, step)
         _compare_loss(verdict, one, ranks, step, EXACT)
         _compare_tensors(verdict, one, ranks, step, "gradients", largest, EXACT)
-        _judge(verdict, "norm", "", step, _relative(ranks[0].steps[step].norm, one.steps[step].norm), EXACT)
+        _judge(verdict, "norm", "", step, _worst(ranks, step, "norm", one), EXACT)
         _compare_tensors(verdict, one, ranks, step, "weights", largest, EXACT)
     return verdict
 
@@ -94,7 +95,7 @@ def compare_fast(one: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
         _compare_experts(verdict, one, ranks, step, ROUNDING)
         _compare_loss(verdict, one, ranks, step, FAST)
         _compare_tensors(verdict, one, ranks, step, "gradients", norm, FAST)
-        _judge(verdict, "norm", "", step, _relative(ranks[0].steps[step].norm, one.steps[step].norm), FAST)
+        _judge(verdict, "norm", "", step, _worst(ranks, step, "norm", one), FAST)
     return verdict
 
 
@@ -115,8 +116,8 @@ def compare_checkpoint(loaded: RankRecord, ranks: Sequence[RankRecord]) -> Verdi
 def errors_of(one: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[tuple[int, str, float]]:
     """Yield (step, tensor, error in units of its norm) of every gradient, of the loss and of the norm."""
     for step, theirs in enumerate(one.steps):
-        yield step, "loss", _relative(ranks[0].steps[step].loss, theirs.loss)
-        yield step, "norm", _relative(ranks[0].steps[step].norm, theirs.norm)
+        yield step, "loss", _worst(ranks, step, "loss", one)
+        yield step, "norm", _worst(ranks, step, "norm", one)
         for name, pieces in _by_name(ranks, "gradients", step).items():
             whole = theirs.gradients[name].values
             if largest(whole) > _NOTHING * theirs.norm:
@@ -181,10 +182,9 @@ def _compare_tensors(
 
 
 def _compare_loss(verdict: Verdict, one: RankRecord, ranks: Sequence[RankRecord], step: int, allowed: float) -> None:
-    ours, theirs = ranks[0].steps[step], one.steps[step]
-    _judge(verdict, "loss", "", step, _relative(ours.loss, theirs.loss), allowed)
-    for name, value in theirs.sums.items():
-        off = largest(ours.sums[name] - value)
+    _judge(verdict, "loss", "", step, _worst(ranks, step, "loss", one), allowed)
+    for name, value in one.steps[step].sums.items():
+        off = max(largest(record.steps[step].sums[name] - value) for record in ranks)
         # Loads are counts of tokens.
         _judge(verdict, "sum", name, step, _relative_to(off, largest(value)), 0.0 if name.endswith("load") else allowed)
 
@@ -258,6 +258,12 @@ def _judge(verdict: Verdict, what: str, name: str, step: int, error: float, allo
     verdict.worst = max(verdict.worst, error)
     if not error <= allowed:
         verdict.differences.append(Difference(what, name, step, error, note))
+
+
+def _worst(ranks: Sequence[RankRecord], step: int, what: Literal["loss", "norm"], one: RankRecord) -> float:
+    """Return by how much the rank is off that is off most: every rank is to know the loss and the norm of all."""
+    theirs = getattr(one.steps[step], what)
+    return max(_relative(getattr(record.steps[step], what), theirs) for record in ranks)
 
 
 def _relative(ours: float, theirs: float) -> float:

@@ -115,8 +115,15 @@ def _check_tokenizer(run: Run, found: Source, events: list[str]) -> None:
             f"{found.path} has no tokenizer.json: whether its tokens are those of the store was not looked at"
         )
         return
-    if Tokenizer.from_file(str(theirs)).get_vocab() != Tokenizer.from_file(str(ours)).get_vocab():
+    if _numbers_of_tokens(theirs) != _numbers_of_tokens(ours):
         raise ValueError(
             f"its tokenizer ({theirs}) gives tokens other numbers than that of data.store = {run.store.path};"
             f" prepare the store with --tokenizer {theirs}"
         )
+
+
+def _numbers_of_tokens(path: Path) -> dict[str, int]:
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None

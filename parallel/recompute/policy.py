@@ -42,6 +42,7 @@ SAVED_OPS: dict[str, frozenset[Any]] = {
             _aten._scaled_dot_product_flash_attention.default,
             _aten._scaled_dot_product_efficient_attention.default,
             _aten._scaled_dot_product_cudnn_attention.default,
+            _aten._flash_attention_forward.default,
             attention_by_blocks._opoverload,
         }
     ),

@@ -104,7 +104,9 @@ def next_token_loss(
     """Return this rank's share of the counted targets' cross entropy, over the counted tokens of the whole step."""
     if not rows.tp.is_split:
         return linear_cross_entropy(x.flatten(0, 1), rows.weight, targets.flatten(), divisor=step_tokens)
-    own = _Vocabulary(rows, held=x.shape[0] * x.shape[1])
+    # Within a Function gradients are off, and a weight says that it wants one also in an evaluation.
+    wants = torch.is_grad_enabled() and (x.requires_grad or rows.weight.requires_grad)
+    own = _Vocabulary(rows, held=x.shape[0] * x.shape[1], wants_gradients=wants)
     loss: Tensor = _SplitCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x, rows.weight, targets.flatten(), own, step_tokens, products_dtype(x)
     )
@@ -117,10 +119,10 @@ def next_token_logits(x: Float[Tensor, "s_local b h"], rows: VocabularyRows) -> 
 
 
 class _Vocabulary:
-    """Which part of the vocabulary, and of the tokens, is this rank's."""
+    """Which part of the vocabulary, and of the tokens, is this rank's, and whether gradients are made of it."""
 
-    def __init__(self, rows: VocabularyRows, held: int) -> None:
-        self.tp, self.first = rows.tp, rows.first
+    def __init__(self, rows: VocabularyRows, held: int, wants_gradients: bool) -> None:
+        self.tp, self.first, self.wants_gradients = rows.tp, rows.first, wants_gradients
         self.real = min(max(rows.vocab_size - rows.first, 0), rows.weight.shape[0])
         """Rows that are no padding."""
         self.held = slice(rows.tp.rank * held, (rows.tp.rank + 1) * held)
@@ -141,7 +143,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
         wide = at_least_fp32(weight[:0].to(dtype)).dtype
         narrow = weight.to(dtype)
         losses = torch.zeros(x.shape[0], dtype=wide, device=x.device)
-        wants = any(ctx.needs_input_grad[:2])
+        wants = own.wants_gradients
         of_x = torch.empty_like(x, dtype=wide) if wants else losses
         of_weight = torch.zeros_like(weight, dtype=wide) if wants else losses
         limit = LOGITS_ON_CPU if x.device.type == "cpu" else LOGITS_ON_GPU

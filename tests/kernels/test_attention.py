@@ -119,3 +119,21 @@ def test_autocast_computes_attention_in_bf16() -> None:
             assert cached_attention(q, k, v).dtype == torch.bfloat16
         assert y.dtype == torch.bfloat16
         assert torch.autograd.grad(y.sum(), q)[0].dtype == torch.float32
+
+
+def test_documents_keep_no_mask_for_the_backward() -> None:
+    """Besides what is kept without them: the ids of the documents, 8 bytes a token."""
+    q, k, v = (torch.randn(256, 2, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    kept = []
+    for document in (None, documents(256, 2)):
+        saved: dict[int, int] = {}
+
+        def pack(x: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            attended = attention(q, k, v, document=document)
+        assert attended.requires_grad
+        kept.append(sum(saved.values()))
+    assert kept[1] <= kept[0] + 256 * 2 * 8

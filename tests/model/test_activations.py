@@ -11,7 +11,7 @@ from meshwright.model.parts import build_model
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.where import place
 
-SIZES = {"num_layers": 2, "hidden_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 64}
+SIZES = {"num_layers": 2, "hidden_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 4096}
 MOE = MoeConfig(num_experts=4, top_k=2, expert_hidden_size=40, num_shared_experts=1)
 CONFIGS = {
     "dense": ModelConfig(pattern="*-", ffn_hidden_size=160, **SIZES),
@@ -29,7 +29,7 @@ MILLION, ALL = 1 << 20, frozenset(range(32))
 def saved_bytes(mesh: Mesh, config: ModelConfig, autocast: bool) -> int:
     """Return the bytes of all storages that a forward pass saves for its backward, but those of the weights."""
     torch.manual_seed(0)
-    tokens = torch.randint(0, 64, (SEQ, BATCH))
+    tokens = torch.randint(0, 4096, (SEQ, BATCH))
     no_document, all_counted = torch.zeros_like(tokens), torch.ones_like(tokens, dtype=torch.bool)
     where = place(
         torch.arange(BATCH),
@@ -78,21 +78,23 @@ def test_a_million_tokens_of_eight_billion_weights_by_hand() -> None:
     attention = 1024 + 1024 + 2560 + 16
     mlp = 1024 + 1024 + 3 * 1792 * 2
     head, ring, gathered = 1024 + 1024, 2 * 128 * 2 * (2 + 4), 2 * 4096 * 2
+    matrix = 128_256 // 8 * 4096 * 4  # its gradient, however many tokens there are
     spread, held = Degrees(cp=32, tp=8), 32_768
     whole = activation_bytes(LARGE, MILLION, spread, BF16)
-    assert whole == ActivationBytes((32 * (attention + mlp) + head) * held, 4096 * (2 + 4) * held)
-    assert whole.kept == 18_337_497_088  # 17.1 GiB
+    assert whole == ActivationBytes((32 * (attention + mlp) + head) * held + matrix, 4096 * (2 + 4) * held)
+    assert whole.kept == 18_600_165_376  # 17.3 GiB
     again = activation_bytes(LARGE, MILLION, spread, BF16, Held(ALL, ALL))
-    assert again == ActivationBytes((32 * 1024 + head) * held, (attention + mlp + ring + gathered) * held)
-    assert again.total == 2_349_334_528  # 2.2 GiB
+    assert again == ActivationBytes((32 * 1024 + head) * held + matrix, (attention + mlp + ring + gathered) * held)
+    assert again.total == 2_612_002_816  # 2.4 GiB
 
 
 def test_one_rank_would_need_terabytes_for_a_million_tokens() -> None:
     attention = 2 * 8192 + (64 + 16) * 128 * 2 + 32 * 4
     mlp = 2 * 8192 + 3 * 14336 * 2
     found = activation_bytes(LARGE, MILLION, Degrees(), BF16)
-    assert found == ActivationBytes((32 * (attention + mlp) + 4096 * 6) * MILLION, 0.0)
-    assert found.total == 4_702_989_189_120
+    matrix = 128_256 * 4096 * 4
+    assert found == ActivationBytes((32 * (attention + mlp) + 4096 * 6) * MILLION + matrix, 0.0)
+    assert found.total == 4_705_090_535_424
 
 
 def test_experts_count_their_rows_and_every_other_layer_may_be_recomputed() -> None:
@@ -103,5 +105,6 @@ def test_experts_count_their_rows_and_every_other_layer_may_be_recomputed() -> N
     moe = 2 * 96 / 2 * 4 + routed + 3 * 40 / 2 * 4
     assert layer_bytes(CONFIGS["moe"], CONFIGS["moe"].layers[0], spread, Types()) == attention + moe
     found = activation_bytes(CONFIGS["moe"], 10, spread, Types(), Held(frozenset({0, 1}), frozenset({0})))
-    head, gathered = 96 / 2 * (4 + 4), 96 * (4 + 4)
-    assert found == ActivationBytes((96 / 2 * 4 + attention + moe + head) * 10, (attention + moe + gathered) * 10)
+    head, gathered, matrix = 96 / 2 * (4 + 4), 96 * (4 + 4), 4096 * 96 / 2 * 4
+    kept = (96 / 2 * 4 + attention + moe + head) * 10 + matrix
+    assert found == ActivationBytes(kept, (attention + moe + gathered) * 10)

@@ -27,6 +27,9 @@ def test_axes_that_do_not_divide_the_world_are_named() -> None:
     ]
     assert problems(4, tp=3, dp_shard=2)[0].endswith("; parallel.tp of [2] or a world size of [6] would fit")
     assert problems(5, tp=3, cp=4, ep=8)[0].endswith("; a world size of [24] would fit")
+    # A world that makes up the axes, and leaves the experts no ranks, would be refused next.
+    assert problems(4, tp=3, dp_shard=1, ep=2)[0].endswith("; parallel.tp of [4] would fit")
+    assert problems(6, tp=4, dp_shard=2, ep=3)[0].endswith("; parallel.tp of [3] would fit")
     assert problems(5, tp=2**20, cp=2**20)[0].endswith("; smaller sizes would fit")
 
 

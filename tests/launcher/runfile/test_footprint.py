@@ -15,7 +15,7 @@ from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
-from meshwright.model.activations import Degrees, Types, head_bytes, layer_bytes
+from meshwright.model.activations import Degrees, Types, head_bytes, head_matrix_bytes, layer_bytes
 from meshwright.model.costs import parameter_count
 from meshwright.model.parts import build_model
 from meshwright.model.shapes import is_expert, parameter_shapes
@@ -130,7 +130,7 @@ def test_a_micro_batch_of_a_rank_is_its_part_of_the_tokens() -> None:
     tokens, spread, types = 3 * 1024, Degrees(cp=4, tp=2), Types(2, 2)
     model = run_file().model
     layer = layer_bytes(model, model.layers[0], spread, types) * tokens / 4
-    head = head_bytes(model, spread, types) * tokens / 4
+    head = head_bytes(model, spread, types) * tokens / 4 + head_matrix_bytes(model, spread, types)
     whole = micro_batch_bytes(run_file(*LONG))
     assert whole.kept == pytest.approx(2 * layer + head)
     some = micro_batch_bytes(run_file(*LONG, "recompute.mode=full", "recompute.every=2"))

@@ -163,3 +163,11 @@ def test_the_stages_of_a_pipeline_refuse_an_export_in_the_same_words(tmp_path: P
     assert first.count("experts.") == 3 * 4
     assert "output.weight has no place in the model" in first
     assert first.count("has no place") == 1
+
+
+def test_an_export_with_a_damaged_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    write_export(tmp_path)
+    path = tmp_path / "export" / "tokenizer.json"
+    path.write_text('{"cut')
+    with pytest.raises(ConfigError, match=f"{path} cannot be read as a tokenizer"):
+        begin_from(build(tmp_path, EXPORTED), tmp_path / "export", [])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from collective_calls import Call, watching
 from rank_pool import run_mesh
 from torch import Tensor
 
@@ -119,6 +120,36 @@ def largest_communicated(mesh: Mesh, v: int) -> int:
 def test_no_logits_are_communicated() -> None:
     # The hidden vectors are: s * b * h numbers. Logits would be s * b * v, eight times as many.
     assert run_mesh(Sizes(tp=2), largest_communicated, 8 * H) == [S * B * H] * 2
+
+
+def collectives_of(mesh: Mesh, with_gradients: bool) -> list[str]:
+    """Return the operations of a loss in one chunk, forward only."""
+    vocabulary.LOGITS_ON_CPU = 1 << 20
+    weight, x, _, targets = inputs(9)
+    rows = VocabularyRows(9, H, rule=RULE, tp=mesh.tp)
+    rows.weight.data = rows_of(weight, rows)
+    held, calls = x.chunk(mesh.tp.size)[mesh.tp.rank].clone().requires_grad_(), list[str]()
+
+    class Listener:
+        def before(self, call: Call) -> None:
+            calls.append(call.op)
+
+        def after(self, call: Call, work: object) -> None:
+            return None
+
+        def waited(self, work: object) -> None:
+            return None
+
+    with watching(Listener()), torch.set_grad_enabled(with_gradients):
+        next_token_loss(held, rows, targets, STEP_TOKENS)
+    return calls
+
+
+def test_an_evaluation_makes_no_gradients() -> None:
+    """A weight says that it wants one whatever is asked for."""
+    of_loss = ["all_gather", "all_reduce", "all_reduce"]
+    assert run_mesh(Sizes(tp=2), collectives_of, False) == [of_loss] * 2
+    assert run_mesh(Sizes(tp=2), collectives_of, True) == [[*of_loss, "reduce_scatter"]] * 2
 
 
 def padded_rows(mesh: Mesh) -> Tensor:
