@@ -57,12 +57,12 @@ class Sight(NamedTuple):
 
 
 def slower_than_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Return why attention by parts cannot go by a flash operator here, for the log; None if it does."""
+    """Return why attention by parts, or within documents, cannot go by a flash operator here; None if it does."""
     if device.type == "cpu" or (device.type == "cuda" and dtype in CUDA_DTYPES and head_dim <= CUDA_WIDTH):
         return None
     takes = f"takes fp16 and bf16, heads of at most {CUDA_WIDTH}" if device.type == "cuda" else "does not exist there"
     what = f"{str(dtype).removeprefix('torch.')}, heads of {head_dim}"
-    return f"ring attention ({what}) on {device.type} goes by plain products: the flash operator {takes}"
+    return f"({what}) on {device.type}: the flash operator {takes}"
 
 
 def partial_attention(

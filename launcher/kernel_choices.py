@@ -22,8 +22,8 @@ from meshwright.kernels.choose import Choices, choices_from_dict
 from meshwright.kernels.flash import slower_than_flash
 from meshwright.kernels.grouped import slower_than_grouped
 from meshwright.kernels.linear import uses_own_products
+from meshwright.launcher.runfile.tables import RunFile
 from meshwright.model.config import ModelConfig
-from meshwright.parallel.config import ParallelConfig
 from meshwright.parallel.mesh import Mesh
 
 
@@ -54,12 +54,15 @@ def choices_of_run(stored: dict[str, str], mesh: Mesh, device: torch.device, dty
     return found
 
 
-def ring_lines(parallel: ParallelConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Return a line for the log where ring attention cannot go by a flash operator, and why."""
-    if parallel.cp == 1 or parallel.context != "ring":
+def attention_lines(table: RunFile, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return a line for the log where attention cannot go by a flash operator, what it goes by, and why."""
+    is_ring = table.parallel.cp > 1 and table.parallel.context == "ring"
+    why = slower_than_flash(device, dtype, table.model.head_dim)
+    if why is None or not (is_ring or table.data.mask_documents):
         return []
-    why = slower_than_flash(device, dtype, head_dim)
-    return [] if why is None else [why]
+    if is_ring:
+        return [f"ring attention goes by plain products {why}"]
+    return [f"attention within documents goes by a mask of all pairs of positions {why}"]
 
 
 def grouped_lines(model: ModelConfig, etp: int, device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -25,7 +25,7 @@ from meshwright.launcher.build import (
     sizes_of,
     with_vocab_of,
 )
-from meshwright.launcher.kernel_choices import choices_of_run, grouped_lines, ring_lines
+from meshwright.launcher.kernel_choices import attention_lines, choices_of_run, grouped_lines
 from meshwright.launcher.memory_limit import check_memory
 from meshwright.launcher.observe.metrics import Meter
 from meshwright.launcher.observe.peak import choose_peak
@@ -93,7 +93,7 @@ def _train_locked(run: Run, signals: Signals, allow_change: Sequence[str], about
     use(chosen.choices)
     began.progress.kernels = chosen.choices.to_dict()
     is_first_rank, table, dtype = run.mesh.rank == 0, run.run_file, _product_dtype(run)
-    slow = ring_lines(table.parallel, run.device, dtype, table.model.head_dim)
+    slow = attention_lines(table, run.device, dtype)
     slow += grouped_lines(table.model, table.parallel.etp, run.device, dtype)
     with open_sinks(
         run.folder,

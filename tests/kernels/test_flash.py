@@ -135,20 +135,20 @@ def test_torchs_operator_gives_a_blind_row_a_weight_that_spoils_the_merge() -> N
             "cuda",
             torch.bfloat16,
             512,
-            "(bfloat16, heads of 512) on cuda goes by plain products: the flash operator takes",
+            "(bfloat16, heads of 512) on cuda: the flash operator takes",
         ),
-        ("cuda", torch.float32, 64, "(float32, heads of 64) on cuda goes by plain products: the flash operator takes"),
+        ("cuda", torch.float32, 64, "(float32, heads of 64) on cuda: the flash operator takes"),
         (
             "mps",
             torch.bfloat16,
             64,
-            "(bfloat16, heads of 64) on mps goes by plain products: the flash operator does not",
+            "(bfloat16, heads of 64) on mps: the flash operator does not",
         ),
     ],
 )
 def test_what_is_slower_than_flash_says_why(device: str, dtype: torch.dtype, width: int, reason: str | None) -> None:
     found = flash.slower_than_flash(torch.device(device), dtype, width)
-    assert found is None if reason is None else found is not None and found.startswith(f"ring attention {reason}")
+    assert found is None if reason is None else found is not None and found.startswith(reason)
 
 
 def test_without_a_flash_operator_plain_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from rank_pool import run_mesh
+from runfile_cases import run_file
 
 from meshwright.kernels import measure as measuring
 from meshwright.kernels.choose import Choices, use
 from meshwright.kernels.measure import Measured
-from meshwright.launcher.kernel_choices import choices_of_run, grouped_lines, ring_lines
+from meshwright.launcher.kernel_choices import attention_lines, choices_of_run, grouped_lines
 from meshwright.model.config import ModelConfig
-from meshwright.parallel.config import ParallelConfig
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 
 CPU = torch.device("cpu")
@@ -110,11 +110,17 @@ def test_rank_0_measures_for_all(tmp_path: Path) -> None:
 
 
 def test_a_ring_without_a_flash_operator_is_told() -> None:
-    ring, cuda = ParallelConfig(cp=2), torch.device("cuda")
-    assert ring_lines(ring, cuda, torch.float32, 64)[0].startswith("ring attention (float32, heads of 64) on cuda goes")
-    assert ring_lines(ring, cuda, torch.bfloat16, 64) == []
-    assert ring_lines(ParallelConfig(cp=2, context="ulysses"), cuda, torch.float32, 64) == []
-    assert ring_lines(ParallelConfig(), cuda, torch.float32, 64) == []
+    cuda, ring, ulysses = torch.device("cuda"), {"cp": 2}, {"cp": 2, "context": "ulysses"}
+    of_ring = "ring attention goes by plain products (float32, heads of 64) on cuda: the flash operator takes"
+    masked = "attention within documents goes by a mask of all pairs of positions (float32, heads of 64) on cuda: the"
+    for parallel, documents, told in (
+        (ring, False, of_ring), (ring, True, of_ring), (ulysses, True, masked), ({}, True, masked),
+        (ulysses, False, None), ({}, False, None),
+    ):  # fmt: skip
+        table = run_file(model={"head_dim": 64}, parallel=parallel, data={"mask_documents": documents})
+        lines = attention_lines(table, cuda, torch.float32)
+        assert [line.startswith(told) for line in lines] == [True] if told else lines == []
+        assert attention_lines(table, cuda, torch.bfloat16) == attention_lines(table, CPU, torch.float32) == []
 
 
 def model_of(expert_hidden_size: int, **more: object) -> ModelConfig:
