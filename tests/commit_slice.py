@@ -7,6 +7,7 @@ draws another slice, and MESHWRIGHT_SAMPLES says how many.
 import os
 import subprocess
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def seed_of(commit_hash: str) -> int:
     if given_seed is not None:
         return int(given_seed)
     return int(commit_hash[:15], 16) if commit_hash else DEFAULT_SEED
+
+
+def is_drawn(name: str, number: int, share: int) -> bool:
+    """Say whether a name is among the one in `share` that a seed draws."""
+    return int(sha256(f"{number} {name}".encode()).hexdigest(), 16) % share == 0
 
 
 def check_slice(

@@ -1,0 +1,34 @@
+"""`--share N` runs one in N of the chosen tests, drawn by the commit's hash: a long suite fits, and all of it comes up.
+
+bash tests/run.sh -m slow              every slow test
+bash tests/run.sh -m slow --share 2    half of them; the next commit draws another half
+"""
+
+from typing import Any
+
+import pytest
+from commit_slice import commit, is_drawn, seed_of
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Add the option."""
+    parser.addoption("--share", type=int, default=1, metavar="N", help="run one in N tests, drawn by the commit's hash")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say what was drawn, so that it can be drawn again."""
+    share, commit_hash = config.getoption("share"), commit()
+    if share == 1:
+        return ""
+    return f"commit {commit_hash or 'unknown'}: one in {share} tests, MESHWRIGHT_SAMPLE_SEED={seed_of(commit_hash)}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what was not drawn."""
+    share = config.getoption("share")
+    if share == 1:
+        return
+    seed = seed_of(commit())
+    drawn = [item for item in items if is_drawn(item.nodeid, seed, share)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
+    items[:] = drawn
