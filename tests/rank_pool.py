@@ -170,3 +170,4 @@ def _serve(rank: int, size: int, log: Path, pipe: Connection) -> None:
 def _close_all() -> None:
     for pool in list(_POOLS.values()):
         pool.close()
+    SHARED.cleanup()
