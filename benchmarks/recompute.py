@@ -15,16 +15,17 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from meshwright.model.block import RECOMPUTED_WHOLE, RUN_AGAIN
+import torch
+from storages import Storages
+from torch import Tensor
+
+from meshwright.launcher.build import recompute_of
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
+from meshwright.parallel.config import RecomputeConfig
 from meshwright.parallel.recompute.kept import Kept
 from meshwright.parallel.recompute.policy import Recompute, keep_less
 from meshwright.parallel.tally import Tally, declared_entries
@@ -34,9 +35,7 @@ VOCAB = 512
 
 def modules(*keys: str, offload: bool = False) -> Recompute:
     """Return what `[recompute] mode = "modules"` with these modules asks for."""
-    whole = tuple(name for key in keys for name in RECOMPUTED_WHOLE.get(key, ()))
-    remade = tuple(name for key in keys for name in RUN_AGAIN.get(key, ()))
-    return Recompute("modules", whole=whole, remade=remade, offload=offload)
+    return recompute_of(RecomputeConfig(mode="modules", modules=keys, offload=offload))  # type: ignore[arg-type]
 
 
 WAYS = {
@@ -53,29 +52,6 @@ WAYS = {
     "modules: norm, activation, offload": modules("norm", "activation", offload=True),
     "full, offload": Recompute("full", offload=True),
 }
-
-
-class Storages(TorchDispatchMode):
-    """Knows every storage that was made while it was on."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        super().__init__()
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the op and look at what it returns."""
-        result = op(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self.made.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        return result
-
-    def alive(self, but: set[int]) -> int:
-        """Return the bytes of those that still exist, but for some."""
-        made = self.made.items()
-        return sum(nbytes for key, (storage, nbytes) in made if key not in but and not storage.expired())
 
 
 class Contestant:

@@ -27,6 +27,7 @@ from meshwright.model.parts import Ways, build_model, reset_buffers
 from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages, stage_parts
 from meshwright.parallel.apply import Plan, apply, fill_initial_weights
+from meshwright.parallel.config import RecomputeConfig
 from meshwright.parallel.experts.deep_ep import why_not as why_not_deep_ep
 from meshwright.parallel.mesh import Mesh, Sizes
 from meshwright.parallel.pipeline.adapter import Pipeline
@@ -100,10 +101,9 @@ def _experts(layers: list[nn.Module]) -> list[nn.Module]:
     return [module for layer in layers for name, module in layer.named_modules() if name.endswith("experts")]
 
 
-def plan_of(run_file: RunFile) -> Plan:
-    """Return how a rank runs the model, as plain values."""
-    table = run_file.recompute
-    recompute = Recompute(
+def recompute_of(table: RecomputeConfig) -> Recompute:
+    """Return what the table asks for, with the names that its modules have within a layer."""
+    return Recompute(
         table.mode,
         every=table.every,
         save=tuple(table.save),
@@ -111,10 +111,14 @@ def plan_of(run_file: RunFile) -> Plan:
         remade=tuple(name for key in table.modules for name in RUN_AGAIN.get(key, ())),
         offload=table.offload,
     )
+
+
+def plan_of(run_file: RunFile) -> Plan:
+    """Return how a rank runs the model, as plain values."""
     return Plan(
         stage=run_file.zero.stage,
         compute_dtype=torch.bfloat16 if run_file.train.precision == "bf16" else None,
-        recompute=recompute,
+        recompute=recompute_of(run_file.recompute),
         compile=run_file.train.compile,
         schedule=("split backward" if stages_of(run_file).splits_backward else "whole backward")
         if run_file.parallel.pp > 1

@@ -17,9 +17,10 @@ def pytest_addoption(parser: Any) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     """Say what was drawn, so that it can be drawn again."""
-    share, commit_hash = config.getoption("share"), commit()
+    share = config.getoption("share")
     if share == 1:
         return ""
+    commit_hash = commit()
     return f"commit {commit_hash or 'unknown'}: one in {share} tests, MESHWRIGHT_SAMPLE_SEED={seed_of(commit_hash)}"
 
 

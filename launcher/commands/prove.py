@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from meshwright.launcher.runfile.messages import ConfigError, problem
-from meshwright.launcher.runfile.read import read_run_file
 from meshwright.parallel.config import MAX_RANKS, ParallelConfig
 
 
@@ -47,12 +46,10 @@ def prove(
     meshwright prove runs/qwen3_30b_a3b.toml -n 64 zero.stage=2
     """
     from meshwright.launcher.proof.answer import answer_place, stoppable, tell, undisturbed, with_mistakes_of
-    from meshwright.launcher.proof.world import usual_world
+    from meshwright.launcher.proof.world import read_for_world
 
     with with_mistakes_of(out, "proof.json"):
-        config = read_run_file(run_file, overrides or [])
-        world = world_size or usual_world(config.parallel)
-        config = read_run_file(run_file, overrides or [], world_size=world)
+        config, world = read_for_world(run_file, overrides or [], world_size)
     if world == 1:
         raise ConfigError(str(run_file), [_of_one_process(config.parallel)])
     path = answer_place(out, config.run.output_folder, "proof.json", source=str(run_file))

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from meshwright.launcher.runfile.read import read_run_file
 from meshwright.parallel.config import MAX_RANKS
 
 
@@ -44,12 +43,10 @@ def verify_resume(
     meshwright verify-resume runs/moe_tiny.toml --to "tp=2,dp_shard=1"
     """
     from meshwright.launcher.proof.answer import answer_place, stoppable, tell, undisturbed, with_mistakes_of
-    from meshwright.launcher.proof.world import usual_world
+    from meshwright.launcher.proof.world import read_for_world
 
     with with_mistakes_of(out, "verify_resume.json"):
-        config = read_run_file(run_file, overrides or [])
-        world = world_size or usual_world(config.parallel)
-        config = read_run_file(run_file, overrides or [], world_size=world)
+        config, world = read_for_world(run_file, overrides or [], world_size)
     path = answer_place(out, config.run.output_folder, "verify_resume.json", source=str(run_file))
 
     with stoppable("verify-resume", "nothing was verified", path):

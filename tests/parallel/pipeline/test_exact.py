@@ -8,8 +8,9 @@ import pytest
 from engine_cases import Trace, assert_same, dense_config, forward_backward, moe_config, start, train
 from rank_pool import run_mesh
 
-from meshwright.model.block import RUN_AGAIN
+from meshwright.launcher.build import recompute_of
 from meshwright.parallel.apply import Plan
+from meshwright.parallel.config import RecomputeConfig
 from meshwright.parallel.mesh import Mesh, Sizes, build_mesh, single_process_mesh
 from meshwright.parallel.pipeline.orders import Stages
 from meshwright.parallel.recompute.policy import Recompute
@@ -31,7 +32,7 @@ SCHEDULES = {
     "dualpipev": 2,
 }
 # What a schedule that splits backwards may run again.
-MADE_AGAIN = (*RUN_AGAIN["norm"], *RUN_AGAIN["activation"])
+MADE_AGAIN = recompute_of(RecomputeConfig(mode="modules", modules=("norm", "activation")))
 TWO, TWO_BY_TWO, FOUR = Sizes(pp=2), Sizes(pp=2, dp_shard=2), Sizes(pp=4)
 TWO_BY_EP, TWO_BY_TP = Sizes(pp=2, dp_shard=2, ep=2), Sizes(pp=2, tp=2)
 
@@ -112,7 +113,7 @@ def test_experts_and_split_layers_stand_within_stages(sizes: Sizes, schedule: st
         ("1f1b", Plan(recompute=Recompute("full"))),
         pytest.param("interleaved_1f1b", Plan(recompute=Recompute("full"), stage=3), marks=pytest.mark.slow),
         pytest.param("gpipe", Plan(recompute=Recompute("selective", save=("attention",))), marks=pytest.mark.slow),
-        pytest.param("zbv", Plan(recompute=Recompute("modules", remade=MADE_AGAIN)), marks=pytest.mark.slow),
+        pytest.param("zbv", Plan(recompute=MADE_AGAIN), marks=pytest.mark.slow),
     ],
 )
 def test_recompute_stands_within_stages(schedule: str, plan: Plan) -> None:

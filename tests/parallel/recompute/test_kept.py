@@ -3,22 +3,21 @@
 import gc
 from copy import deepcopy
 from functools import cache
-from typing import Any, get_args
+from typing import get_args
 
 import engine_cases
 import pytest
 import torch
 from rank_pool import run_mesh
+from storages import Storages
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from meshwright.launcher.build import recompute_of
 from meshwright.model.block import RECOMPUTED_WHOLE, RUN_AGAIN
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
 from meshwright.parallel.apply import Plan
-from meshwright.parallel.config import RecomputedModule
+from meshwright.parallel.config import RecomputeConfig, RecomputedModule
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.recompute.host_copies import SMALLEST, HostCopies
 from meshwright.parallel.recompute.kept import Kept
@@ -30,8 +29,7 @@ CONFIG = engine_cases.moe_config(hidden_size=16, expert_hidden_size=24, bias=("q
 
 
 def modules(*keys: str, offload: bool = False) -> Recompute:
-    whole = tuple(name for key in keys for name in RECOMPUTED_WHOLE.get(key, ()))
-    return Recompute("modules", whole=whole, remade=sum((RUN_AGAIN.get(key, ()) for key in keys), ()), offload=offload)
+    return recompute_of(RecomputeConfig(mode="modules", modules=keys, offload=offload))  # type: ignore[arg-type]
 
 
 WAYS = {
@@ -88,25 +86,6 @@ def test_every_way_of_keeping_gives_bitwise_the_same_gradients_and_counts(autoca
             assert torch.equal(again[name], value), f"{way}: {name}"
         for name, value in sums.items():
             assert torch.equal(sums_again[name], value), f"{way}: {name}"
-
-
-class Storages(TorchDispatchMode):
-    """Knows every storage that was made while it was on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = op(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self.made.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        return result
-
-    def alive(self) -> int:
-        return sum(nbytes for storage, nbytes in self.made.values() if not storage.expired())
 
 
 def held_bytes(how: Recompute) -> tuple[int, int]:
