@@ -6,19 +6,22 @@ be that of the run's store: the same file, or one that gives every token the sam
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.launcher.build import Run
+from meshwright.launcher.ranks.one_outcome import one_outcome
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.training.kept_moments import Kept, kept_moments
 from meshwright.launcher.training.progress import Progress, held_tensors
-from meshwright.launcher.weights.read_weights import ExportWeights, Source, find_source
+from meshwright.launcher.weights.read_weights import ExportWeights, Source, find_source, what_lies_at
 from meshwright.launcher.weights.saved_run import run_file_of
 from meshwright.model.shapes import parameter_shapes
 from meshwright.parallel.checkpoint.agree import CheckpointError
+from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state, saved_tensors
 
 
@@ -28,40 +31,49 @@ def begin_from(run: Run, source: Path, events: list[str]) -> Progress:
     Raises:
         ConfigError: if what lies there is damaged, of another model or of another tokenizer.
     """
-    load = run.run_file.init.load
+    load, title = run.run_file.init.load, f"init.from = {source}"
+    one_outcome(run.mesh, title, lambda: what_lies_at(source))
     try:
         found = find_source(source, run.mesh)
         for path, why in found.passed_over.items():
             events.append(f"passed over {path}: {'; '.join(why)}")
-        _check_tokenizer(run, found, events)
-        updates = _fill_from_checkpoint(run, found, events) if found.is_checkpoint else _fill_from_export(run, found)
-    except ConfigError as error:  # names the file in the source
-        problems = [f"{error.source}: {problem}" for problem in error.problems]
-        raise ConfigError(f"init.from = {source}", problems, is_same_on_all_ranks=True) from None
-    except (ValueError, CheckpointError) as error:
-        raise ConfigError(f"init.from = {source}", str(error).splitlines(), is_same_on_all_ranks=True) from None
+        state = read_state(found.path, run.mesh) if found.is_checkpoint else None
+        one_outcome(run.mesh, title, lambda: _check_tokenizer(run, found, state, events))
+        if state is not None:
+            updates = _fill_from_checkpoint(run, found, state, events)
+        else:
+            updates = one_outcome(run.mesh, title, lambda: _fill_from_export(run, found))
+    except ConfigError:
+        raise
+    except (ValueError, CheckpointError) as error:  # of verifying and loading, in which all ranks have one outcome
+        raise ConfigError(title, str(error).splitlines(), is_same_on_all_ranks=True) from None
     run.optimizer.set_updates(updates)
     run.engine.publish_weights()
     events.append(f"begun from {found.path} ({load})")
     return Progress(updates=updates)
 
 
-def _fill_from_checkpoint(run: Run, found: Source, events: list[str]) -> int:
+def _fill_from_checkpoint(run: Run, found: Source, state: dict[str, Any], events: list[str]) -> int:
     """Read this rank's parts; return how many updates the moments hold, 0 without them."""
     with_moments = run.run_file.init.load == "weights+optimizer"
-    there = saved_tensors(found.path)
-    before = run_file_of(read_state(found.path, run.mesh), found.path)
-    kept = kept_moments(before, run.run_file) if with_moments else Kept()
+    kept, wanted = one_outcome(run.mesh, f"init.from = {found.path}", lambda: _kept_and_wanted(run, found.path, state))
+    expect = Expect(None, may_stay_unread=("optimizer.", "buffers."), same_dtype=False, is_verified=found.is_verified)
+    load_checkpoint(found.path, wanted, run.mesh, expect)
+    events += kept.notes
+    return int(state["updates"]) if with_moments and kept.keeps_updates else 0
+
+
+def _kept_and_wanted(run: Run, path: Path, state: dict[str, Any]) -> tuple[Kept, dict[str, HeldPart]]:
+    """Return what is kept of the moments there, and this rank's parts of all that is read."""
+    with_moments = run.run_file.init.load == "weights+optimizer"
+    there = saved_tensors(path)
+    kept = kept_moments(run_file_of(state, path), run.run_file) if with_moments else Kept()
     # Buffers belong to a setting of the routers, which a branch may change: what is not there begins as in a new run.
-    wanted = {
+    return kept, {
         name: part
         for name, part in kept.of(held_tensors(run, optimizer=with_moments)).items()
         if not name.startswith("buffers.") or (with_moments and name in there)
     }
-    expect = Expect(None, may_stay_unread=("optimizer.", "buffers."), same_dtype=False, is_verified=found.is_verified)
-    state = load_checkpoint(found.path, wanted, run.mesh, expect)
-    events += kept.notes
-    return int(state["updates"]) if with_moments and kept.keeps_updates else 0
 
 
 def _fill_from_export(run: Run, found: Source) -> int:
@@ -93,15 +105,15 @@ def _fill_from_export(run: Run, found: Source) -> int:
     return 0
 
 
-def _check_tokenizer(run: Run, found: Source, events: list[str]) -> None:
-    """Compare the tokenizer that the weights were trained under with that of the run's store.
+def _check_tokenizer(run: Run, found: Source, state: dict[str, Any] | None, events: list[str]) -> None:
+    """Compare the tokenizer that the weights were trained under with that of the run's store; `state`: a checkpoint's.
 
     Raises:
         ValueError: if a token has another number.
     """
     ours = run.store.path / TOKENIZER_NAME
-    if found.is_checkpoint:
-        if read_state(found.path, run.mesh)["tokenizer"] == run.store.meta.tokenizer.sha256:
+    if state is not None:
+        if state["tokenizer"] == run.store.meta.tokenizer.sha256:
             return
         theirs = found.run_folder / TOKENIZER_NAME if found.run_folder else None
     else:
@@ -109,7 +121,7 @@ def _check_tokenizer(run: Run, found: Source, events: list[str]) -> None:
         if theirs.is_file() and hashlib.sha256(theirs.read_bytes()).hexdigest() == run.store.meta.tokenizer.sha256:
             return
     if theirs is None or not theirs.is_file():
-        if found.is_checkpoint:
+        if state is not None:
             raise ValueError(f"it was trained under another tokenizer than that of data.store = {run.store.path}")
         events.append(
             f"{found.path} has no tokenizer.json: whether its tokens are those of the store was not looked at"

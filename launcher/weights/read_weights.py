@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -182,6 +182,25 @@ class Source:
         return (self.path / MANIFEST_NAME).is_file()
 
 
+def what_lies_at(path: Path) -> Literal["checkpoint", "export", "run"]:
+    """Say what a user's path is, by the files that make it so.
+
+    Raises:
+        ValueError: if it is neither a run, nor a checkpoint, nor an exported folder.
+    """
+    if (path / MANIFEST_NAME).is_file():
+        return "checkpoint"
+    if (path / "config.json").is_file():
+        return "export"
+    if (path / "checkpoints").is_dir():
+        return "run"
+    what = "there is nothing" if not path.exists() else "neither a run, nor a checkpoint, nor an export"
+    raise ValueError(
+        f"{path}: {what}; give a run's folder (it has checkpoints/), a checkpoint "
+        "(checkpoints/step_...) or an exported folder (it has config.json)"
+    )
+
+
 def find_source(path: Path, mesh: Mesh | None = None) -> Source:
     """Say what lies at a path; of a run, the newest checkpoint that verifies is taken.
 
@@ -190,17 +209,12 @@ def find_source(path: Path, mesh: Mesh | None = None) -> Source:
     Raises:
         ValueError: if it is neither a run, nor a checkpoint, nor an exported folder.
     """
-    if (path / MANIFEST_NAME).is_file():
+    kind = what_lies_at(path)
+    if kind == "checkpoint":
         run_folder = path.resolve().parent.parent
         return Source(path, run_folder if (run_folder / "run.toml").is_file() else None, {}, is_verified=False)
-    if (path / "config.json").is_file():
+    if kind == "export":
         return Source(path, None, {}, is_verified=False)
-    if not (path / "checkpoints").is_dir():
-        what = "there is nothing" if not path.exists() else "neither a run, nor a checkpoint, nor an export"
-        raise ValueError(
-            f"{path}: {what}; give a run's folder (it has checkpoints/), a checkpoint "
-            "(checkpoints/step_...) or an exported folder (it has config.json)"
-        )
     newest = newest_that_verifies(path / "checkpoints", mesh or single_process_mesh())
     if newest.path is None:
         damage = [f"{folder}: {'; '.join(problems)}" for folder, problems in newest.passed_over.items()]

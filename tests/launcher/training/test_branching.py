@@ -171,3 +171,31 @@ def test_an_export_with_a_damaged_tokenizer_is_refused_by_name(tmp_path: Path) -
     path.write_text('{"cut')
     with pytest.raises(ConfigError, match=f"{path} cannot be read as a tokenizer"):
         begin_from(build(tmp_path, EXPORTED), tmp_path / "export", [])
+
+
+def refused_on_rank_1(mesh: Mesh, folder: Path, source: str, overrides: list[str]) -> str:
+    """Begin from a source that rank 1 does not see, as on a node without the mount; return the words."""
+    run = build(folder, overrides, mesh)
+    here = folder / source
+    if mesh.world.rank == 1:
+        bare = folder / "bare"
+        bare.mkdir()
+        for name in ("config.json", "tokenizer.json") if source == "export" else ():
+            (bare / name).write_bytes((here / name).read_bytes())
+        here = bare
+    with pytest.raises(ConfigError) as refused:
+        begin_from(run, here, [])
+    assert refused.value.is_same_on_all_ranks
+    return "\n".join(refused.value.problems)
+
+
+@pytest.mark.parametrize(("source", "why"), [("run", "neither a run"), ("export", "model.safetensors: is missing")])
+def test_what_one_rank_alone_finds_ends_all_and_names_it(tmp_path: Path, source: str, why: str) -> None:
+    if source == "run":
+        start(tmp_path, "train.steps=1", "evaluation.every=0")
+    else:
+        write_export(tmp_path)
+    first, second = run_mesh(EP2, refused_on_rank_1, tmp_path, source, ["parallel.ep=2", *EXPORTED])
+    assert first == second
+    assert first.startswith(f"rank 1: {tmp_path / 'bare'}")
+    assert why in first
