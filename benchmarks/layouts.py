@@ -74,9 +74,8 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 def bytes_table() -> None:
     """Print what is sent and what the textbook says."""
-    from parity_samples import sample
     from rank_pool import run_mesh
-    from traffic_cases import LAYOUTS, ep_bytes_of_all_ranks, etp_bytes, traffic_of_a_step
+    from traffic_cases import LAYOUTS, traffic_of_a_step
 
     from meshwright.launcher.build import sizes_of
 
@@ -85,14 +84,6 @@ def bytes_table() -> None:
         sent = run_mesh(sizes_of(drawn.run_file(), drawn.world), traffic_of_a_step, drawn)[0]
         for key, count in sorted(sent.items()):
             print(f"| {name} | {key[0]} {key[1]} | {count:,} | {textbook(0)[key]:,} |")
-    drawn = sample("moe", dp_shard=2, ep=2)
-    ranks = run_mesh(sizes_of(drawn.run_file(), 2), traffic_of_a_step, drawn)
-    together = sum(sent["ep", "all_to_all"] for sent in ranks)
-    print(f"| ep, both ranks | ep all_to_all | {together:,} | {ep_bytes_of_all_ranks(drawn, 2):,} |")
-    drawn = sample("moe", dp_shard=2, etp=2)
-    sent = run_mesh(sizes_of(drawn.run_file(), 2), traffic_of_a_step, drawn)[0]
-    for key, count in sorted(etp_bytes(drawn, 2).items()):
-        print(f"| etp | {key[0]} {key[1]} | {sent[key]:,} | {count:,} |")
 
 
 class PlainMlp(nn.Module):

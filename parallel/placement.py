@@ -72,6 +72,10 @@ class Placement:
             return (mesh.edp,)
         return (mesh.dp_replicate, mesh.zero)
 
+    def data_axis(self, mesh: Mesh) -> Axis:
+        """Return the ranks of `data_axes` as one axis, for a sum that leaves nothing in parts."""
+        return mesh.edp if self.factorisation == "expert" else mesh.data
+
     def zero_axis(self, mesh: Mesh) -> Axis:
         """Return the axis over which ZeRO shards this parameter's state."""
         return self.data_axes(mesh)[-1]

@@ -3,16 +3,18 @@
 n ranks of the axis, m micro-batches a step on this rank, L layers, t = s * b tokens of a micro-batch before they are
 split, h hidden_size; N weights of this rank, P the same with dims cut in n parts rounded up. What each rank sends:
 
-    dp    ZeRO-0   all_reduce 2 (n-1)/n N
+    dp    ZeRO-0   all_reduce 2 (n-1)/n N, once over all copies and shards: n is all ranks of the data
           ZeRO-1   reduce_scatter (n-1)/n P, all_gather (n-1)/n P
           ZeRO-2   m times both: FSDP2 gathers and reduces for every micro-batch, and adds up parts
           ZeRO-3   the same, and gathers once more for each backward pass
-    HSDP           each rank's part again over dp_replicate: all_reduce 2 (r-1)/r P/n
+    HSDP           from ZeRO-1 on each rank's part again over r of dp_replicate: all_reduce 2 (r-1)/r P/n
     tp + sp        attention, feed-forward, and each end of the model gather and scatter tokens once forward and once
                    backward: m (2 L + 2) times (n-1)/n t h, twice; the former gather once more backward, as each rank
                    keeps its own tokens only: m 2 L; the loss 3 numbers a token; norms' gradients
-    ep             every row that leaves goes there, comes back, and both again backward: 4 h; counts e of int64
-    etp            everyone's k t rows gathered and summed, forward and backward: 4 (n-1) k t h; counts
+    ep             every row that leaves, to an expert elsewhere or back from here, and its gradient: 2 h; counts e/n
+                   of int64 to each other rank; gradients of experts as in ZeRO, over edp
+    etp            a rank's rows, padded to those of its neighbour with most, gathered and summed, both again backward:
+                   4 (n-1) rows h; counts of the experts here to each other rank
     cp, ring       keys and values go round: n-1 times forward, n-1 times backward, and their gradients n times:
                    m L (3n-2) 2 t/n k d, of k key heads of width d; gradients of weights as in ZeRO
     cp, Ulysses    q, k, v and the output forward, their gradients backward: m L 2 (n-1)/n t/n (2 heads + 2 k) d
@@ -24,7 +26,7 @@ split, h hidden_size; N weights of this rank, P the same with dims cut in n part
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -38,6 +40,7 @@ from meshwright.launcher.stages import stages_of
 from meshwright.model.config import ModelConfig
 from meshwright.model.parts import build_model
 from meshwright.model.routers.topk import TopKRouter
+from meshwright.model.shapes import is_expert
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import chunk_bounds
@@ -45,7 +48,7 @@ from meshwright.parallel.placement import chunk_bounds
 Bytes = Counter[tuple[str, str]]
 WIDTH = 8  # fp64
 # One group may be several axes; it is called by the first of these.
-NAMES = ("tp", "cp", "pp", "ep", "etp", "dp_shard", "edp", "dp_replicate", "zero", "data", "dp", "token", "ends")
+NAMES = ("tp", "cp", "pp", "ep", "etp", "dp_shard", "data", "edp", "dp_replicate", "zero", "dp", "token", "ends")
 
 
 @dataclass
@@ -89,9 +92,10 @@ def traffic_of_a_step(mesh: Mesh, drawn: Sample) -> Bytes:
     return Counter({key: sent for key, sent in traffic.sent.items() if sent})
 
 
-def weights_of(config: ModelConfig) -> list[tuple[int, ...]]:
-    """Return the shapes of a model's parameters."""
-    return [tuple(parameter.shape) for parameter in build_model(config, device="meta").parameters()]
+def weights_of(config: ModelConfig, *, experts: bool = False) -> list[tuple[int, ...]]:
+    """Return the shapes of a model's parameters, of the routed experts or of all others."""
+    named = build_model(config, device="meta").named_parameters()
+    return [tuple(parameter.shape) for name, parameter in named if is_expert(name) == experts]
 
 
 def numel(shapes: list[tuple[int, ...]], parts: int = 1, index: int = 0) -> int:
@@ -106,20 +110,28 @@ def numel(shapes: list[tuple[int, ...]], parts: int = 1, index: int = 0) -> int:
 def dp_bytes(drawn: Sample, n: int, rank: int, replicas: int = 1) -> Bytes:
     """Return what ZeRO sends over n ranks that share state, and over copies of them."""
     run_file = drawn.run_file()
-    stage, shapes = run_file.zero.stage, weights_of(run_file.model)
     m = BATCH // (n * replicas) // drawn.micro_batch
-    part = numel(shapes, n)
-    times = m if stage >= 2 else 1
+    return in_bytes(sums(weights_of(run_file.model), run_file.zero.stage, m, "dp_shard", n, rank % n, replicas))
+
+
+def sums(
+    shapes: list[tuple[int, ...]], stage: int, m: int, axis: str, n: int, index: int = 0, replicas: int = 1
+) -> Counter[tuple[str, str]]:
+    """Return the numbers that a ZeRO stage sends for these weights, over n ranks that share state and copies of them.
+
+    `index` is the rank's among the n, `m` its micro-batches.
+    """
     if stage == 0:
-        found = Counter({("dp_shard", "all_reduce"): 2 * (n - 1) * numel(shapes) // n})
-        found["dp_replicate", "all_reduce"] = 2 * (replicas - 1) * numel(shapes) // replicas
-    else:
-        found = Counter({("dp_shard", "reduce_scatter"): times * (n - 1) * part})
-        found["dp_shard", "all_gather"] = times * (2 if stage == 3 else 1) * (n - 1) * part
-        # Buckets are summed with their padding; FSDP2's parts, of which a later rank's are shorter, without.
-        held = part if stage == 1 else numel(shapes, n, rank % n)
-        found["dp_replicate", "all_reduce"] = 2 * (replicas - 1) * held // replicas
-    return in_bytes(found)
+        world = n * replicas
+        joined = axis if replicas == 1 else "data"
+        return Counter({(joined, "all_reduce"): 2 * (world - 1) * numel(shapes) // world})
+    part, times = numel(shapes, n), m if stage >= 2 else 1
+    found = Counter({(axis, "reduce_scatter"): times * (n - 1) * part})
+    found[axis, "all_gather"] = times * (2 if stage == 3 else 1) * (n - 1) * part
+    # Buckets are summed with their padding; FSDP2's parts, of which a later rank's are shorter, without.
+    held = part if stage == 1 else numel(shapes, n, index)
+    found["dp_replicate", "all_reduce"] = 2 * (replicas - 1) * held // replicas
+    return found
 
 
 def tp_bytes(drawn: Sample, n: int) -> Bytes:
@@ -155,19 +167,35 @@ def pp_bytes(drawn: Sample) -> Bytes:
     return in_bytes(Counter({("pp", "send"): BATCH // drawn.micro_batch * t * drawn.run_file().model.hidden_size}))
 
 
-def etp_bytes(drawn: Sample, n: int) -> Bytes:
-    """Return what expert tensor parallelism sends over n data-parallel ranks, without its gradients' sums."""
-    model = drawn.run_file().model
+def moe_bytes(drawn: Sample, rank: int) -> Bytes:
+    """Return what a mixture of experts sends over data-parallel ranks: rows, counts of rows, sums of gradients."""
+    run_file = drawn.run_file()
+    model, parallel, stage = run_file.model, run_file.parallel, run_file.zero.stage
     assert model.moe is not None
-    m, rows = BATCH // n // drawn.micro_batch, SEQ * drawn.micro_batch * model.moe.top_k
-    moved = m * model.num_layers * (n - 1) * rows * model.hidden_size
-    counts = m * model.num_layers * (n - 1) * model.moe.num_experts
-    return in_bytes(Counter({("etp", "all_gather"): 2 * moved + counts, ("etp", "reduce_scatter"): 2 * moved}))
+    ep, etp, copies = parallel.ep, parallel.etp, drawn.world // (parallel.ep * parallel.etp)
+    m, h, experts = BATCH // drawn.world // drawn.micro_batch, model.hidden_size, model.moe.num_experts // ep
+    expert_weights = [(experts, model.moe.expert_hidden_size // etp, h)] * 3 * model.num_layers
+    data = {ep: "ep", etp: "etp"}.get(drawn.world, "dp_shard")  # one group may be both axes
+    found = sums(weights_of(model), stage, m, data, parallel.dp_shard, replicas=parallel.dp_replicate)
+    found += sums(expert_weights, stage, m, "edp", copies)
+    for rows in rows_between(drawn):
+        leave, come = sum(rows[rank]), sum(others[rank] for others in rows)
+        found["ep", "all_to_all"] += 2 * h * (leave + come - 2 * rows[rank][rank]) + (ep - 1) * experts
+        neighbours = range(rank // etp * etp, (rank // etp + 1) * etp)
+        padded = max(1, *(sum(others[near] for others in rows) for near in neighbours))
+        found["etp", "all_gather"] += (etp - 1) * (2 * padded * h + experts)
+        found["etp", "reduce_scatter"] += (etp - 1) * 2 * padded * h
+    return in_bytes(found)
 
 
-def rows_away(drawn: Sample, n: int) -> int:
-    """Return how many rows leave for an expert elsewhere in a step, on all n ranks; from one process's choices."""
-    config = drawn.run_file().model
+@cache
+def rows_between(drawn: Sample) -> list[list[list[int]]]:
+    """Return for each layer and micro-batch the rows from every rank to every other; from one process's choices.
+
+    A rank's number in a block of ep * etp is its place in ep, then in etp; rows stay in a block and a place of etp.
+    """
+    run_file = drawn.run_file()
+    config, ep, etp, world = run_file.model, run_file.parallel.ep, run_file.parallel.etp, drawn.world
     assert config.moe is not None
     chosen: list[Tensor] = []
     run = start(single_process_mesh(), config, Plan())
@@ -175,22 +203,16 @@ def rows_away(drawn: Sample, n: int) -> int:
         if isinstance(module, TopKRouter):
             module.register_forward_hook(lambda _module, _inputs, routing: chosen.append(routing.expert))
     forward_backward(run, 0, 1)
-    owner_of = config.moe.num_experts // n
-    of_sample = list(zip(*[iter(chosen)] * config.num_layers, strict=True))
-    return sum(
-        int((expert // owner_of != sample_number // (BATCH // n)).sum())
-        for sample_number, layers in enumerate(of_sample)
-        for expert in layers
-    )
-
-
-def ep_bytes_of_all_ranks(drawn: Sample, n: int) -> int:
-    """Return what all n ranks together send to each other's experts."""
-    model = drawn.run_file().model
-    assert model.moe is not None
-    m = BATCH // n // drawn.micro_batch
-    counts = n * m * model.num_layers * (n - 1) * (model.moe.num_experts // n)
-    return WIDTH * (4 * rows_away(drawn, n) * model.hidden_size + counts)
+    assert len(chosen) == BATCH * config.num_layers, "every sample by itself, through every layer"
+    m, each = BATCH // world // drawn.micro_batch, config.moe.num_experts // ep
+    found = [[[0] * world for _ in range(world)] for _ in range(m * config.num_layers)]
+    for at, experts in enumerate(chosen):
+        number, layer = divmod(at, config.num_layers)
+        rank, of_rank = divmod(number, BATCH // world)
+        rows = found[of_rank // drawn.micro_batch * config.num_layers + layer][rank]
+        for expert in experts.flatten().tolist():
+            rows[rank // (ep * etp) * ep * etp + expert // each * etp + rank % etp] += 1
+    return found
 
 
 def in_bytes(numbers: Counter[tuple[str, str]]) -> Bytes:
@@ -208,6 +230,16 @@ def of_zero(name: str, replicas: int) -> dict[str, tuple[Sample, Callable[[int],
 
 
 TP, PP = sample("dense", tp=2, micro_batch=2), sample("dense", pp=2, micro_batch=2)
+# Experts whole on one rank, and in two copies (edp), whose gradients are summed.
+MIXTURES = {
+    "ep": sample("moe", dp_shard=2, ep=2),
+    "ep, edp 2": sample("moe", dp_shard=4, ep=2),
+    "ep, edp 2, ZeRO-1": sample("moe", dp_shard=4, ep=2, zero__stage=1),
+    "ep, HSDP": sample("moe", dp_replicate=2, dp_shard=2, ep=2),
+    "etp": sample("moe", dp_shard=2, etp=2),
+    "etp, edp 2": sample("moe", dp_shard=4, etp=2, micro_batch=2),
+    "ep + etp": sample("moe", dp_shard=4, ep=2, etp=2),
+}
 RING, ULYSSES = sample("dense", cp=2, micro_batch=2), sample("dense", cp=2, context="ulysses", micro_batch=2)
 # By name: a layout, and what each of its ranks sends.
 LAYOUTS: dict[str, tuple[Sample, Callable[[int], Bytes]]] = {
@@ -217,4 +249,5 @@ LAYOUTS: dict[str, tuple[Sample, Callable[[int], Bytes]]] = {
     "pp": (PP, lambda rank: pp_bytes(PP)),
     "cp, ring": (RING, lambda rank: cp_bytes(RING, 2)),
     "cp, Ulysses": (ULYSSES, lambda rank: cp_bytes(ULYSSES, 2)),
+    **{name: (drawn, partial(moe_bytes, drawn)) for name, drawn in MIXTURES.items()},
 }

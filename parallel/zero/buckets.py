@@ -7,10 +7,11 @@ so that one reduce-scatter gives each rank a row of the bucket, which is a list 
     ranks 2, a [3, 4], b [2]     row 0   a[0:2] (8 numbers)            b[0:1]
                                  row 1   a[2:3] (4) + 4 of padding     b[1:2]
 
-Under ZeRO-0 there is one row and the sum is an all-reduce. Gradients are summed, never averaged: the loss was
-divided by the step's token count. A hook moves each gradient into its bucket as soon as it is accumulated, and counts
-it: a bucket sets out when each of its parameters has had as many as the step has micro-batches, buckets always in the
-same order on all ranks.
+Under ZeRO-0, and wherever the ZeRO axis has one rank, there is one row and the sum is one all-reduce over all ranks
+that have other samples: over copies and shards apart it would send up to twice the bytes. Gradients are summed, never
+averaged: the loss was divided by the step's token count. A hook moves each gradient into its bucket as soon as it is
+accumulated, and counts it: a bucket sets out when each of its parameters has had as many as the step has micro-batches,
+buckets always in the same order on all ranks.
 
 Schedules of a pipeline that compute the gradients of weights apart write `.grad` without calling hooks (torch's
 `stage_backward_weight`; checked with 2.13). For them the gradients are taken when the schedule is through.
@@ -121,7 +122,8 @@ class BucketEngine:
         self.buckets: list[_Bucket] = []
         groups: dict[tuple[tuple[int, ...], ...], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in reversed(parameters.items()):
-            key = (*(axis.ranks for axis in self._axes(table[name])), (parameter.element_size(),))
+            rows = self._num_rows(table[name])  # axes over the same ranks are cut for one kind and joined for another
+            key = (*(axis.ranks for axis in self._axes(table[name])), (rows, parameter.element_size()))
             groups.setdefault(key, []).append((name, parameter))
         for members in groups.values():
             self._fill_buckets(members, table)
@@ -133,12 +135,19 @@ class BucketEngine:
             for slot in bucket.slots:
                 slot.parameter.register_post_accumulate_grad_hook(self._hook(slot))  # type: ignore[no-untyped-call]
 
+    def _num_rows(self, placement: Placement) -> int:
+        """Return in how many parts the state of a parameter is cut; 1 is not at all."""
+        return placement.zero_axis(self.mesh).size if self.shard_state else 1
+
     def _axes(self, placement: Placement) -> tuple[Axis, ...]:
-        return (*placement.grad_sum, *placement.data_axes(self.mesh))
+        """Return over what a gradient is summed, last the axis that goes along with the backward pass."""
+        if self._num_rows(placement) > 1:
+            return (*placement.grad_sum, *placement.data_axes(self.mesh))
+        return (*placement.grad_sum, placement.data_axis(self.mesh))
 
     def _fill_buckets(self, members: list[tuple[str, nn.Parameter]], table: dict[str, Placement]) -> None:
         axes = self._axes(table[members[0][0]])
-        num_rows = axes[-1].size if self.shard_state else 1
+        num_rows = self._num_rows(table[members[0][0]])
         dtype = torch.promote_types(members[0][1].dtype, torch.float32)
         slots: list[_Slot] = []
         for name, parameter in members:

@@ -43,19 +43,21 @@ def test_a_dim_is_cut_as_torch_chunk_cuts_it(size: int, parts: int) -> None:
     assert ours == theirs + [[]] * (parts - len(theirs))  # torch leaves out the empty ones
 
 
-def data_axes(mesh: Mesh) -> tuple[list[str], list[str], str, str]:
+def data_axes(mesh: Mesh) -> tuple[list[str], list[str], str, str, str, str]:
     dense, expert = Placement(), Placement(factorisation="expert")
     return (
         [axis.name for axis in dense.data_axes(mesh)],
         [axis.name for axis in expert.data_axes(mesh)],
         dense.zero_axis(mesh).name,
         expert.zero_axis(mesh).name,
+        dense.data_axis(mesh).name,
+        expert.data_axis(mesh).name,
     )
 
 
 def test_dense_gradients_are_summed_over_the_data_and_experts_over_edp() -> None:
     for found in run_mesh(Sizes(dp_shard=2, ep=2), data_axes):
-        assert found == (["dp_replicate", "zero"], ["edp"], "zero", "edp")
+        assert found == (["dp_replicate", "zero"], ["edp"], "zero", "edp", "data", "edp")
 
 
 CONFIG = ModelConfig(

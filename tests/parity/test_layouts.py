@@ -88,9 +88,15 @@ def test_fp32_agrees_up_to_the_order_of_its_sums(sizes: Sizes, stage: int) -> No
             assert error <= 1e-5 * value.abs().max(), f"gradients of {name} differ by {error}"
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_copies_of_the_sharded_state_change_nothing(stage: int) -> None:
-    sizes = Sizes(dp_replicate=2, dp_shard=2, ep=2)
+@pytest.mark.parametrize(
+    ("sizes", "stage"),
+    [
+        pytest.param(Sizes(dp_replicate=2, dp_shard=2, ep=2), 0, marks=pytest.mark.slow),
+        (Sizes(dp_replicate=2, dp_shard=2, ep=2), 1),
+        (Sizes(dp_replicate=2), 1),
+    ],
+)
+def test_copies_of_the_sharded_state_change_nothing(sizes: Sizes, stage: int) -> None:
     for trace in run_mesh(sizes, case, "moe", Plan(stage=stage), 1):
         assert_same(trace, definition("moe"))
 

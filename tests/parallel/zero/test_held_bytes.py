@@ -130,6 +130,8 @@ LAYOUTS = [
     *(sample("dense", dp_replicate=2, dp_shard=2, zero__stage=stage, micro_batch=2) for stage in (1, 3)),
     sample("dense", dp_shard=2, tp=2, zero__stage=2, micro_batch=4),
     sample("moe", dp_shard=4, ep=2, zero__stage=1, micro_batch=2),
+    # Two copies of all but the experts, which are shared over the same two ranks.
+    sample("moe", dp_replicate=2, dp_shard=1, zero__stage=1, micro_batch=4),
     sample("moe", dp_shard=4, ep=2, zero__stage=3, micro_batch=2),
     sample("moe", dp_shard=2, ep=2, zero__stage=2, micro_batch=4),
     sample("dense", pp=2, dp_shard=2, zero__stage=1, micro_batch=2),
