@@ -8,7 +8,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from meshwright.data.meta import TOKENIZER_NAME
@@ -23,6 +22,7 @@ from meshwright.model.shapes import parameter_shapes
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state, saved_tensors
+from meshwright.parallel.whole.tensors import Box
 
 
 def begin_from(run: Run, source: Path, events: list[str]) -> Progress:
@@ -95,13 +95,11 @@ def _fill_from_export(run: Run, found: Source) -> int:
     wrong += [f"{name} has no place in the model" for name in sorted(there.keys() - wanted.keys())]
     if wrong:
         raise ValueError("\n".join(wrong))
-    with torch.no_grad():
-        for name, part in run.engine.parts.items():
-            held = part.real(part.parameter)
-            if held.numel():
-                stretch = [slice(begin, begin + size) for begin, size in zip(part.offset, held.shape, strict=True)]
-                rows = weights.read(name, (stretch[0].start, stretch[0].stop))
-                held.copy_(rows[(slice(None), *stretch[1:])])
+    for name, part in held_tensors(run, optimizer=False).items():
+        if name in wanted and part.tensor.numel():  # buffers are in no export
+            whole = Box((0,) * part.tensor.dim(), part.global_shape)
+            rows, *columns = Box(part.offset, tuple(part.tensor.shape)).within(whole)
+            part.tensor.copy_(weights.read(name, (rows.start, rows.stop))[(slice(None), *columns)])
     return 0
 
 
