@@ -11,21 +11,28 @@ Kept for each token that a mixer of this rank sees (there are b * s/cp), n and k
                        rows          each token comes top_k times: h of input, h of result, 3f_expert between
     head               h/tp          the final norm's input                h/tp of its gradient; v h/tp of the matrix's
 
+Ulysses keeps q, k and v as they came, of all positions and n/cp heads: as many numbers, but k repeated to a multiple k'
+of cp; and beside its output, which went back, that of attention, which its backward needs: nd/tp more.
+
 Under bf16 autocast the stream stays in fp32 and each product keeps a bf16 copy of its input of its own: three of the
 normed input for q, k and v, two for gate and up; over tp they share one. A layer that is recomputed keeps its input
 only, and while its turn is, what it would have kept. Besides, while they work, attention over cp holds blocks of other
 ranks (`context_bytes`), and products over tp all ranks' tokens and their gradient (`gathered_bytes`).
 
-Of the logits a chunk is held at a time, and not counted: 2^27 numbers at most on a GPU, 2^23 on a CPU.
+While the loss is at work it holds a chunk of the logits (`kernels/limits.py`) in at least fp32; where products are
+narrower also a copy of the chunk or the chunk's part of the matrix's gradient, under autocast besides the matrix's.
 
 Rows of experts lie wherever they were routed: a rank has its share of them on average, times etp where they are
 shared, and more when routing is uneven. Norms' and routers' numbers of a few for each token are left out.
 """
 
+from math import lcm
 from typing import NamedTuple
 
+from meshwright.kernels.limits import LOGITS_ON_GPU
 from meshwright.model.config import ModelConfig
 from meshwright.model.pattern import LayerKinds
+from meshwright.parallel.config import ContextWay
 
 
 class Types(NamedTuple):
@@ -49,11 +56,17 @@ class Types(NamedTuple):
 
 
 class Degrees(NamedTuple):
-    """Over how many ranks a sample and the matrices are spread."""
+    """Over how many ranks a sample and the matrices are spread, and how attention goes over those of a sample."""
 
     cp: int = 1
     tp: int = 1
     etp: int = 1
+    context: ContextWay = "ring"
+
+    def heads(self, config: ModelConfig) -> tuple[float, int, int]:
+        """Return a rank's query heads, its key heads, and the key heads that it attends with (Ulysses repeats some)."""
+        kv_heads = max(1, config.num_kv_heads // self.tp)
+        return config.num_heads / self.tp, kv_heads, lcm(kv_heads, self.cp) if self.context == "ulysses" else kv_heads
 
 
 class Held(NamedTuple):
@@ -80,22 +93,33 @@ class ActivationBytes(NamedTuple):
 
 
 def activation_bytes(
-    config: ModelConfig, tokens: int, degrees: Degrees, types: Types, held: Held | None = None
+    config: ModelConfig,
+    tokens: int,
+    degrees: Degrees,
+    types: Types,
+    held: Held | None = None,
+    *,
+    logits: int = LOGITS_ON_GPU,
 ) -> ActivationBytes:
-    """Return what a micro-batch of `tokens` (b * s, over all ranks) takes, of the whole model or of what is held."""
+    """Return what a micro-batch of `tokens` (b * s, over all ranks) takes, of the whole model or of what is held.
+
+    `logits` is how many of them the loss takes at a time.
+    """
     held = held or Held(frozenset(range(config.num_layers)))
     of_rank, layers = tokens / degrees.cp, config.layers
-    kept = head_bytes(config, degrees, types) if held.has_head else 0.0
-    at_work = gathered_bytes(config, degrees, types.product + types.wide) if held.has_head else 0.0
+    kept = at_work = 0.0
     gathered = gathered_bytes(config, degrees, types.product + types.stream)
     for number in held.layers:
         kinds = layers[number]
         whole, again = layer_bytes(config, kinds, degrees, types), number in held.recomputed
-        kept += config.hidden_size / degrees.tp * types.stream if again else whole
+        kept += of_rank * (config.hidden_size / degrees.tp * types.stream if again else whole)
         working = context_bytes(config, degrees, types) if kinds.mixer == "attention" else 0.0
-        at_work = max(at_work, gathered + working + (whole if again else 0.0))
-    of_matrix = head_matrix_bytes(config, degrees, types) if held.has_head else 0.0
-    return ActivationBytes(kept * of_rank + of_matrix, at_work * of_rank)
+        at_work = max(at_work, of_rank * (gathered + working + (whole if again else 0.0)))
+    if held.has_head:
+        kept += head_bytes(config, degrees, types) * of_rank + head_matrix_bytes(config, degrees, types)
+        gathered = gathered_bytes(config, degrees, types.product + types.wide) * of_rank
+        at_work = max(at_work, gathered + loss_bytes(config, of_rank, degrees, types, logits))
+    return ActivationBytes(kept, at_work)
 
 
 def layer_bytes(config: ModelConfig, kinds: LayerKinds, degrees: Degrees, types: Types) -> float:
@@ -121,12 +145,49 @@ def head_matrix_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> fl
     return config.vocab_size * config.hidden_size / degrees.tp * types.wide
 
 
+def loss_bytes(config: ModelConfig, tokens: float, degrees: Degrees, types: Types, logits: int) -> float:
+    """Return what the loss of so many tokens holds besides; a chunk is whole tokens, of this rank's vocabulary."""
+    rows = -(-config.vocab_size // degrees.tp)
+    chunk, matrix = min(tokens, float(max(1, logits // rows))) * rows, rows * config.hidden_size
+    if types.product >= types.wide:
+        return chunk * types.wide
+    narrow = types.product * (matrix if types.is_cast else 0)
+    return narrow + max(chunk * (types.wide + types.product), (chunk + matrix) * types.product)
+
+
 def context_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
-    """Return what ring attention holds besides, for each token: two blocks of keys and values, and two of gradients."""
+    """Return what attention over cp holds, for each token, beyond what attention on one rank does.
+
+    That holds at its peak, in its backward, the gradients of its output, q, k and v: 2n + 2k heads. The log-sum-exps
+    of a chunk are left out.
+    """
     if degrees.cp == 1:
         return 0.0
-    kv_width = 2 * max(1.0, config.num_kv_heads / degrees.tp) * config.head_dim
-    return kv_width * 2 * (types.product + types.wide)
+    way = _ring if degrees.context == "ring" else _ulysses
+    return way(degrees, *degrees.heads(config), types) * config.head_dim
+
+
+def _ring(degrees: Degrees, n: float, k: int, _: int, types: Types) -> float:
+    """Forward two blocks of keys and values, and a merge of four outputs, the old, the new and two on the way.
+
+    Backward the gradient of q, three blocks of gradients and two of keys and values (of two ranks one, as the last step
+    sends none); of another rank's block half the keys, or half the queries, meet, and have gradients of their own.
+    """
+    forward = 4 * k * types.product + 4 * n * types.wide - (2 * n + 2 * k) * types.product
+    blocks = 4 * k if degrees.cp > 2 else 2 * k
+    return max(forward, (blocks - min(k, n / 2)) * types.product + (6 * k + n) * types.wide)
+
+
+def _ulysses(_: Degrees, n: float, k: int, k_sent: int, types: Types) -> float:
+    """The heads of q, k and v are there before an exchange, as it takes them, and as it brings them.
+
+    The backward has the gradients of what went back and of what came, then three times those of q, k and v, when the
+    attention's own tensors are gone. What is kept, and what attention on one rank holds, is taken off.
+    """
+    own, sent = n + 2 * k, n + 2 * k_sent
+    repeated = 2 * k_sent if k_sent > k else 0
+    there = max(own + repeated + 3 * sent, 2 * sent + 4 * n, 3 * sent + 2 * n)
+    return (there - (sent + 2 * n) - (n + own)) * types.product
 
 
 def gathered_bytes(config: ModelConfig, degrees: Degrees, width: int) -> float:
@@ -140,8 +201,10 @@ def _input(config: ModelConfig, products: int, degrees: Degrees, types: Types) -
 
 
 def _attention(config: ModelConfig, degrees: Degrees, types: Types) -> float:
-    heads, kv_heads = config.num_heads / degrees.tp, max(1.0, config.num_kv_heads / degrees.tp)
-    own = 2 * heads + 2 * kv_heads + (heads + kv_heads if config.qk_norm else 0)
+    heads, kv_heads, kv_sent = degrees.heads(config)
+    own = 2 * heads + 2 * kv_sent + (heads + kv_heads if config.qk_norm else 0)
+    if degrees.cp > 1 and degrees.context == "ulysses":
+        own += heads  # of the output, as it went back
     stream = config.hidden_size / degrees.tp * types.stream
     return stream + _input(config, 3, degrees, types) + own * config.head_dim * types.product + heads * types.wide
 

@@ -30,3 +30,18 @@ class Storages(TorchDispatchMode):
         """Return the bytes of those that still exist, but for some."""
         made = self.made.items()
         return sum(nbytes for key, (storage, nbytes) in made if key not in but and not storage.expired())
+
+
+class Peak(Storages):
+    """Knows, too, the most bytes that existed at any time."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the op and count."""
+        result = super().__torch_dispatch__(op, types, args, kwargs)
+        self.most = max(self.most, self.alive())
+        return result

@@ -21,6 +21,7 @@ Muon has one moment where AdamW has two: of what it updates m*N and m*N/d.
 from math import prod
 from typing import NamedTuple
 
+from meshwright.kernels.limits import LOGITS_ON_CPU, LOGITS_ON_GPU
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
@@ -125,11 +126,13 @@ def _activations_of(run_file: RunFile, pp_rank: int) -> ActivationBytes:
     every = recompute.every if recompute.mode == "full" else 0
     again = frozenset(range(0, run_file.model.num_layers, every)) if every else frozenset()
     tokens = run_file.train.micro_batch_size * run_file.data.seq_len
-    spread = Degrees(parallel.cp, parallel.tp, parallel.etp)
+    spread = Degrees(parallel.cp, parallel.tp, parallel.etp, parallel.context)
+    # Who asks may not be the machine that trains: where the run file does not say, the larger.
+    logits = LOGITS_ON_CPU if run_file.run.device == "cpu" else LOGITS_ON_GPU
     held, last = layers_held(run_file, pp_rank), stages_of(run_file).count - 1
     layers = frozenset(number for stage in held.values() for number in stage)
     here = Held(layers, layers & again, has_head=last in held)
-    return activation_bytes(run_file.model, tokens, spread, types, here)
+    return activation_bytes(run_file.model, tokens, spread, types, here, logits=logits)
 
 
 def _bytes_of(number: float, muon: float, shards: int, stage: int, precision: str) -> StateBytes:

@@ -11,7 +11,8 @@
                and after the last step they are sent once more, home
 
 Kept for the backward: q, k, v, the output and the log-sum-exp, s/cp rows each. Two blocks of keys and values are held
-at a time (the backward: four, two of them gradients in at least fp32).
+at a time (the backward: five, three of them gradients in at least fp32: the one at work, the one on its way from here
+and the one on its way to here).
 """
 
 from dataclasses import replace
@@ -120,17 +121,22 @@ class _RingAttention(torch.autograd.Function):
             for pair, sight in ring.meeting(step, rows):
                 at = pair.queries
                 inputs = (grad[at], q[at], block[0, pair.keys], block[1, pair.keys], out[at], lse[at])
-                some_q, some_k, some_v = partial_attention_gradients(*inputs, sight)
-                of_q[at] += some_q
-                of_block[0, pair.keys] += some_k
-                of_block[1, pair.keys] += some_v
+                _add_gradients(inputs, sight, (of_q[at], of_block[0, pair.keys], of_block[1, pair.keys]))
             if behind is not None:
                 of_block += behind.wait()
+                behind = None  # its two blocks need not lie beside the next two
             behind = pass_on(of_block, ring.cp)
             block = following.wait()
         assert behind is not None, "an axis has at least one rank"
         of_k, of_v = behind.wait().to(k.dtype).unbind()
         return of_q.to(q.dtype), of_k, of_v, None
+
+
+def _add_gradients(inputs: tuple[Tensor, ...], sight: Sight, totals: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Add a pair's gradients of q, k and v to the totals; no longer than that do they live."""
+    grad, q, k, v, out, lse = inputs
+    for total, some in zip(totals, partial_attention_gradients(grad, q, k, v, out, lse, sight), strict=True):
+        total += some
 
 
 def _send_unless_last(block: Tensor, step: int, cp: Axis) -> Passing:

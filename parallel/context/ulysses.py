@@ -38,16 +38,21 @@ def ulysses_attention(
     Raises:
         ValueError: if cp does not divide the query heads.
     """
-    n, num_kv_heads = q.shape[2], k.shape[2]
+    n = q.shape[2]
     if n % cp.size != 0:
         raise ValueError(f"num_heads = {n} on a rank does not divide by cp = {cp.size}, as Ulysses attention needs")
     q, k, v = autocast_inputs(q, k, v)  # before they are sent: half the bytes
-    each = lcm(num_kv_heads, cp.size) // num_kv_heads
+    # Only what comes back is kept: q, k and v as they were sent would lie beside it while attention is at work.
+    mixed = attention(*_whole_samples(q, k, v, cp), is_causal=True, document=document)
+    return heads_to_sequence(positions_to_ranks(mixed, cp), cp)
+
+
+def _whole_samples(q: Tensor, k: Tensor, v: Tensor, cp: Axis) -> tuple[Tensor, ...]:
+    """Return this rank's heads of all positions, in their order; one exchange for all three."""
+    each = lcm(k.shape[2], cp.size) // k.shape[2]
     if each > 1:
         k, v = k.repeat_interleave(each, dim=2), v.repeat_interleave(each, dim=2)
     parts = [torch.unflatten(x, 2, (cp.size, -1)) for x in (q, k, v)]
-    sizes = [part.shape[3] for part in parts]
-    together = torch.cat(parts, dim=3).flatten(2, 3)  # rank by rank its q, k and v heads: one exchange for all
+    together = torch.cat(parts, dim=3).flatten(2, 3)  # rank by rank its q, k and v heads
     whole = ranks_to_positions(sequence_to_heads(together, cp), cp)
-    mixed = attention(*torch.split(whole, sizes, dim=2), is_causal=True, document=document)
-    return heads_to_sequence(positions_to_ranks(mixed, cp), cp)
+    return torch.split(whole, [part.shape[3] for part in parts], dim=2)

@@ -19,13 +19,8 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from meshwright.kernels import products
-from meshwright.kernels.cross_entropy import (
-    LOGITS_ON_CPU,
-    LOGITS_ON_GPU,
-    NOT_COUNTED,
-    linear_cross_entropy,
-    products_dtype,
-)
+from meshwright.kernels.cross_entropy import NOT_COUNTED, linear_cross_entropy, products_dtype
+from meshwright.kernels.limits import LOGITS_ON_CPU, LOGITS_ON_GPU
 from meshwright.kernels.linear import linear
 from meshwright.kernels.precision import at_least_fp32
 from meshwright.parallel.collectives import (
@@ -156,6 +151,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
                 p = p.to(dtype)
                 torch.mul(products.input_gradient(p, narrow), share, out=of_x[part])
                 products.add_weight_gradient(p, (x_part * share).to(dtype), of_weight)
+            del p  # before the next chunk's logits are there
         of_held = scatter_sum_of_rows(of_x.to(held.dtype), own.tp).view(held.shape) if wants else losses
         ctx.save_for_backward(of_held, of_weight)
         ctx.dtypes = held.dtype, weight.dtype

@@ -73,19 +73,31 @@ def test_a_million_tokens_of_eight_billion_weights_by_hand() -> None:
     """On 32 x 8 ranks, in bf16: for a token stream 1024, normed 1024, heads (8 + 2) * 128 * 2 and 4 sums of 4 bytes.
 
     While they work, products hold all tokens of tp and their gradient, 4096 * 2 bytes each, and the head's gradient in
-    fp32.
+    fp32, with the logits of 8371 tokens in fp32 and in bf16. The ring merges: two blocks of a key and a value, and four
+    outputs of 4 heads in fp32, over what is held anyway, the gradients of 4 queries, a key, a value and 4 outputs.
     """
     attention = 1024 + 1024 + 2560 + 16
     mlp = 1024 + 1024 + 3 * 1792 * 2
-    head, ring, gathered = 1024 + 1024, 2 * 128 * 2 * (2 + 4), 2 * 4096 * 2
+    head, ring, gathered = 1024 + 1024, (4 * 2 + 4 * 4 * 4 - 10 * 2) * 128, 2 * 4096 * 2
+    of_loss = 4096 * (2 + 4) * 32_768 + 8371 * 16_032 * (4 + 2)
     matrix = 128_256 // 8 * 4096 * 4  # its gradient, however many tokens there are
     spread, held = Degrees(cp=32, tp=8), 32_768
     whole = activation_bytes(LARGE, MILLION, spread, BF16)
-    assert whole == ActivationBytes((32 * (attention + mlp) + head) * held + matrix, 4096 * (2 + 4) * held)
+    assert whole == ActivationBytes((32 * (attention + mlp) + head) * held + matrix, of_loss)
     assert whole.kept == 18_600_165_376  # 17.3 GiB
     again = activation_bytes(LARGE, MILLION, spread, BF16, Held(ALL, ALL))
-    assert again == ActivationBytes((32 * 1024 + head) * held + matrix, (attention + mlp + ring + gathered) * held)
-    assert again.total == 2_612_002_816  # 2.4 GiB
+    assert again == ActivationBytes((32 * 1024 + head) * held + matrix, of_loss)
+    assert again.total == 3_014_048_576  # 2.8 GiB
+    without_head = activation_bytes(LARGE, MILLION, spread, BF16, Held(ALL, ALL, has_head=False))
+    assert without_head == ActivationBytes(32 * 1024 * held, (attention + mlp + ring + gathered) * held)
+
+
+def test_ulysses_keeps_its_output_twice_by_hand() -> None:
+    """On cp = 4, tp = 2: 16 query heads, 4 key heads, as cp divides them; on cp = 8 these are sent twice each."""
+    for cp, sent in ((4, 4), (8, 8)):
+        ring, ulysses = Degrees(cp, 2), Degrees(cp, 2, context="ulysses")
+        more = layer_bytes(LARGE, LARGE.layers[0], ulysses, BF16) - layer_bytes(LARGE, LARGE.layers[0], ring, BF16)
+        assert more == (16 + 2 * (sent - 4)) * 128 * 2
 
 
 def test_one_rank_would_need_terabytes_for_a_million_tokens() -> None:
@@ -93,8 +105,10 @@ def test_one_rank_would_need_terabytes_for_a_million_tokens() -> None:
     mlp = 2 * 8192 + 3 * 14336 * 2
     found = activation_bytes(LARGE, MILLION, Degrees(), BF16)
     matrix = 128_256 * 4096 * 4
-    assert found == ActivationBytes((32 * (attention + mlp) + 4096 * 6) * MILLION + matrix, 0.0)
-    assert found.total == 4_705_090_535_424
+    kept = (32 * (attention + mlp) + 4096 * 6) * MILLION + matrix
+    assert kept == 4_705_090_535_424
+    # The logits of 1046 tokens and their part of the matrix's gradient, in bf16, are more than the former in fp32.
+    assert found == ActivationBytes(kept, (1046 + 4096) * 128_256 * 2)
 
 
 def test_experts_count_their_rows_and_every_other_layer_may_be_recomputed() -> None:
@@ -107,4 +121,6 @@ def test_experts_count_their_rows_and_every_other_layer_may_be_recomputed() -> N
     found = activation_bytes(CONFIGS["moe"], 10, spread, Types(), Held(frozenset({0, 1}), frozenset({0})))
     head, gathered, matrix = 96 / 2 * (4 + 4), 96 * (4 + 4), 4096 * 96 / 2 * 4
     kept = (96 / 2 * 4 + attention + moe + head) * 10 + matrix
-    assert found == ActivationBytes(kept, (attention + moe + gathered) * 10)
+    assert found == ActivationBytes(kept, (gathered + 4096 / 2 * 4) * 10)
+    below = activation_bytes(CONFIGS["moe"], 10, spread, Types(), Held(frozenset({0, 1}), frozenset({0}), False))
+    assert below.at_work == (attention + moe + gathered) * 10

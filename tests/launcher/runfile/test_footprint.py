@@ -15,7 +15,15 @@ from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
-from meshwright.model.activations import Degrees, Types, head_bytes, head_matrix_bytes, layer_bytes
+from meshwright.model.activations import (
+    Degrees,
+    Types,
+    context_bytes,
+    gathered_bytes,
+    head_bytes,
+    head_matrix_bytes,
+    layer_bytes,
+)
 from meshwright.model.costs import parameter_count
 from meshwright.model.parts import build_model
 from meshwright.model.shapes import is_expert, parameter_shapes
@@ -131,11 +139,23 @@ def test_a_micro_batch_of_a_rank_is_its_part_of_the_tokens() -> None:
     model = run_file().model
     layer = layer_bytes(model, model.layers[0], spread, types) * tokens / 4
     head = head_bytes(model, spread, types) * tokens / 4 + head_matrix_bytes(model, spread, types)
-    whole = micro_batch_bytes(run_file(*LONG))
-    assert whole.kept == pytest.approx(2 * layer + head)
+    assert micro_batch_bytes(run_file(*LONG)).kept == pytest.approx(2 * layer + head)
     some = micro_batch_bytes(run_file(*LONG, "recompute.mode=full", "recompute.every=2"))
     assert some.kept == pytest.approx(64 / 2 * 2 * tokens / 4 + layer + head)
-    assert some.at_work == pytest.approx(whole.at_work + layer)
+    working = (gathered_bytes(model, spread, 2 + 2) + context_bytes(model, spread, types)) * tokens / 4
+    assert some.at_work == pytest.approx(working + layer)
+
+
+def test_ulysses_is_counted_as_such_and_a_cpu_takes_smaller_chunks_of_logits() -> None:
+    """Of 40,960 tokens and 320 logits each a CPU takes 2^23 at a time, and a GPU all; in fp32."""
+    model, spread, types = run_file().model, Degrees(cp=2, context="ulysses"), Types()
+    layer = layer_bytes(model, model.layers[0], spread, types) * 64 / 2
+    head = head_bytes(model, spread, types) * 64 / 2 + head_matrix_bytes(model, spread, types)
+    found = micro_batch_bytes(run_file("parallel.cp=2", "parallel.context=ulysses", "train.micro_batch_size=1"))
+    assert found.kept == pytest.approx(2 * layer + head)
+    many = ("train.global_batch_size=640", "train.micro_batch_size=640")
+    for device, tokens in (("cpu", 2**23 // 320), ("cuda", 40_960), ("auto", 40_960)):
+        assert micro_batch_bytes(run_file(*many, f"run.device={device}")).at_work == tokens * 320 * 4
 
 
 def test_the_stage_that_keeps_most_counts() -> None:
