@@ -152,7 +152,7 @@ def _activations_line(run_file: RunFile) -> str:
     table = run_file.recompute
     bound = "" if table.mode in ("none", "full") and not table.offload else "at most "
     text = f"activations on top: {bound}{_size(found.kept)} for each micro-batch until its backward"
-    return text + f", {_size(found.at_work)} while a layer is at work"
+    return text + f", {_size(found.at_work)} while a layer or the loss is at work"
 
 
 def _model_line(run_file: RunFile) -> str:
