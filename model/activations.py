@@ -146,9 +146,12 @@ def head_matrix_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> fl
 
 
 def loss_bytes(config: ModelConfig, tokens: float, degrees: Degrees, types: Types, logits: int) -> float:
-    """Return what the loss of so many tokens holds besides; a chunk is whole tokens, of this rank's vocabulary."""
+    """Return what the loss of so many tokens holds besides; a chunk is whole tokens, of this rank's vocabulary.
+
+    Nothing is counted of a vocabulary whose size nobody knows yet, 0.
+    """
     rows = -(-config.vocab_size // degrees.tp)
-    chunk, matrix = min(tokens, float(max(1, logits // rows))) * rows, rows * config.hidden_size
+    chunk, matrix = min(tokens, float(max(1, logits // max(1, rows)))) * rows, rows * config.hidden_size
     if types.product >= types.wide:
         return chunk * types.wide
     narrow = types.product * (matrix if types.is_cast else 0)
