@@ -27,7 +27,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the file that takes longest, which one worker would else end with alone; leave out what was not drawn."""
+    """Begin with the longest file, which one worker would else end with alone; leave out what was not drawn."""
     items.sort(key=lambda item: LONGEST_FILE not in item.nodeid)
     share = config.getoption("share")
     if share == 1:
