@@ -16,17 +16,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch._dynamo  # here, where it is loaded once: AdamW would load it in each of the forked ranks
+from torch import nn
 
 from meshwright.launcher.build import Run, build_run, sizes_of, with_vocab_of
 from meshwright.launcher.observe.clock import StepClock
 from meshwright.launcher.proof.counted import counted_store
 from meshwright.launcher.proof.narrow import STEPS
-from meshwright.launcher.proof.record import Array, Decide, RankRecord, Recorder, piece_of
+from meshwright.launcher.proof.record import Array, Decide, RankRecord, Recorder, Work, piece_of
+from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.learning_rate import learning_rate_at
 from meshwright.launcher.training.loop import batches_of
@@ -34,6 +36,8 @@ from meshwright.launcher.training.one_step import one_step
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.training.saving import Resumed, Saver, resume
 from meshwright.launcher.training.stopping import Signals, SpikeGuard
+from meshwright.model.feedforward.moe import Experts
+from meshwright.model.mixers.attention import Attention
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.mesh import Mesh, build_mesh
 
@@ -166,7 +170,7 @@ def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankR
         rate = 0.0 if one.is_held else rate
         # One step, because reading what the profiler saw takes longer than the step; on every rank, because the stages
         # of a pipeline hold different kinds of layers.
-        with _operators(record, is_on=one.name == "fast" and step == 0):
+        with _operators(record, run, is_on=one.name == "fast" and step == 0):
             result = one_step(run, next(batches), step, rate, guard=guard, signals=signals, clock=clock)
         record.steps.append(recorder.finish(rate, result.loss, result.grad_norm, result.sums))
     batches.close()
@@ -175,17 +179,45 @@ def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankR
 
 
 @contextmanager
-def _operators(record: RankRecord, *, is_on: bool) -> Iterator[None]:
-    """Note the names of torch's operators that run inside, also those within operators of ours."""
+def _operators(record: RankRecord, run: Run, *, is_on: bool) -> Iterator[None]:
+    """Note which of torch's operators run inside, also those within operators of ours, and what this rank had to do."""
     if not is_on:
         yield
         return
     # The profiler tells what it does on stderr, at every level that it has.
     os.environ["KINETO_LOG_LEVEL"] = "99"
-    with torch.autograd.profiler.profile(use_kineto=False) as seen:
+    with torch.autograd.profiler.profile(use_kineto=False) as seen, _work(run) as work:
         yield
     assert seen.kineto_results is not None
     record.operators = frozenset(event.name() for event in seen.kineto_results.events())
+    record.work = frozenset(work)
+
+
+@contextmanager
+def _work(run: Run) -> Iterator[set[Work]]:
+    """Collect what this rank does inside: a stage may have no layer of a kind, and experts a step without a row."""
+    found: set[Work] = set()
+
+    def of_attention(_module: nn.Module, _given: Any) -> None:
+        found.add("attention")
+
+    def of_experts(_module: nn.Module, given: Any) -> None:
+        if len(given[0]):
+            found.add("experts")
+
+    of_class = {Attention: of_attention, Experts: of_experts}
+    hooks = [
+        module.register_forward_pre_hook(of_class[type(module)])
+        for module in run.model.modules()
+        if type(module) in of_class
+    ]
+    yield found
+    for hook in hooks:
+        hook.remove()
+    for name, part in run.engine.parts.items():
+        kind = settings_of(name, part.global_shape, run.run_file.optimizer).kind
+        if part.parameter.numel() and kind == "adamw":
+            found.add("adamw")
 
 
 def save(run: Run, folder: Path, record: RankRecord) -> None:

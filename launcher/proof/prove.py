@@ -30,7 +30,7 @@ from meshwright.launcher.proof.passes import (
     restored,
     run_passes,
 )
-from meshwright.launcher.proof.record import RankRecord
+from meshwright.launcher.proof.record import RankRecord, Work
 from meshwright.launcher.proof.sublayouts import AXES, Cover, candidates, cover, said, without
 from meshwright.launcher.runfile.cross_checks import check
 from meshwright.launcher.runfile.messages import ConfigError
@@ -44,11 +44,11 @@ _CPU = torch.device("cpu")
 _SECONDS_OF_A_LAYOUT = 150.0
 _LONGEST = 300  # characters of a message
 # What an fp32 run on a CPU goes by where it can: torch's names of the fast operators.
-_GROUPED, _FLASH, _FUSED = (
-    "aten::_grouped_mm",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_fused_adamw_",
-)
+_OPERATORS: dict[Work, str] = {
+    "experts": "aten::_grouped_mm",
+    "attention": "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "adamw": "aten::_fused_adamw_",
+}
 
 
 @dataclass(frozen=True)
@@ -224,18 +224,26 @@ def _answers(size: int, work: Callable[[int], Any]) -> list[Any]:
 
 
 def require_fast_paths(verdict: Verdict, run_file: RunFile, ranks: Sequence[RankRecord], one: RankRecord) -> None:
-    """Add a difference for each fast operator that serves in fp32 on this layout, and that no rank went by.
+    """Add a difference for each fast operator that serves in fp32 on this layout, and that a rank did not go by.
 
-    The ranks are asked together: a stage of a pipeline may have no experts.
+    A rank is asked for what it does itself: a stage of a pipeline may have no experts.
     """
-    ran = frozenset[str]().union(*(record.operators for record in ranks))
-    wanted = {_FUSED: True, _FLASH: any(layer.mixer == "attention" for layer in run_file.model.layers)}
     slow = grouped_lines(run_file.model, run_file.parallel.etp, _CPU, torch.float32)
-    wanted[_GROUPED] = run_file.model.num_moe_layers > 0 and not slow
-    for name, is_wanted in wanted.items():
-        if is_wanted and name not in ran:
+    wanted: dict[Work, bool] = {
+        "adamw": True,
+        "attention": any(layer.mixer == "attention" for layer in run_file.model.layers),
+        "experts": run_file.model.num_moe_layers > 0 and not slow,
+    }
+    for work, is_wanted in wanted.items():
+        name = _OPERATORS[work]
+        doing = [rank for rank, record in enumerate(ranks) if work in record.work]
+        missing = [rank for rank in doing if name not in ranks[rank].operators]
+        if is_wanted and (missing or not doing):
+            which = (
+                f" on rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}" if missing != doing else ""
+            )
             alone = "" if name in one.operators else NOR_ALONE
-            verdict.miss(name, f"the fast path was not taken{alone}", what="operator")
+            verdict.miss(name, f"the fast path was not taken{which}{alone}", what="operator")
 
 
 def find_axis(judge: Judge, shown: LayoutResult) -> Blame:

@@ -16,7 +16,7 @@ records what it holds, and the comparison sees to it that together they hold eve
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from meshwright.parallel.where import Where
 Array = np.ndarray[Any, np.dtype[Any]]
 Decide = Callable[[str, Array, Array, Array, Array], Array]
 """(layer, sample, position, what the router chose, margins) -> what it is to choose."""
+Work = Literal["attention", "experts", "adamw"]
+"""What there is a fast operator for."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class RankRecord:
     """Why no checkpoint could be written, where that is so: the ranks' copies of a tensor may differ."""
     operators: frozenset[str] = frozenset()
     """Names of torch's operators that ran in the first step, where they were asked for."""
+    work: frozenset[Work] = frozenset()
+    """What of this the rank itself had to do in that step."""
 
 
 class Recorder:

@@ -26,6 +26,7 @@ def read_for_world(run_file: Path, overrides: list[str], world_size: int | None)
     Raises:
         ConfigError: if it cannot run on them, with every mistake.
     """
-    usual = usual_world(read_run_file(run_file, overrides).parallel)  # what no number of ranks would mend is told first
-    world = world_size or usual
+    if world_size:  # once, so that `check` has the same words
+        return read_run_file(run_file, overrides, world_size=world_size), world_size
+    world = usual_world(read_run_file(run_file, overrides).parallel)  # what no number of ranks would mend is told first
     return read_run_file(run_file, overrides, world_size=world), world

@@ -1,6 +1,7 @@
 """A narrow run is small and keeps every feature and every relation that an axis can break."""
 
 import random
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_every_run_file_becomes_small_and_fits_on_its_sublayouts(name: str, worl
         assert check(on_layout(small, sizes), sizes.world) == []
         part = small.train.global_batch_size // (sizes.dp_replicate * sizes.dp_shard)
         assert part >= 2, "each rank needs more than one sample"
+
+
+@pytest.mark.parametrize(("seq_len", "axes"), [(6, {"cp": 3, "tp": 2}), (3, {"tp": 3}), (18, {"cp": 3})])
+def test_no_axis_is_left_out_for_samples_that_only_the_large_layout_cuts_evenly(
+    seq_len: int, axes: dict[str, int]
+) -> None:
+    tables = {"parallel": axes | {"dp_shard": 8}, "data": {"store": "x", "seq_len": seq_len}}
+    run_file = run_file_of({"num_heads": 12, "num_kv_heads": 6, "head_dim": 8, "ffn_hidden_size": 96}, **tables)
+    plan = plan_proof(run_file, 8 * prod(axes.values()))
+    assert set(plan.cover.active) == {*axes, "dp_shard"}
+    assert plan.cover.never_together == ()
+    assert plan.narrowed.run_file.data.seq_len <= max(seq_len + 2, 8)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+from meshwright.kernels import grouped
 from meshwright.launcher.commands.prove import prove as command
 from meshwright.launcher.proof import prove as proof
 from meshwright.launcher.proof.compare import Tie
@@ -116,28 +117,58 @@ def test_ranks_that_fail_are_a_difference_with_their_words(monkeypatch: pytest.M
 EVERYTHING = {"aten::_grouped_mm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_fused_adamw_"}
 
 
-def missing_paths(plan: proof.Plan, one: set[str], *ranks: set[str]) -> list[tuple[str, str]]:
+EVERY_WORK = frozenset({"attention", "experts", "adamw"})
+
+
+def missing_paths(
+    plan: proof.Plan, one: set[str], *ranks: set[str], work: frozenset[str] = EVERY_WORK
+) -> list[tuple[str, str]]:
+    """Return what is missing where the first rank does `work`, and the others everything."""
     verdict = proof.Verdict([])
     table = proof.on_layout(plan.narrowed.run_file, plan.cover.layouts[0])
-    records = [RankRecord(operators=frozenset(operators)) for operators in ranks]
+    records = [RankRecord(operators=frozenset(operators), work=EVERY_WORK) for operators in ranks]
+    records[0].work = work
     proof.require_fast_paths(verdict, table, records, RankRecord(operators=frozenset(one)))
     return [(difference.name, difference.note) for difference in verdict.differences]
 
 
-def test_a_fast_path_that_no_rank_takes_is_a_difference() -> None:
+def test_a_fast_path_that_a_rank_does_not_take_is_a_difference() -> None:
     plan, note = plan_of("moe_tiny.toml"), "the fast path was not taken"
     for missing in EVERYTHING:
         some = EVERYTHING - {missing}
+        assert missing_paths(plan, EVERYTHING, EVERYTHING, EVERYTHING) == []
         assert missing_paths(plan, EVERYTHING, some, some) == [(missing, note)]
         assert missing_paths(plan, some, some) == [(missing, note + proof.NOR_ALONE)]
-        assert missing_paths(plan, EVERYTHING, some, {missing}) == []  # a stage may have no layer of a kind
+        # Another rank's fast path hides it no longer.
+        assert missing_paths(plan, EVERYTHING, some, EVERYTHING) == [(missing, f"{note} on rank 0")]
+        assert missing_paths(plan, EVERYTHING, EVERYTHING, some, some) == [(missing, f"{note} on ranks 1, 2")]
+        (of_missing,) = [work for work, name in proof._OPERATORS.items() if name == missing]
+        # A stage may have no layer of a kind; but where the model has some, a rank must.
+        assert missing_paths(plan, EVERYTHING, some, EVERYTHING, work=EVERY_WORK - {of_missing}) == []
+        assert missing_paths(plan, EVERYTHING, EVERYTHING, work=EVERY_WORK - {of_missing}) == [(missing, note)]
 
 
-def test_a_pipeline_whose_first_stage_has_no_experts_is_the_same() -> None:
-    keys = ("model.pattern=*-*E", "model.num_layers=4", "parallel.pp=2", "parallel.ep=1", "train.micro_batch_size=4")
+def test_each_rank_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pipeline the second stage alone has experts; with ep both have, and one goes the slow way."""
+    keys = ("model.pattern=*-*E", "model.num_layers=2", "parallel.pp=2", "parallel.ep=1", "train.micro_batch_size=4")
+    seen: list[list[RankRecord]] = []
+    real = proof.require_fast_paths
+    note = lambda verdict, table, ranks, one: (seen.append(ranks), real(verdict, table, ranks, one))  # noqa: E731
+    monkeypatch.setattr(proof, "require_fast_paths", note)
     done = proof.prove(plan_of("moe_tiny.toml", *keys, passes=("fast",)))
     assert done.is_same, [result.first for result in done.results]
     assert [result.notes for result in done.results] == [[]]
+    assert [record.work for record in seen[0]] == [EVERY_WORK - {"experts"}, EVERY_WORK]
+    slow_run = proof.run_passes
+
+    def slow_on_rank_1(*args: object) -> dict[str, RankRecord]:
+        if args[-1] == 1:
+            monkeypatch.setattr(grouped, "slower_than_grouped", lambda *_given: "is left out here")
+        return slow_run(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(proof, "run_passes", slow_on_rank_1)
+    judged = proof.Judge(plan_of("moe_tiny.toml").narrowed.run_file, ("fast",)).judge(Sizes(dp_shard=2, ep=2))
+    assert judged.first == "fast: step 1, operator of aten::_grouped_mm: the fast path was not taken on rank 1"
 
 
 @pytest.mark.parametrize(

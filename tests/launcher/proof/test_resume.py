@@ -86,6 +86,14 @@ def test_a_large_layout_goes_on_by_its_sublayouts() -> None:
     assert max(pair[1].tp for pair in plan.pairs) > 1
 
 
+@pytest.mark.parametrize(("seq_len", "tp"), [(6, 2), (18, 2)])
+def test_samples_that_only_the_large_layout_cuts_evenly_go_on_too(seq_len: int, tp: int) -> None:
+    keys = ("parallel.cp=3", f"parallel.tp={tp}", f"data.seq_len={seq_len}", "train.global_batch_size=24")
+    plan = plan_of("dense_tiny.toml", "cp=1,dp_shard=8", *keys, world=9 * tp)
+    assert {axis for pair in plan.pairs for axis in ("cp", "tp") if getattr(pair[0], axis) > 1} == {"cp", "tp"}
+    assert all(sizes.world <= 8 for pair in plan.pairs for sizes in pair)
+
+
 @pytest.mark.parametrize(
     ("to", "told"),
     [
