@@ -23,25 +23,9 @@ machine's. MFU = training operations per second / the device's dense peak.
 Counts of parameters are whole numbers, operations floats.
 """
 
-from typing import NamedTuple
-
 from meshwright.model.config import ModelConfig
 from meshwright.model.pattern import LayerKinds
-
-
-class WeightCounts(NamedTuple):
-    """Numbers of weights by what cuts them; their sum is all."""
-
-    whole: int = 0
-    """Nothing: norms, routers, biases that are added after a sum."""
-    tp: int = 0
-    kv_heads: int = 0
-    """tp, as far as there are key and value heads; beyond that neighbours hold copies."""
-    experts: int = 0
-    """ep and etp."""
-    expert_biases: int = 0
-    """ep: the biases of the experts' outputs."""
-
+from meshwright.model.shapes import Weight, layer_weights, weights
 
 # The backward computes a gradient for the input and one for the weight of each product.
 TRAINING_TO_FORWARD = 3.0
@@ -49,35 +33,19 @@ TRAINING_TO_FORWARD = 3.0
 
 def parameter_count(config: ModelConfig) -> int:
     """Return the number of weights in the whole model, as published counts have it (a tied matrix counts once)."""
-    layers = sum(layer_parameters(config, kinds) for kinds in config.layers)
-    return layers + config.hidden_size + embedding_parameters(config)
+    return sum(weight.number for weight in weights(config).values())
 
 
 def active_parameter_count(config: ModelConfig) -> int:
     """Return the number of weights that one token meets: all but the experts it is not sent to."""
-    return parameter_count(config) - sum(_idle_parameters(config, kinds) for kinds in config.layers)
-
-
-def embedding_parameters(config: ModelConfig) -> int:
-    """Return the weights of the embedding and, unless it is tied, of the output."""
-    return config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-
-
-def layer_parameters(config: ModelConfig, kinds: LayerKinds) -> int:
-    """Return the number of weights in one layer, the norms before its parts included."""
-    return sum(layer_weights(config, kinds))
-
-
-def layer_weights(config: ModelConfig, kinds: LayerKinds) -> WeightCounts:
-    """Return the weights of one layer by which axes cut them."""
-    parts = (_mixer_weights(config, kinds), _feedforward_weights(config, kinds))
-    return WeightCounts(*(sum(column) for column in zip(*parts, strict=True)))
+    return sum(_met(config, weight) for weight in weights(config).values())
 
 
 def layer_forward_flops(config: ModelConfig, kinds: LayerKinds, seq_len: int, *, causal: bool = True) -> float:
     """Return the operations of one token in one layer's forward pass; a stack is cut into stages by these."""
-    weights = _product_weights(config, kinds)
-    return 2.0 * weights + _attention_flops(config, kinds, seq_len, causal=causal)
+    found = layer_weights(config, kinds).values()
+    products = sum(_met(config, weight) for weight in found if weight.is_product)
+    return 2.0 * products + _attention_flops(config, kinds, seq_len, causal=causal)
 
 
 def output_forward_flops(config: ModelConfig) -> float:
@@ -96,67 +64,12 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool 
     return TRAINING_TO_FORWARD * forward_flops_per_token(config, seq_len, causal=causal)
 
 
-def _mixer_weights(config: ModelConfig, kinds: LayerKinds) -> WeightCounts:
-    if kinds.mixer is None:
-        return WeightCounts()
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    kv_biases = ("k" in config.bias) + ("v" in config.bias)
-    return WeightCounts(
-        whole=config.hidden_size * (1 + ("output" in config.bias)) + (2 * config.head_dim if config.qk_norm else 0),
-        tp=2 * config.hidden_size * queries + (queries if "q" in config.bias else 0),
-        kv_heads=2 * config.hidden_size * keys + kv_biases * keys,
-    )
-
-
-def _feedforward_weights(config: ModelConfig, kinds: LayerKinds) -> WeightCounts:
-    h, has_bias = config.hidden_size, "ffn" in config.bias
-    if kinds.feedforward == "mlp":
-        return WeightCounts(whole=h * (1 + has_bias), tp=_cut_of_mlp(config, config.ffn_hidden_size))
-    if kinds.feedforward == "moe":
-        assert config.moe is not None, "the checks see to it that E has its table"
-        moe, shared = config.moe, config.moe.num_shared_experts > 0
-        return WeightCounts(
-            whole=h * (1 + moe.num_experts + (shared and has_bias)),
-            tp=_cut_of_mlp(config, moe.shared_hidden_size),
-            experts=moe.num_experts * _cut_of_mlp(config, moe.expert_hidden_size),
-            expert_biases=moe.num_experts * h * has_bias,
-        )
-    return WeightCounts()
-
-
-def _cut_of_mlp(config: ModelConfig, width: int) -> int:
-    """Return the weights of one gated MLP that are cut along its inner width: all but the last bias."""
-    return 3 * config.hidden_size * width + (2 * width if "ffn" in config.bias else 0)
-
-
-def _mixer_products(config: ModelConfig) -> int:
-    """Return the weights of q, k, v and output."""
-    return 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
-
-
-def _mlp(config: ModelConfig, width: int) -> int:
-    """Return the weights, and biases, of one gated MLP."""
-    biases = 2 * width + config.hidden_size if "ffn" in config.bias else 0
-    return 3 * config.hidden_size * width + biases
-
-
-def _idle_parameters(config: ModelConfig, kinds: LayerKinds) -> int:
-    """Return the weights of a layer's experts that a token is not sent to."""
-    if kinds.feedforward != "moe" or config.moe is None:
-        return 0
-    return (config.moe.num_experts - config.moe.top_k) * _mlp(config, config.moe.expert_hidden_size)
-
-
-def _product_weights(config: ModelConfig, kinds: LayerKinds) -> int:
-    """Return the weights that one token is multiplied with in a layer; norms and biases are not."""
-    weights = _mixer_products(config) if kinds.mixer else 0
-    if kinds.feedforward == "mlp":
-        weights += 3 * config.hidden_size * config.ffn_hidden_size
-    if kinds.feedforward == "moe" and config.moe is not None:
-        moe = config.moe
-        width = moe.top_k * moe.expert_hidden_size + moe.shared_hidden_size
-        weights += config.hidden_size * (moe.num_experts + 3 * width)
-    return weights
+def _met(config: ModelConfig, weight: Weight) -> int:
+    """Return how many numbers of a parameter one token meets."""
+    if not weight.is_of_experts:
+        return weight.number
+    assert config.moe is not None, "the checks see to it that E has its table"
+    return weight.number // config.moe.num_experts * config.moe.top_k
 
 
 def _attention_flops(config: ModelConfig, kinds: LayerKinds, seq_len: int, *, causal: bool) -> float:

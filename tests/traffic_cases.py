@@ -40,7 +40,6 @@ from meshwright.launcher.stages import stages_of
 from meshwright.model.config import ModelConfig
 from meshwright.model.parts import build_model
 from meshwright.model.routers.topk import TopKRouter
-from meshwright.model.shapes import is_expert
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import chunk_bounds
@@ -95,7 +94,7 @@ def traffic_of_a_step(mesh: Mesh, drawn: Sample) -> Bytes:
 def weights_of(config: ModelConfig, *, experts: bool = False) -> list[tuple[int, ...]]:
     """Return the shapes of a model's parameters, of the routed experts or of all others."""
     named = build_model(config, device="meta").named_parameters()
-    return [tuple(parameter.shape) for name, parameter in named if is_expert(name) == experts]
+    return [tuple(parameter.shape) for name, parameter in named if (".experts." in name) == experts]
 
 
 def numel(shapes: list[tuple[int, ...]], parts: int = 1, index: int = 0) -> int:

@@ -18,6 +18,7 @@ that is gathered, send buffers and the library's own memory come on top.
 Muon has one moment where AdamW has two: of what it updates m*N and m*N/d.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -26,8 +27,7 @@ from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
 from meshwright.model.activations import ActivationBytes, Degrees, Held, Types, activation_bytes
-from meshwright.model.costs import WeightCounts, layer_weights
-from meshwright.model.shapes import is_expert, layer_shapes
+from meshwright.model.shapes import Weight, embedding_weights, head_weights, layer_weights
 
 COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "fp64": 8}
 UPDATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 4, "fp64": 8}
@@ -61,50 +61,61 @@ def _state_of(run_file: RunFile, world_size: int, pp_rank: int) -> StateBytes:
     dense, experts = held_weights(run_file, pp_rank)
     cut = ((dense, parallel.dp_shard_in(world_size) * parallel.cp), (experts, parallel.edp_in(world_size)))
     muon, stage, precision = muon_weights(run_file, pp_rank), run_file.zero.stage, run_file.train.precision
-    parts = [_bytes_of(float(held), by_muon, d, stage, precision) for (held, d), by_muon in zip(cut, muon, strict=True)]
+    parts = [_bytes_of(float(n), float(m), d, stage, precision) for (n, d), m in zip(cut, muon, strict=True)]
     return StateBytes(*(sum(column) for column in zip(*parts, strict=True)))
 
 
 def held_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[int, int]:
     """Return how many weights a rank computes with, at one place in the pipeline: dense ones, and its experts'."""
-    parallel, model = run_file.parallel, run_file.model
-    held, last, kinds = layers_held(run_file, pp_rank), stages_of(run_file).count - 1, model.layers
-    counts = [layer_weights(model, kinds[number]) for layers in held.values() for number in layers]
-    layers = WeightCounts(*(sum(column) for column in zip(*counts, strict=True)))
-    matrices = {"embedding"} if 0 in held else set[str]()
-    matrices |= {"embedding" if model.tie_embeddings else "output"} if last in held else set()
-    rows = -(-model.vocab_size // parallel.tp) * len(matrices)
-    dense = layers.whole + layers.tp // parallel.tp + layers.kv_heads // min(parallel.tp, model.num_kv_heads)
-    dense += model.hidden_size * (rows + (last in held))
-    return dense, layers.experts // (parallel.ep * parallel.etp) + layers.expert_biases // parallel.ep
+    return _count(_held(run_file, pp_rank))
 
 
-def muon_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[float, float]:
+def muon_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[int, int]:
     """Return how many of the weights that a rank computes with Muon updates: dense ones, and its experts'."""
-    parallel, model = run_file.parallel, run_file.model
+    found = _held(run_file, pp_rank)
+    return _count(each for each in found if settings_of(each[0], each[1].shape, run_file.optimizer).kind == "muon")
+
+
+HeldWeight = tuple[str, Weight, int]
+"""A parameter's name, what it is, and how many of its numbers a rank computes with."""
+
+
+def _count(found: Iterable[HeldWeight]) -> tuple[int, int]:
+    counts = {False: 0, True: 0}
+    for _, weight, number in found:
+        counts[weight.is_of_experts] += number
+    return counts[False], counts[True]
+
+
+def _held(run_file: RunFile, pp_rank: int) -> Iterator[HeldWeight]:
+    """Yield what a rank of the stages at this place in the pipeline computes with."""
+    model = run_file.model
     held, last, kinds = layers_held(run_file, pp_rank), stages_of(run_file).count - 1, model.layers
-    table = (model.vocab_size, model.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = (
-        {"embedding.weight": table} if 0 in held or (last in held and model.tie_embeddings) else {}
-    )
-    shapes |= {"output.weight": table} if last in held and not model.tie_embeddings else {}
+    if 0 in held or (last in held and model.tie_embeddings):
+        yield from _cut(run_file, "", embedding_weights(model))
     for layers in held.values():
         for number in layers:
-            shapes |= layer_shapes(model, number, kinds[number])
-    counts = {False: 0.0, True: 0.0}
-    for name, shape in shapes.items():
-        if settings_of(name, shape, run_file.optimizer).kind != "muon":
-            continue
-        if is_expert(name):
-            counts[True] += prod(shape) / (parallel.ep * parallel.etp)
-        elif name.endswith((".k.weight", ".v.weight")):
-            counts[False] += prod(shape) / min(parallel.tp, model.num_kv_heads)
-        elif name.endswith(".router.weight"):
-            counts[False] += prod(shape)
+            yield from _cut(run_file, f"layers.{number}.", layer_weights(model, kinds[number]))
+    if last in held:
+        yield from _cut(run_file, "", head_weights(model))
+
+
+def _cut(run_file: RunFile, prefix: str, found: Mapping[str, Weight]) -> Iterator[HeldWeight]:
+    parallel, kv_heads = run_file.parallel, run_file.model.num_kv_heads
+    parts = {
+        "none": 1,
+        "tp": parallel.tp,
+        "kv_heads": min(parallel.tp, kv_heads),
+        "vocabulary": parallel.tp,
+        "experts": parallel.ep * parallel.etp,
+        "expert_outputs": parallel.ep,
+    }
+    for name, weight in found.items():
+        if weight.cut == "vocabulary":
+            number = -(-weight.shape[0] // parts[weight.cut]) * prod(weight.shape[1:])
         else:
-            rows = shape[0] / parallel.tp if name.startswith("layers.") else -(-shape[0] // parallel.tp)
-            counts[False] += rows * prod(shape[1:])
-    return counts[False], counts[True]
+            number = weight.number // parts[weight.cut]
+        yield prefix + name, weight, number
 
 
 def micro_batch_bytes(run_file: RunFile) -> ActivationBytes:

@@ -7,12 +7,12 @@ from meshwright.model.costs import (
     active_parameter_count,
     forward_flops_per_token,
     layer_forward_flops,
-    layer_parameters,
     output_forward_flops,
     parameter_count,
     training_flops_per_token,
 )
 from meshwright.model.presets import preset
+from meshwright.model.shapes import layer_weights
 
 H, N, K, D, F, V, S = 48, 6, 2, 10, 112, 320, 7  # all different, so that a swapped size cannot pass unseen
 E, TOP_K, EXPERT, SHARED = 5, 2, 20, 3
@@ -32,7 +32,8 @@ def moe_config(**changes: object) -> ModelConfig:
 
 def test_a_dense_layers_weights_are_counted() -> None:
     dense = config()
-    assert layer_parameters(dense, dense.layers[0]) == ATTENTION + H + 3 * H * F + H
+    layer = layer_weights(dense, dense.layers[0]).values()
+    assert sum(weight.number for weight in layer) == ATTENTION + H + 3 * H * F + H
     assert parameter_count(dense) == 2 * (ATTENTION + H + 3 * H * F + H) + H + 2 * V * H
 
 

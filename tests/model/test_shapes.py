@@ -6,7 +6,7 @@ from engine_cases import dense_config, moe_config
 from meshwright.model.config import ModelConfig
 from meshwright.model.costs import parameter_count
 from meshwright.model.parts import build_model
-from meshwright.model.shapes import is_expert, parameter_shapes
+from meshwright.model.shapes import parameter_shapes, weights
 
 ALL_BIASES = ("q", "k", "v", "output", "ffn")
 
@@ -25,7 +25,8 @@ def test_names_shapes_and_order_are_those_of_the_model(config: ModelConfig) -> N
     built = {name: tuple(parameter.shape) for name, parameter in build_model(config, device="meta").named_parameters()}
     shapes = parameter_shapes(config)
     assert list(shapes.items()) == list(built.items())
-    assert [name for name in shapes if is_expert(name)] == [name for name in built if "experts" in name.split(".")]
+    of_experts = [name for name, weight in weights(config).items() if weight.is_of_experts]
+    assert of_experts == [name for name in built if "experts" in name.split(".")]
     numbers = 0
     for shape in shapes.values():
         number = 1

@@ -1,7 +1,5 @@
 """Bytes of state on a rank, counted by hand for each ZeRO stage, and those of a micro-batch."""
 
-from math import prod
-
 import pytest
 
 from meshwright.launcher.runfile.footprint import (
@@ -26,7 +24,7 @@ from meshwright.model.activations import (
 )
 from meshwright.model.costs import parameter_count
 from meshwright.model.parts import build_model
-from meshwright.model.shapes import is_expert, parameter_shapes
+from meshwright.model.shapes import parameter_shapes, weights
 from meshwright.model.stage import HeldStages
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
 
@@ -45,7 +43,7 @@ def run_file(*overrides: str) -> RunFile:
 
 
 ALL = parameter_count(run_file().model)
-EXPERTS = sum(prod(shape) for name, shape in parameter_shapes(run_file().model).items() if is_expert(name))
+EXPERTS = sum(weight.number for weight in weights(run_file().model).values() if weight.is_of_experts)
 # On 8 ranks with ep = 2: a rank holds half of the experts, shared with the 3 others of its edp; the rest with 7.
 HELD = ALL - EXPERTS + EXPERTS / 2
 PART = (ALL - EXPERTS) / 8 + EXPERTS / 2 / 4
