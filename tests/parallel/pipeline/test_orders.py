@@ -1,7 +1,7 @@
 """The tables are those that torch has and executes, and what a schedule does not take is known."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -24,12 +24,21 @@ TORCHS = {
 SCHEDULES = ["gpipe", "1f1b", *TORCHS]
 
 
+class Message(NamedTuple):
+    """What a rank does for one message."""
+
+    way: str
+    peer: int
+    what: tuple[str, int, int]
+    """Forward or backward, the stage that it goes into, the micro-batch."""
+
+
 def held(schedule: str) -> tuple[int, ...]:
     return {"gpipe": (1,), "1f1b": (1,), "zbv": (2,), "dualpipev": (2,)}.get(schedule, (1, 2, 3))
 
 
-def torch_table(stages: Stages, micro_batches: int) -> list[list[Action]]:
-    """Return what torch's schedule says that each rank does, without idle times and communication."""
+def torch_schedule(stages: Stages, micro_batches: int) -> Any:
+    """Return torch's schedule, as the first rank makes it."""
     mine = [
         SimpleNamespace(
             stage_index=stage,
@@ -40,7 +49,12 @@ def torch_table(stages: Stages, micro_batches: int) -> list[list[Action]]:
         )
         for stage in stages.held_by(0)
     ]
-    made = TORCHS[stages.schedule](mine, micro_batches, loss_fn=lambda out, _: out, scale_grads=False)
+    return TORCHS[stages.schedule](mine, micro_batches, loss_fn=lambda out, _: out, scale_grads=False)
+
+
+def torch_table(stages: Stages, micro_batches: int) -> list[list[Action]]:
+    """Return what torch's schedule says that each rank does, without idle times and communication."""
+    made = torch_schedule(stages, micro_batches)
     flat = [
         [one for action in made.pipeline_order[rank] if action for one in (action.sub_actions or (action,))]
         for rank in range(stages.num_ranks)
@@ -57,6 +71,52 @@ def test_tables_are_torchs_for_every_number_of_micro_batches(schedule: str, rank
         assert len(taken) >= 3
         for micro_batches in taken:
             assert orders_of(stages, micro_batches) == torch_table(stages, micro_batches)
+
+
+def messages(stages: Stages, micro_batches: int) -> list[list[Message]]:
+    """Return what each rank sends and takes, in the order in which torch's schedule does."""
+    rows = torch_schedule(stages, micro_batches).pipeline_order_with_comms
+    found: list[list[Message]] = [[] for _ in range(stages.num_ranks)]
+    for rank, row in rows.items():
+        for action in row:
+            way, _, kind = action.computation_type.value.partition("_")
+            if way in ("SEND", "RECV"):
+                towards = action.stage_index + (1 if kind == "F" else -1) * (1 if way == "SEND" else -1)
+                into = towards if way == "SEND" else action.stage_index
+                found[rank].append(Message(way, stages.rank_of(towards), (kind, into, action.microbatch_index)))
+    return found
+
+
+def stand(queues: list[list[Message]]) -> list[int]:
+    """Let a message pass when it is the next thing to do of both its ranks; return the ranks that then still wait."""
+    left = [row[::-1] for row in queues]
+    moved = True
+    while moved:
+        moved = False
+        for rank, row in enumerate(left):
+            while row and row[-1].way == "SEND":
+                other = left[row[-1].peer]
+                if not other or other[-1] != Message("RECV", rank, row[-1].what):
+                    break
+                row.pop()
+                other.pop()
+                moved = True
+    return [rank for rank, row in enumerate(left) if row]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("schedule", TORCHS)
+def test_messages_meet_where_a_send_waits_for_its_receive(schedule: str, ranks: int) -> None:
+    """As with NCCL, whose sends keep no copy: both ranks of a pair have its messages in one order."""
+    for per_rank in held(schedule):
+        stages = Stages(schedule, ranks, per_rank)
+        for micro_batches in [n for n in range(1, 3 * ranks + 3) if stages.takes(n)]:
+            queues = messages(stages, micro_batches)
+            assert all(queues)
+            assert stand(queues) == []
+            swapped = queues[0][:]
+            swapped[0], swapped[-1] = swapped[-1], swapped[0]
+            assert 0 in stand([swapped, *queues[1:]])
 
 
 @pytest.mark.parametrize("schedule", TORCHS)
