@@ -207,9 +207,10 @@ def _work(run: Run) -> Iterator[set[Work]]:
 
     of_class = {Attention: of_attention, Experts: of_experts}
     hooks = [
-        module.register_forward_pre_hook(of_class[type(module)])
+        module.register_forward_pre_hook(look)
         for module in run.model.modules()
-        if type(module) in of_class
+        for kind, look in of_class.items()
+        if isinstance(module, kind)  # FSDP2 puts a class of its own before a module's
     ]
     yield found
     for hook in hooks:

@@ -39,10 +39,20 @@ SUMS = [
         axis="ep",
         model=MOE,
         not_axis="tp",
-        layout={"dp_shard": 2, "tp": 2, "ep": 2},
+        layout={"dp_shard": 4, "tp": 2, "ep": 2},  # two copies of the experts, also without tp
     ),
     Fault(
-        "expert gradients counted once for each rank that shares the experts",
+        "expert gradients doubled",
+        "parallel/placement.py",
+        "return (mesh.edp,)",
+        "return (mesh.edp, mesh.edp)",
+        named="gradient of layers.1.feedforward.part.experts.",
+        axis="dp_shard",
+        model=MOE,
+        layout={"dp_shard": 4, "ep": 2},
+    ),
+    Fault(
+        "an expert's last bias has the gradient of one of the ranks that share the expert",
         "model/feedforward/moe.py",
         'table["down_bias"] = Placement((of_experts,), grad_sum=partial_over(self.etp), factorisation="expert")',
         'table["down_bias"] = Placement((of_experts,), factorisation="expert")',
