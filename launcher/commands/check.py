@@ -101,7 +101,7 @@ def summary(run_file: RunFile, store: StoreMeta | None, world_size: int) -> list
             f"{_size(state.total)} on each rank: weights {_size(state.weights)}, masters {_size(state.masters)},"
             f" gradients {_size(state.gradients)}, moments {_size(state.moments)}",
         ),
-        ("", _activations_line(run_file)),
+        ("", _activations_line(run_file, world_size)),
     ]
 
 
@@ -146,9 +146,9 @@ def _recompute_words(run_file: RunFile) -> str:
     return f"recompute {table.mode}{modules}" + (", offload" if table.offload else "")
 
 
-def _activations_line(run_file: RunFile) -> str:
+def _activations_line(run_file: RunFile, world_size: int) -> str:
     """Say what comes on top of the state."""
-    found = micro_batch_bytes(run_file)
+    found = micro_batch_bytes(run_file, world_size)
     table = run_file.recompute
     bound = "" if table.mode in ("none", "full") and not table.offload else "at most "
     text = f"activations on top: {bound}{_size(found.kept)} for each micro-batch until its backward"

@@ -118,15 +118,18 @@ def _cut(run_file: RunFile, prefix: str, found: Mapping[str, Weight]) -> Iterato
         yield prefix + name, weight, number
 
 
-def micro_batch_bytes(run_file: RunFile) -> ActivationBytes:
+def micro_batch_bytes(run_file: RunFile, world_size: int) -> ActivationBytes:
     """Return what one micro-batch keeps on a rank; at most that where recompute is neither "none" nor "full".
 
     With a pipeline it is that of all stages of the rank that keeps most.
     """
-    return max((_activations_of(run_file, rank) for rank in range(run_file.parallel.pp)), key=lambda found: found.total)
+    return max(
+        (_activations_of(run_file, world_size, rank) for rank in range(run_file.parallel.pp)),
+        key=lambda found: found.total,
+    )
 
 
-def _activations_of(run_file: RunFile, pp_rank: int) -> ActivationBytes:
+def _activations_of(run_file: RunFile, world_size: int, pp_rank: int) -> ActivationBytes:
     parallel, precision, recompute = run_file.parallel, run_file.train.precision, run_file.recompute
     types = {
         "fp32": Types(4, 4),
@@ -136,7 +139,8 @@ def _activations_of(run_file: RunFile, pp_rank: int) -> ActivationBytes:
     }[precision]
     every = recompute.every if recompute.mode == "full" else 0
     again = frozenset(range(0, run_file.model.num_layers, every)) if every else frozenset()
-    tokens = run_file.train.micro_batch_size * run_file.data.seq_len
+    samples = run_file.train.global_batch_size // parallel.dp_in(world_size)
+    tokens = min(run_file.train.micro_batch_size, samples) * run_file.data.seq_len
     spread = Degrees(parallel.cp, parallel.tp, parallel.etp, parallel.context)
     # Who asks may not be the machine that trains: where the run file does not say, the larger.
     logits = LOGITS_ON_CPU if run_file.run.device == "cpu" else LOGITS_ON_GPU

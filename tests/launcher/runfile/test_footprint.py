@@ -14,6 +14,7 @@ from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
 from meshwright.model.activations import (
+    ActivationBytes,
     Degrees,
     Types,
     context_bytes,
@@ -40,6 +41,12 @@ def run_file(*overrides: str) -> RunFile:
     made, problems = examine(tables, overrides)
     assert made is not None, problems
     return made
+
+
+def kept_by(*overrides: str) -> ActivationBytes:
+    """Return what a micro-batch keeps on the fewest ranks that these axes take."""
+    run = run_file(*overrides)
+    return micro_batch_bytes(run, run.parallel.pp * run.parallel.cp * run.parallel.tp)
 
 
 ALL = parameter_count(run_file().model)
@@ -137,11 +144,18 @@ def test_a_micro_batch_of_a_rank_is_its_part_of_the_tokens() -> None:
     model = run_file().model
     layer = layer_bytes(model, model.layers[0], spread, types) * tokens / 4
     head = head_bytes(model, spread, types) * tokens / 4 + head_matrix_bytes(model, spread, types)
-    assert micro_batch_bytes(run_file(*LONG)).kept == pytest.approx(2 * layer + head)
-    some = micro_batch_bytes(run_file(*LONG, "recompute.mode=full", "recompute.every=2"))
+    assert kept_by(*LONG).kept == pytest.approx(2 * layer + head)
+    some = kept_by(*LONG, "recompute.mode=full", "recompute.every=2")
     assert some.kept == pytest.approx(64 / 2 * 2 * tokens / 4 + layer + head)
     working = (gathered_bytes(model, spread, 2 + 2) + context_bytes(model, spread, types)) * tokens / 4
     assert some.at_work == pytest.approx(working + layer)
+
+
+def test_no_more_is_counted_than_a_rank_has_samples() -> None:
+    many = run_file("train.global_batch_size=16", "train.micro_batch_size=999")
+    for ranks, samples in ((1, 16), (8, 2)):
+        exactly = run_file("train.global_batch_size=16", f"train.micro_batch_size={samples}")
+        assert micro_batch_bytes(many, ranks) == micro_batch_bytes(exactly, ranks)
 
 
 def test_ulysses_is_counted_as_such_and_a_cpu_takes_smaller_chunks_of_logits() -> None:
@@ -149,15 +163,15 @@ def test_ulysses_is_counted_as_such_and_a_cpu_takes_smaller_chunks_of_logits() -
     model, spread, types = run_file().model, Degrees(cp=2, context="ulysses"), Types()
     layer = layer_bytes(model, model.layers[0], spread, types) * 64 / 2
     head = head_bytes(model, spread, types) * 64 / 2 + head_matrix_bytes(model, spread, types)
-    found = micro_batch_bytes(run_file("parallel.cp=2", "parallel.context=ulysses", "train.micro_batch_size=1"))
+    found = kept_by("parallel.cp=2", "parallel.context=ulysses", "train.micro_batch_size=1")
     assert found.kept == pytest.approx(2 * layer + head)
     many = ("train.global_batch_size=640", "train.micro_batch_size=640")
     for device, tokens in (("cpu", 2**23 // 320), ("cuda", 40_960), ("auto", 40_960)):
-        assert micro_batch_bytes(run_file(*many, f"run.device={device}")).at_work == tokens * 320 * 4
+        assert kept_by(*many, f"run.device={device}").at_work == tokens * 320 * 4
 
 
 def test_the_stage_that_keeps_most_counts() -> None:
-    whole, halves = (micro_batch_bytes(run_file(*LONG, *more)) for more in ((), ("parallel.pp=2",)))
+    whole, halves = (kept_by(*LONG, *more) for more in ((), ("parallel.pp=2",)))
     model, spread = run_file().model, Degrees(cp=4, tp=2)
     first_layer = layer_bytes(model, model.layers[0], spread, Types(2, 2)) * 3 * 1024 / 4
     assert halves.kept == pytest.approx(whole.kept - first_layer)
