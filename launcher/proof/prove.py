@@ -73,7 +73,7 @@ class LayoutResult:
     """Why its ranks did not come to an end, where they did not."""
     details: str = ""
     notes: list[str] = field(default_factory=list)
-    """Which fast operators its sizes do not let serve, and why."""
+    """What its sizes and numbers do not let serve, fast operators or clipping, and why."""
     seconds: float = 0.0
 
     @property
@@ -197,6 +197,7 @@ class Judge:
         ranks: list[dict[str, RankRecord]] = _answers(result.sizes.world, work)
         of_pass = {one.name: [rank[one.name] for rank in ranks] for one in passes}
         if "exact" in wanted:
+            result.notes += unclipped(table, self.one["exact"])
             result.verdicts["exact"] = compare_exactly(self.one["exact"], of_pass["exact"])
         if "fast" in of_pass:
             result.verdicts["fast"] = compare_fast(self.one["fast"], of_pass["fast"])
@@ -221,6 +222,12 @@ def _checkpoint(table: RunFile, folder: Path, ranks: Sequence[RankRecord]) -> Ve
 def _answers(size: int, work: Callable[[int], Any]) -> list[Any]:
     with Fork(size, work) as ranks:
         return ranks.answers(_SECONDS_OF_A_LAYOUT)
+
+
+def unclipped(run_file: RunFile, one: RankRecord) -> list[str]:
+    """Return that some step was not clipped, where the run clips: then nothing was shown of it."""
+    limit, least = run_file.train.clip_norm, min(step.norm for step in one.steps)
+    return [f"clipping, a step's norm is {least:.2g}, not above {limit:.2g}"] if limit > 0 and least <= limit else []
 
 
 def require_fast_paths(verdict: Verdict, run_file: RunFile, ranks: Sequence[RankRecord], one: RankRecord) -> None:

@@ -73,6 +73,15 @@ SUMS = [
         zero=0,
     ),
     Fault(
+        "only the first rank clips",
+        "parallel/grad_norm.py",
+        "if limit > 0 and norm > limit:",
+        "if limit > 0 and norm > limit and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):",
+        named="weight of",
+        axis="dp_shard",
+        layout={"dp_shard": 2},
+    ),
+    Fault(
         "norm that clips counts copies of KV heads twice",
         "parallel/grad_norm.py",
         "total += square.item() / copies",

@@ -172,6 +172,12 @@ def test_each_changed_key_is_told_with_both_values() -> None:
     assert all(change.before != change.after for change in changes)
 
 
+@pytest.mark.parametrize(("of_run", "of_proof"), [(1.0, 0.01), (0.002, 0.002), (0.0, 0.0)])
+def test_what_clips_clips_every_step_and_what_does_not_does_not(of_run: float, of_proof: float) -> None:
+    run_file = run_file_of({}, train={"steps": 9, "global_batch_size": 8, "clip_norm": of_run})
+    assert narrow(run_file, Sizes(dp_shard=2), [Sizes(dp_shard=2)]).run_file.train.clip_norm == of_proof
+
+
 def test_a_ramp_stays_a_ramp() -> None:
     train = {"steps": 9, "global_batch_size": 64, "batch_ramp": [{"samples": 640, "global_batch_size": 32}]}
     small = narrow(run_file_of({}, train=train), Sizes(dp_shard=2), [Sizes(dp_shard=2)]).run_file.train
