@@ -96,6 +96,19 @@ def narrow(run_file: RunFile, target: Sizes, layouts: Sequence[Sizes]) -> Narrow
     return Narrowed(small, tuple(changed_keys(run_file, small)))
 
 
+def alone(run_file: RunFile) -> RunFile:
+    """Return what one process runs: the same batch, cut into other micro-batches than any rank's.
+
+    What goes wrong in each micro-batch would else go wrong on both sides. One process takes the whole batch at once;
+    where that is what a rank does too, sample by sample.
+    """
+    train = run_file.train
+    sizes = [train.global_batch_size, *(entry.global_batch_size for entry in train.batch_ramp)]
+    at_once = 1 if min(sizes) == train.micro_batch_size else max(sizes)
+    table = on_layout(run_file, Sizes())
+    return table.model_copy(update={"train": train.model_copy(update={"micro_batch_size": at_once})})
+
+
 def on_layout(run_file: RunFile, sizes: Sizes) -> RunFile:
     """Return the run file with the axes of a layout in [parallel]."""
     axes = {name: getattr(sizes, name) for name in ("tp", "pp", "cp", "ep", "etp", "dp_replicate", "dp_shard")}

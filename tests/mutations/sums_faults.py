@@ -101,6 +101,25 @@ SUMS = [
         layout={"dp_shard": 2, "tp": 2},
     ),
     Fault(
+        "loss averaged by micro-batch instead of by token",
+        "launcher/training/one_step.py",
+        "where = where_of(run, inputs, part, step, step_tokens)",
+        "where = where_of(run, inputs, part, step, max(1.0, float(inputs.counted[:, part].sum())) "
+        "* run.run_file.train.global_batch_size / run.run_file.train.micro_batch_size)",
+        quantity="loss",
+        is_alone=True,
+    ),
+    Fault(
+        "the router's z-loss averaged by micro-batch instead of by token",
+        "model/feedforward/moe.py",
+        "z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=where.step_tokens)",
+        "z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=float(where.counted.sum() + 1))",
+        named="sum of layers.0.feedforward.part.z",
+        is_alone=True,
+        model=MOE,
+        layout={"dp_shard": 2},
+    ),
+    Fault(
         "S3: a divide factor of FSDP2 other than 1",
         "parallel/zero/fsdp.py",
         "unit.set_gradient_divide_factor(1.0)",
