@@ -105,10 +105,10 @@ def compare_checkpoint(
     """Compare what one process loaded with what the ranks saved, bit for bit; all that is `expected` must be there."""
     verdict = Verdict([])
     for name, shape in expected.items():
-        held = [record.held[name] for record in ranks if name in record.held]
+        pieces = [record.held[name] for record in ranks if name in record.held]
         covered = np.zeros(shape, bool)
-        for piece in held if all(piece.shape == shape for piece in held) else ():
-            covered[box_of(piece)] = True
+        for held in pieces if all(held.shape == shape for held in pieces) else ():
+            covered[box_of(held)] = True
         if name not in loaded.held or not covered.all():
             where = "is not in it" if name not in loaded.held else f"is not of shape {shape} in what the ranks saved"
             verdict.miss(name, where, what="checkpoint")
@@ -118,11 +118,9 @@ def compare_checkpoint(
             continue
         for rank, record in enumerate(ranks):
             piece, whole = record.held.get(name), loaded.held.get(name)
-            if (
-                whole is not None
-                and piece is not None
-                and not np.array_equal(piece.values, whole.values[box_of(piece)])
-            ):
+            if whole is None or piece is None:
+                continue
+            if not np.array_equal(piece.values, whole.values[box_of(piece)]):
                 error = float(np.abs(piece.values - whole.values[box_of(piece)]).max())
                 verdict.miss(name, f"rank {rank} holds other numbers", what="checkpoint", error=error)
     return verdict

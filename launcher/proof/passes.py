@@ -77,8 +77,8 @@ def passes_of(precision: Precision) -> list[Pass]:
         Pass("fast", "fp32", _HELD_STEPS, is_held=True, replays="near ties", reference="fast"),
     ]
     if precision.startswith("bf16"):
-        keys = {"is_held": True, "moves_at_last": True}
-        found.append(Pass("own", precision, _HELD_STEPS, **keys, replays="all", reference="start"))
+        own = Pass("own", precision, _HELD_STEPS, is_held=True, moves_at_last=True, replays="all", reference="start")
+        found.append(own)
     return found
 
 

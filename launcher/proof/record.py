@@ -215,7 +215,8 @@ def computed_weights(run: Run) -> dict[str, Piece]:
         unit.unshard()
     found = {}
     for name, weight in run.model.named_parameters():
-        part, local = run.engine.parts[name], weight.detach()
+        # A copy: numpy would hold on to memory that FSDP2 is to let go of.
+        part, local = run.engine.parts[name], weight.detach().clone()
         assert not isinstance(local, DTensor), f"{name} is not gathered"
         found[name] = piece_of(HeldPart(local, part.global_shape, part.placement.offset(tuple(local.shape))))
     for unit in units:

@@ -114,7 +114,7 @@ SUMS = [
         "model/feedforward/moe.py",
         "z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=where.step_tokens)",
         "z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=float(where.counted.sum() + 1))",
-        named="sum of layers.0.feedforward.part.z",
+        named="sum of layers.0.z",
         is_alone=True,
         model=MOE,
         layout={"dp_shard": 2},
