@@ -12,7 +12,7 @@ Differences are told in the order of a step: what the model saw, the layers' out
 last, the loss, gradients from the last to the first, the norm, the weights. The first one is where to look.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -99,15 +99,28 @@ def compare_fast(one: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
     return verdict
 
 
-def compare_checkpoint(loaded: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
-    """Compare what one process loaded with what the ranks saved, bit for bit."""
+def compare_checkpoint(
+    loaded: RankRecord, ranks: Sequence[RankRecord], expected: Mapping[str, tuple[int, ...]]
+) -> Verdict:
+    """Compare what one process loaded with what the ranks saved, bit for bit; all that is `expected` must be there."""
     verdict = Verdict([])
+    for name, shape in expected.items():
+        pieces = [record.held[name] for record in ranks if name in record.held]
+        covered = np.zeros(shape, bool)
+        for held in pieces if all(held.shape == shape for held in pieces) else ():
+            covered[box_of(held)] = True
+        if name not in loaded.held or not covered.all():
+            where = "is not in it" if name not in loaded.held else f"is not of shape {shape} in what the ranks saved"
+            verdict.miss(name, where, what="checkpoint")
     for name in {name: None for record in ranks for name in record.held}:
+        if name not in expected:
+            verdict.miss(name, "is in it, and no part of the run", what="checkpoint")
+            continue
         for rank, record in enumerate(ranks):
             piece, whole = record.held.get(name), loaded.held.get(name)
-            if whole is None:
-                verdict.miss(name, "is not in it", what="checkpoint")
-            elif piece is not None and not np.array_equal(piece.values, whole.values[box_of(piece)]):
+            if whole is None or piece is None:
+                continue
+            if not np.array_equal(piece.values, whole.values[box_of(piece)]):
                 error = float(np.abs(piece.values - whole.values[box_of(piece)]).max())
                 verdict.miss(name, f"rank {rank} holds other numbers", what="checkpoint", error=error)
     return verdict

@@ -6,6 +6,7 @@
                 rank's widths a multiple of 16 bytes, or not
     made small  widths, heads, experts, layers (whole periods, at least one for each stage), the sequence, the batch,
                 the schedule: the proof's few steps have its warm-up, its peak and its way down
+                the limit of the gradient's norm, so that every step is clipped where a long run's first steps are
     put aside   what is no part of the computation: the store (tokens are counted, `counted.py`), the device,
                 evaluation, weights to begin from, the compiler
 
@@ -28,6 +29,8 @@ STEPS = 3
 _SEQUENCE = 32
 _VOCABULARY, _ODD_VOCABULARY = 64, 61
 _PERIOD = 4  # layers; a longer period keeps the first layer of each kind
+_CLIP = 0.01
+"""What a narrow run is clipped to: its norms are about 0.5, whatever the model, because the loss is a mean."""
 _ALIGNED = 8  # numbers of bf16 in the 16 bytes that grouped products ask for
 
 
@@ -91,6 +94,19 @@ def narrow(run_file: RunFile, target: Sizes, layouts: Sequence[Sizes]) -> Narrow
         | {"model": model}
     )
     return Narrowed(small, tuple(changed_keys(run_file, small)))
+
+
+def alone(run_file: RunFile) -> RunFile:
+    """Return what one process runs: the same batch, cut into other micro-batches than any rank's.
+
+    What goes wrong in each micro-batch would else go wrong on both sides. One process takes the whole batch at once;
+    where that is what a rank does too, sample by sample.
+    """
+    train = run_file.train
+    sizes = [train.global_batch_size, *(entry.global_batch_size for entry in train.batch_ramp)]
+    at_once = 1 if min(sizes) == train.micro_batch_size else max(sizes)
+    table = on_layout(run_file, Sizes())
+    return table.model_copy(update={"train": train.model_copy(update={"micro_batch_size": at_once})})
 
 
 def on_layout(run_file: RunFile, sizes: Sizes) -> RunFile:
@@ -214,6 +230,7 @@ def _train(run_file: RunFile, target: Sizes, needs: Needs) -> dict[str, Any]:
         "steps": STEPS + 1,
         "global_batch_size": batch * 2 if ramp else batch,
         "micro_batch_size": at_once,
+        "clip_norm": min(train.clip_norm, _CLIP),
         "batch_ramp": tuple(e.model_copy(update={"samples": batch, "global_batch_size": batch}) for e in ramp),
         "compile": False,
         "threads": 1,

@@ -4,17 +4,22 @@
     all together        the root of the mean square of all tensors' errors: TOGETHER times that of one process
     each tensor         TIMES the error of one process in the same precision, by the same experts
 
+after the last update   the weights that the model goes on with are the masters, rounded to their type: equal bits
+
 Both figures are measured (docs/measured/proof.md). The errors of two ways of rounding are two draws of noise: over
 thousands of numbers they are equal, over the eight of a small norm one is easily twice the other. So where one process
 happens to be very near in one tensor, its typical error counts; of a single number (loss, norm), what it was off by in
 any step, or ROUNDED if that is more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
-from meshwright.launcher.proof.compare import Verdict, errors_of
-from meshwright.launcher.proof.record import RankRecord
+import numpy as np
+import torch
+
+from meshwright.launcher.proof.compare import Verdict, box_of, errors_of
+from meshwright.launcher.proof.record import Array, Piece, RankRecord
 
 TOGETHER, TIMES = 2.0, 4.0
 ROUNDED = {"loss": 2.0**-13, "norm": 2.0**-11}
@@ -40,6 +45,45 @@ def compare_own(exact: RankRecord, one: RankRecord, ranks: Sequence[RankRecord])
             if not times <= TIMES:
                 _add(verdict, name, step, times)
     return verdict
+
+
+def compare_computed(verdict: Verdict, ranks: Sequence[RankRecord], precision: str) -> None:
+    """Hold what the model computes with after the last update against the masters, rounded as in that precision.
+
+    Adds a difference for each tensor of which a rank has other bits, and one if no weight has moved.
+    """
+    step = len(ranks[0].steps) - 1
+    before, after = (masters_after(ranks, at, precision) for at in (step - 1, step))
+    if all(np.array_equal(before[name], after[name]) for name in after):
+        verdict.miss("", "the update moved none, so that nothing was shown", what="weight", step=step)
+    for name, note in other_than_masters(ranks, after):
+        verdict.miss(name, note, what="weight", step=step)
+
+
+def other_than_masters(ranks: Sequence[RankRecord], masters: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
+    """Yield each tensor that a rank computes with in other numbers than the masters, which are rounded as it is."""
+    for name, whole in masters.items():
+        theirs = [(rank, record.computed[name]) for rank, record in enumerate(ranks) if name in record.computed]
+        old = [rank for rank, piece in theirs if not np.array_equal(piece.values, whole[box_of(piece)])]
+        if old or not theirs:
+            yield name, f"rank {old[0]} goes on with other numbers than its masters" if old else "no rank has it"
+
+
+def masters_after(ranks: Sequence[RankRecord], step: int, precision: str) -> dict[str, Array]:
+    """Return the weights after a step, whole, rounded to the type that the model computes with."""
+    return _wholes([record.steps[step].weights for record in ranks], torch.bfloat16 if precision == "bf16" else None)
+
+
+def _wholes(held: Sequence[Mapping[str, Piece]], dtype: torch.dtype | None) -> dict[str, Array]:
+    """Return the global tensors that the ranks' pieces make up, rounded."""
+    wholes: dict[str, Array] = {}
+    for pieces in held:
+        for name, piece in pieces.items():
+            whole = wholes.setdefault(name, np.full(piece.shape, np.nan, piece.values.dtype))
+            rounded = torch.from_numpy(piece.values)
+            rounded = rounded if dtype is None else rounded.to(dtype).to(rounded.dtype)
+            whole[box_of(piece)] = rounded.numpy()
+    return wholes
 
 
 def mean_square(errors: Mapping[tuple[int, str], float], step: int, tensors: Sequence[str]) -> float:

@@ -4,10 +4,12 @@
     exact     fp64              the run's       as the router chooses
     start     fp64              0               as the router chooses           one process only: what `own` is held to
     fast      fp32              0               the reference's where its margin is within rounding
-    own       the run file's    0               the reference's
+    own       the run file's    0, at last 0.1  the reference's
 
 With a learning rate of 0 every step begins from the same weights: where a gradient is zero but for rounding, Adam
-makes a whole step of the rounding, and no later step could be compared.
+makes a whole step of the rounding, and no later step could be compared. The last update of `own`, after which nothing
+is computed any more, moves every weight far enough to be another number in bf16: then what the model would compute
+with next must be the masters.
 """
 
 import os
@@ -27,7 +29,7 @@ from meshwright.launcher.build import Run, build_run, sizes_of, with_vocab_of
 from meshwright.launcher.observe.clock import StepClock
 from meshwright.launcher.proof.counted import counted_store
 from meshwright.launcher.proof.narrow import STEPS
-from meshwright.launcher.proof.record import Array, Decide, RankRecord, Recorder, Work, piece_of
+from meshwright.launcher.proof.record import Array, Decide, RankRecord, Recorder, Work, computed_weights, piece_of
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.learning_rate import learning_rate_at
@@ -45,6 +47,8 @@ Precision = Literal["fp32", "bf16_autocast", "bf16", "fp64"]
 ROUNDING = 1e-5
 """In fp32: how near two experts' probabilities must be for rounding to choose between them."""
 _HELD_STEPS = 2
+_FAR = 0.1
+"""The learning rate of an update that shows in bf16, of weights near 1 too, whose neighbours are 2^-7 away."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Pass:
     steps: int = STEPS
     is_held: bool = False
     """Whether the learning rate is 0."""
+    moves_at_last: bool = False
+    """Whether the last update moves the weights nevertheless, so that they can be held against the masters."""
     replays: Literal["nothing", "near ties", "all"] = "nothing"
     """Which of the reference's choices of experts are taken over."""
     reference: str = ""
@@ -71,7 +77,8 @@ def passes_of(precision: Precision) -> list[Pass]:
         Pass("fast", "fp32", _HELD_STEPS, is_held=True, replays="near ties", reference="fast"),
     ]
     if precision.startswith("bf16"):
-        found.append(Pass("own", precision, _HELD_STEPS, is_held=True, replays="all", reference="start"))
+        own = Pass("own", precision, _HELD_STEPS, is_held=True, moves_at_last=True, replays="all", reference="start")
+        found.append(own)
     return found
 
 
@@ -168,6 +175,7 @@ def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankR
     for step in range(one.steps):
         rate = learning_rate_at(step, run.run_file.train.steps, run.run_file.learning_rate)
         rate = 0.0 if one.is_held else rate
+        rate = _FAR if one.moves_at_last and step + 1 == one.steps else rate
         # One step, because reading what the profiler saw takes longer than the step; on every rank, because the stages
         # of a pipeline hold different kinds of layers.
         with _operators(record, run, is_on=one.name == "fast" and step == 0):
@@ -175,6 +183,7 @@ def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankR
         record.steps.append(recorder.finish(rate, result.loss, result.grad_norm, result.sums))
     batches.close()
     record.held = {name: piece_of(part) for name, part in held_tensors(run).items()}
+    record.computed = computed_weights(run) if one.moves_at_last else {}
     return record
 
 

@@ -19,9 +19,10 @@ import torch
 from meshwright.launcher.build import sizes_of
 from meshwright.launcher.kernel_choices import grouped_lines
 from meshwright.launcher.proof.compare import Verdict, compare_checkpoint, compare_exactly, compare_fast
+from meshwright.launcher.proof.expected import expected_tensors
 from meshwright.launcher.proof.forked import Fork, RankLostError
-from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
-from meshwright.launcher.proof.own_precision import compare_own
+from meshwright.launcher.proof.narrow import Narrowed, alone, narrow, on_layout
+from meshwright.launcher.proof.own_precision import compare_computed, compare_own
 from meshwright.launcher.proof.passes import (
     Choices,
     choices_in,
@@ -73,7 +74,7 @@ class LayoutResult:
     """Why its ranks did not come to an end, where they did not."""
     details: str = ""
     notes: list[str] = field(default_factory=list)
-    """Which fast operators its sizes do not let serve, and why."""
+    """What its sizes and numbers do not let serve, fast operators or clipping, and why."""
     seconds: float = 0.0
 
     @property
@@ -97,9 +98,9 @@ class Blame:
     sizes: Sizes
     """The smallest layout that shows it."""
     axes: tuple[str, ...]
-    """Without any one of these the difference is gone."""
+    """Without any one of these the difference is gone; none, where one process in a rank's micro-batches shows it."""
     is_only: bool = False
-    """Whether the layout that differed has no other axis: then nothing was run to find this one."""
+    """Whether the layout that differed has no other axis."""
 
 
 @dataclass
@@ -171,7 +172,7 @@ class Judge:
         """
         self.run_file, self.passes = run_file, tuple(passes)
         wanted = [one for one in reference_passes(run_file.train.precision) if {one.name, one.needed_by} & {*passes}]
-        (self.one,) = _answers(1, partial(run_passes, on_layout(run_file, ONE), wanted, {}, None))
+        (self.one,) = _answers(1, partial(run_passes, alone(run_file), wanted, {}, None))
         self.choices: Mapping[str, Choices] = {name: choices_in(record) for name, record in self.one.items()}
 
     def judge(self, sizes: Sizes, *, zero_stage: int | None = None, only: str = "") -> LayoutResult:
@@ -197,6 +198,7 @@ class Judge:
         ranks: list[dict[str, RankRecord]] = _answers(result.sizes.world, work)
         of_pass = {one.name: [rank[one.name] for rank in ranks] for one in passes}
         if "exact" in wanted:
+            result.notes += unclipped(table, self.one["exact"])
             result.verdicts["exact"] = compare_exactly(self.one["exact"], of_pass["exact"])
         if "fast" in of_pass:
             result.verdicts["fast"] = compare_fast(self.one["fast"], of_pass["fast"])
@@ -204,6 +206,7 @@ class Judge:
             require_fast_paths(result.verdicts["fast"], table, of_pass["fast"], self.one["fast"])
         if "own" in of_pass:
             result.verdicts["own"] = compare_own(self.one["start"], self.one["own"], of_pass["own"])
+            compare_computed(result.verdicts["own"], of_pass["own"], table.train.precision)
         if saves:
             result.verdicts["checkpoint"] = _checkpoint(table, folder, of_pass["exact"])
 
@@ -215,12 +218,18 @@ def _checkpoint(table: RunFile, folder: Path, ranks: Sequence[RankRecord]) -> Ve
         verdict.miss("", ranks[0].not_saved[:_LONGEST], what="checkpoint")
         return verdict
     (loaded,) = _answers(1, partial(restored, on_layout(table, ONE), folder))
-    return compare_checkpoint(loaded, ranks)
+    return compare_checkpoint(loaded, ranks, expected_tensors(table))
 
 
 def _answers(size: int, work: Callable[[int], Any]) -> list[Any]:
     with Fork(size, work) as ranks:
         return ranks.answers(_SECONDS_OF_A_LAYOUT)
+
+
+def unclipped(run_file: RunFile, one: RankRecord) -> list[str]:
+    """Return that some step was not clipped, where the run clips: then nothing was shown of it."""
+    limit, least = run_file.train.clip_norm, min(step.norm for step in one.steps)
+    return [f"clipping, a step's norm is {least:.2g}, not above {limit:.2g}"] if limit > 0 and least <= limit else []
 
 
 def require_fast_paths(verdict: Verdict, run_file: RunFile, ranks: Sequence[RankRecord], one: RankRecord) -> None:
@@ -256,10 +265,12 @@ def find_axis(judge: Judge, shown: LayoutResult) -> Blame:
         smaller = without(sizes, axis)
         if smaller is None or refusals(judge.run_file, smaller):
             continue
-        if smaller == ONE or judge.judge(smaller, zero_stage=stage, only=only).is_same:
+        if judge.judge(smaller, zero_stage=stage, only=only).is_same:
             needed.append(axis)
         else:
             sizes = smaller
+    if sizes == ONE:
+        return Blame(ONE, ())
     if stage > 0 and judge.judge(sizes, zero_stage=0, only=only).is_same:
         needed.append(f"ZeRO-{stage}")
     is_only = sum(getattr(shown.sizes, axis) > 1 for axis in AXES) == 1

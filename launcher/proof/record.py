@@ -21,6 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from meshwright.launcher.build import Run
 from meshwright.launcher.training.progress import held_tensors
@@ -83,6 +85,8 @@ class RankRecord:
     steps: list[StepRecord] = field(default_factory=list)
     held: dict[str, Piece] = field(default_factory=dict)
     """Everything that a checkpoint has, at the end."""
+    computed: dict[str, Piece] = field(default_factory=dict)
+    """The weights that the model would compute the next step with, where they were asked for."""
     not_saved: str = ""
     """Why no checkpoint could be written, where that is so: the ranks' copies of a tensor may differ."""
     operators: frozenset[str] = frozenset()
@@ -200,6 +204,24 @@ class Recorder:
             gradient = part.parameter.grad
             if gradient is not None:
                 self._gradients[name] = piece_of(HeldPart(gradient, part.global_shape, part.offset))
+
+
+def computed_weights(run: Run) -> dict[str, Piece]:
+    """Return what the modules compute with, in its own type; every rank must come here, because FSDP2 gathers."""
+    stages = run.pipeline.parts.values() if run.pipeline is not None else ()
+    modules = dict.fromkeys(module for root in (run.model, *stages) for module in root.modules())
+    units = [module for module in modules if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+    found = {}
+    for name, weight in run.model.named_parameters():
+        # A copy: numpy would hold on to memory that FSDP2 is to let go of.
+        part, local = run.engine.parts[name], weight.detach().clone()
+        assert not isinstance(local, DTensor), f"{name} is not gathered"
+        found[name] = piece_of(HeldPart(local, part.global_shape, part.placement.offset(tuple(local.shape))))
+    for unit in units:
+        unit.reshard()
+    return found
 
 
 def piece_of(part: HeldPart) -> Piece:

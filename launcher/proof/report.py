@@ -61,7 +61,9 @@ def ending(proof: Proof) -> Iterator[str]:
     failed = [result for result in proof.results if not result.is_same]
     yield f"DIFFERENT from one process on {len(failed)} of {len(proof.results)} layouts; {proof.seconds:.0f} s"
     yield f"  first    {failed[0].first}"
-    if proof.blame is not None:
+    if proof.blame is not None and not proof.blame.axes:
+        yield "  axis     none: one process shows it too, where it takes a rank's micro-batches"
+    elif proof.blame is not None:
         axes = ", ".join(proof.blame.axes)
         axes += ", the only axis that the layout has" if proof.blame.is_only else ""
         yield f"  axis     {axes}; the smallest layout that shows it is {said(proof.blame.sizes)}"

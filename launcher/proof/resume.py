@@ -5,7 +5,8 @@
     resumed    from that checkpoint to step 2k, on another layout
 
     fp64, another layout            same token ids, same learning rates; losses and norms to 1e-9
-    own precision, same layout      all of that bit for bit, and every weight and moment
+    own precision, same layout      all of that bit for bit, and every weight and moment; and the weights that the model
+                                    computes with are the masters, rounded
 
 The ranks train by the product's own loop, saver and resume; the run is as narrow as for `prove`.
 """
@@ -31,9 +32,10 @@ from meshwright.launcher.observe.sinks import Sinks
 from meshwright.launcher.proof.compare import EXACT
 from meshwright.launcher.proof.forked import Fork, RankLostError
 from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
+from meshwright.launcher.proof.own_precision import masters_after, other_than_masters
 from meshwright.launcher.proof.passes import Precision, build
 from meshwright.launcher.proof.prove import refusals
-from meshwright.launcher.proof.record import RankRecord, Recorder, piece_of
+from meshwright.launcher.proof.record import RankRecord, Recorder, computed_weights, piece_of
 from meshwright.launcher.proof.sublayouts import AXES, cover, said
 from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
 from meshwright.launcher.runfile.messages import ConfigError
@@ -215,6 +217,9 @@ def _go_on(plan: ResumePlan, result: ResumeResult) -> None:
     compare_steps(result, expected, found, first_step=plan.steps)
     if result.is_bitwise:
         compare_bits(result, expected, found)
+        for who, records in (("unbroken", expected), ("resumed", found)):
+            for name, note in other_than_masters(records, masters_after(records, -1, result.precision)):
+                result.differences.append(f"at the end, {who}: {name}: {note}")
 
 
 def train_rank(run_file: RunFile, precision: Precision, folder: str, kill_after: int | None, _rank: int) -> RankRecord:
@@ -250,6 +255,7 @@ def train_rank(run_file: RunFile, precision: Precision, folder: str, kill_after:
     meter = Meter(world, 1.0, Peak(1.0, "not measured"))
     train(run, began.progress, Saver(run, began), Sinks([Listener()]), meter, Signals())
     record.held = {name: piece_of(part) for name, part in held_tensors(run).items()}
+    record.computed = computed_weights(run)
     return record
 
 

@@ -1,6 +1,6 @@
 """Faults to plant: what a checkpoint holds is not what the ranks hold."""
 
-from mutations.fault import Fault
+from mutations.fault import MOE, Fault
 
 CHECKPOINT = [
     Fault(
@@ -20,6 +20,27 @@ CHECKPOINT = [
         "tensors, state = {n: type(t)(t.tensor * 2, t.global_shape, t.offset) if n.startswith('optimizer') else t "
         "for n, t in held_tensors(self.run).items()}, state_of(self.run, progress)",
         named="checkpoint of optimizer.exp_avg.",
+        layout={"dp_shard": 2},
+        passes=("checkpoint",),
+    ),
+    Fault(
+        "moments left out of what is saved and loaded",
+        "launcher/training/progress.py",
+        "for moment, held in run.optimizer.moments(name).items() if optimizer else ():",
+        "for moment, held in ():",
+        named="checkpoint of optimizer.exp_avg.embedding.weight: is not in it",
+        is_alone=True,
+        layout={"dp_shard": 2},
+        passes=("checkpoint",),
+    ),
+    Fault(
+        "buffers left out of what is saved and loaded",
+        "launcher/training/progress.py",
+        "for name, buffer in run.buffers().items():",
+        "for name, buffer in ():",
+        named="previous_share: is not in it",
+        is_alone=True,
+        model=MOE | {"moe": MOE["moe"] | {"load_balancing": "step"}},
         layout={"dp_shard": 2},
         passes=("checkpoint",),
     ),

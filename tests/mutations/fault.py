@@ -30,6 +30,8 @@ class Fault:
     axis: str = ""
     not_axis: str = ""
     """An axis of the layout that has no part in it."""
+    is_alone: bool = False
+    """Whether one process shows it too, in a rank's micro-batches: no axis is blamed."""
     model: dict[str, Any] = field(default_factory=lambda: DENSE)
     layout: dict[str, int] = field(default_factory=lambda: TP)
     zero: int = 1

@@ -62,7 +62,7 @@ def prove_with(fault: dict[str, Any]) -> dict[str, Any]:
         "run": {"name": "planted"},
         "model": fault["model"],
         "data": {"store": "counted", "seq_len": 64, "mask_documents": fault["mask_documents"]},
-        "train": {"steps": 10, "global_batch_size": 16, "micro_batch_size": 2, "clip_norm": 0.1} | fault["train"],
+        "train": {"steps": 10, "global_batch_size": 16, "micro_batch_size": 2} | fault["train"],
         "learning_rate": {"peak": 1e-2},
         "parallel": fault["layout"],
         "zero": {"stage": fault["zero"]},

@@ -73,6 +73,15 @@ SUMS = [
         zero=0,
     ),
     Fault(
+        "only the first rank clips",
+        "parallel/grad_norm.py",
+        "if limit > 0 and norm > limit:",
+        "if limit > 0 and norm > limit and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):",
+        named="weight of",
+        axis="dp_shard",
+        layout={"dp_shard": 2},
+    ),
+    Fault(
         "norm that clips counts copies of KV heads twice",
         "parallel/grad_norm.py",
         "total += square.item() / copies",
@@ -90,6 +99,25 @@ SUMS = [
         axis="dp_shard",
         not_axis="tp",
         layout={"dp_shard": 2, "tp": 2},
+    ),
+    Fault(
+        "loss averaged by micro-batch instead of by token",
+        "launcher/training/one_step.py",
+        "where = where_of(run, inputs, part, step, step_tokens)",
+        "where = where_of(run, inputs, part, step, max(1.0, float(inputs.counted[:, part].sum())) "
+        "* run.run_file.train.global_batch_size / run.run_file.train.micro_batch_size)",
+        quantity="loss",
+        is_alone=True,
+    ),
+    Fault(
+        "the router's z-loss averaged by micro-batch instead of by token",
+        "model/feedforward/moe.py",
+        "z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=where.step_tokens)",
+        "z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=float(where.counted.sum() + 1))",
+        named="sum of layers.0.z",
+        is_alone=True,
+        model=MOE,
+        layout={"dp_shard": 2},
     ),
     Fault(
         "S3: a divide factor of FSDP2 other than 1",

@@ -52,6 +52,7 @@ def test_a_planted_fault_is_caught_and_named(planter: "subprocess.Popen[str]", f
     assert fault.named in answer["first"]
     assert fault.quantity in ("", answer["quantity"])
     assert not fault.axis or fault.axis in answer["axes"]
+    assert not fault.is_alone or answer["axes"] == []
     assert not fault.not_axis or fault.not_axis not in answer["axes"]
 
 

@@ -67,6 +67,17 @@ TOKENS = [
         layout={"dp_shard": 2},
     ),
     Fault(
+        "updated weights reach the model in bf16 the first time alone",
+        "parallel/zero/buckets.py",
+        "            self._gather(bucket)",
+        "            hasattr(bucket, 'gathered') or setattr(bucket, 'gathered', self._gather(bucket))",
+        named="weight of embedding.weight: rank 0 goes on with other numbers than its masters",
+        axis="dp_shard",
+        layout={"dp_shard": 2},
+        train={"precision": "bf16"},
+        passes=("own",),
+    ),
+    Fault(
         "rows come back to the wrong tokens",
         "parallel/experts/exchange.py",
         "return scatter_sum(whole, etp)[: shared.own].clone()",
@@ -84,6 +95,15 @@ TOKENS = [
         named="layers.0.feedforward.part.router",
         axis="tp",
         model=MOE | {"moe": MOE["moe"] | {"router_jitter": 0.3}},
+    ),
+    Fault(
+        "dropout drawn by the place in the micro-batch",
+        "parallel/dropout.py",
+        "where.step, where.sample, position,",
+        "where.step, torch.arange(len(where.sample)), position,",
+        named="output of layers.0.mixer",
+        is_alone=True,
+        model=DENSE | {"residual_dropout": 0.2},
     ),
     Fault(
         "capacity of the rank's tokens instead of the sequence's",

@@ -14,7 +14,7 @@ from meshwright.launcher.proof.compare import (
     compare_fast,
     errors_of,
 )
-from meshwright.launcher.proof.own_precision import compare_own
+from meshwright.launcher.proof.own_precision import compare_computed, compare_own, masters_after, other_than_masters
 from meshwright.launcher.proof.record import AtTokens, Piece, RankRecord, StepRecord
 
 SAMPLE, POSITION = np.repeat([0, 1], 3), np.tile([0, 1, 2], 2)
@@ -177,12 +177,45 @@ def test_the_order_of_a_tokens_experts_is_no_difference() -> None:
 
 
 def test_a_checkpoint_is_compared_bit_for_bit() -> None:
-    ranks = two_ranks()
-    assert compare_checkpoint(record(), ranks).differences == []
+    ranks, shapes = two_ranks(), {"a": (4, 3)}
+    assert compare_checkpoint(record(), ranks, shapes).differences == []
     ranks[1].held["a"].values[0, 0] += 1e-12
-    assert compare_checkpoint(record(), ranks).differences[0].note == "rank 1 holds other numbers"
-    ranks[1].held["b"] = ranks[1].held["a"]
-    assert compare_checkpoint(record(), ranks).differences[1].note == "is not in it"
+    assert compare_checkpoint(record(), ranks, shapes).differences[0].note == "rank 1 holds other numbers"
+
+
+def test_a_checkpoint_must_hold_what_the_run_file_says_and_nothing_else() -> None:
+    def told(loaded: RankRecord, ranks: list[RankRecord], **shapes: tuple[int, ...]) -> list[tuple[str, str]]:
+        return [(found.name, found.note) for found in compare_checkpoint(loaded, ranks, shapes).differences]
+
+    ranks = two_ranks()
+    missing = [("optimizer.exp_avg.a", "is not in it")]
+    assert told(record(), ranks, **{"a": (4, 3), "optimizer.exp_avg.a": (4, 3)}) == missing
+    assert told(record(), ranks[:1], a=(4, 3)) == [("a", "is not of shape (4, 3) in what the ranks saved")]
+    assert told(record(), ranks, a=(3, 4)) == [("a", "is not of shape (3, 4) in what the ranks saved")]
+    assert told(record(), ranks) == [("a", "is in it, and no part of the run")]
+
+
+def test_what_is_computed_with_is_held_against_the_masters_as_they_are_rounded() -> None:
+    ranks = two_ranks()
+    for rank in ranks:
+        rank.steps[1].weights["a"].values[:] += 2.0**-12  # 1 + 2^-12 is 1 in bf16
+        rank.computed["a"] = Piece((4, 3), (0, 0), np.arange(12.0).reshape(4, 3) + 1)
+    verdict = Verdict([])
+    compare_computed(verdict, ranks, "bf16")
+    assert [str(found) for found in verdict.differences] == [
+        "step 2, weight: the update moved none, so that nothing was shown"
+    ]
+    ranks[1].steps[1].weights["a"].values[0, 0] += 1.0
+    verdict = Verdict([])
+    compare_computed(verdict, ranks, "bf16")
+    assert [str(found) for found in verdict.differences] == [
+        "step 2, weight of a: rank 0 goes on with other numbers than its masters"
+    ]
+    ranks[0].computed["a"].values[2, 0] += 1.0
+    ranks[1].computed.clear()
+    assert list(other_than_masters(ranks, masters_after(ranks, -1, "bf16"))) == []
+    ranks[0].computed.clear()
+    assert list(other_than_masters(ranks, masters_after(ranks, -1, "bf16"))) == [("a", "no rank has it")]
 
 
 def with_error(size: float, records: list[RankRecord]) -> list[RankRecord]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from meshwright.launcher.build import sizes_of
-from meshwright.launcher.proof.narrow import STEPS, narrow, on_layout
+from meshwright.launcher.proof.narrow import STEPS, alone, narrow, on_layout
 from meshwright.launcher.proof.prove import plan_proof
 from meshwright.launcher.proof.sublayouts import candidates, cover
 from meshwright.launcher.runfile.cross_checks import check
@@ -170,6 +170,25 @@ def test_each_changed_key_is_told_with_both_values() -> None:
     assert 'data.store: "none" -> "counted"' in told
     assert len({change.key for change in changes}) == len(changes)
     assert all(change.before != change.after for change in changes)
+
+
+@pytest.mark.parametrize(("of_run", "of_proof"), [(1.0, 0.01), (0.002, 0.002), (0.0, 0.0)])
+def test_what_clips_clips_every_step_and_what_does_not_does_not(of_run: float, of_proof: float) -> None:
+    run_file = run_file_of({}, train={"steps": 9, "global_batch_size": 8, "clip_norm": of_run})
+    assert narrow(run_file, Sizes(dp_shard=2), [Sizes(dp_shard=2)]).run_file.train.clip_norm == of_proof
+
+
+@pytest.mark.parametrize("ramp", [[], [{"samples": 640, "global_batch_size": 32}]])
+@pytest.mark.parametrize("micro_batch", [1, 2, 64])
+@pytest.mark.parametrize("sizes", [Sizes(tp=2), Sizes(dp_shard=2), Sizes(pp=2)])
+def test_one_process_cuts_the_batch_as_no_rank_does(sizes: Sizes, micro_batch: int, ramp: list[object]) -> None:
+    keys = {"steps": 9, "global_batch_size": 64, "micro_batch_size": micro_batch, "batch_ramp": ramp}
+    small = narrow(run_file_of({}, train=keys), sizes, [sizes]).run_file
+    batches = {small.train.global_batch_size, *(entry.global_batch_size for entry in small.train.batch_ramp)}
+    for batch in batches:
+        of_rank = min(small.train.micro_batch_size, batch // sizes.dp_shard)
+        assert min(alone(small).train.micro_batch_size, batch) != of_rank
+    assert check(alone(small), 1) == []
 
 
 def test_a_ramp_stays_a_ramp() -> None:

@@ -15,7 +15,7 @@ from meshwright.launcher.commands.prove import prove as command
 from meshwright.launcher.proof import prove as proof
 from meshwright.launcher.proof.compare import Tie
 from meshwright.launcher.proof.passes import passes_of, reference_passes
-from meshwright.launcher.proof.record import RankRecord
+from meshwright.launcher.proof.record import RankRecord, StepRecord
 from meshwright.launcher.proof.report import as_json, ending, heading, row
 from meshwright.launcher.proof.sublayouts import Cover
 from meshwright.launcher.proof.world import usual_world
@@ -209,6 +209,12 @@ def test_what_one_process_does_not_do_either_comes_with_no_axis(monkeypatch: pyt
     assert not done.is_same
     assert done.blame is None
     assert list(ending(done))[-1].endswith("the fast path was not taken, and one process does not take it either")
+
+
+def test_a_step_that_is_not_clipped_is_told() -> None:
+    table, one = plan_of("moe_tiny.toml").narrowed.run_file, RankRecord([StepRecord(norm=0.5), StepRecord(norm=0.005)])
+    assert proof.unclipped(table, one) == ["clipping, a step's norm is 0.005, not above 0.01"]
+    assert proof.unclipped(table, RankRecord(one.steps[:1])) == []
 
 
 def test_near_ties_are_listed_and_those_beyond_twenty_counted() -> None:

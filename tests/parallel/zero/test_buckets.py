@@ -203,6 +203,24 @@ def test_bf16_weights_are_gathered_from_the_fp32_parts_of_all_ranks() -> None:
         assert [row.unique().tolist() for row in weight.flatten(1)] == [[1.0]] * 3 + [[2.0]] * 3 + [[3.0]]
 
 
+def published_twice(mesh: Mesh) -> list[Tensor]:
+    held = parameters(torch.bfloat16)
+    engine, seen = engine_of(held, mesh, shard_state=True), []
+    for update in (1, 2):
+        for part in engine.parts.values():
+            part.parameter.copy_(torch.full_like(part.parameter, 8 * update + mesh.rank + 2.0**-12))
+        with torch.no_grad():
+            engine.publish_weights()
+        seen.append(held["c"].detach().clone())
+    return seen
+
+
+def test_each_update_reaches_the_bf16_weights_of_all_ranks() -> None:
+    for first, second in run_mesh(Sizes(dp_shard=2), published_twice):
+        assert [row.unique().tolist() for row in first.flatten(1)] == [[8.0]] * 4 + [[9.0]] * 3
+        assert [row.unique().tolist() for row in second.flatten(1)] == [[16.0]] * 4 + [[17.0]] * 3
+
+
 class Scalar(nn.Module):
     def __init__(self) -> None:
         super().__init__()
