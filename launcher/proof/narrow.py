@@ -174,14 +174,23 @@ def _moe(moe: MoeConfig, target: Sizes, needs: Needs, *, above: int) -> MoeConfi
     experts = needs.ep * few
     while experts < min(moe.num_experts, top_k + 1):
         experts += needs.ep * few
+    shared = min(moe.num_shared_experts, 2)
     return moe.model_copy(
         update={
             "num_experts": experts,
             "top_k": experts if moe.top_k == moe.num_experts else top_k,
-            "expert_hidden_size": _inner(moe.expert_hidden_size, target.etp, needs.etp, above=above),
-            "num_shared_experts": min(moe.num_shared_experts, 2),
+            "expert_hidden_size": _expert_width(moe.expert_hidden_size, target.etp, needs, shared, above=above),
+            "num_shared_experts": shared,
         }
     )
+
+
+def _expert_width(size: int, etp: int, needs: Needs, shared: int, *, above: int) -> int:
+    """Return a width that etp splits as it splits `size`, and of whose shared experts tp makes equal parts."""
+    first = _inner(size, etp, needs.etp, above=above)
+    widths = (first + step * needs.etp * _ALIGNED for step in range(needs.tp))
+    fitting = (width for width in widths if width * shared % needs.tp == 0)
+    return next(fitting, lcm(needs.etp, needs.tp) * first)
 
 
 def _vocabulary(many: int) -> int:

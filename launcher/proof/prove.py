@@ -32,7 +32,7 @@ from meshwright.launcher.proof.passes import (
     run_passes,
 )
 from meshwright.launcher.proof.record import RankRecord, Work
-from meshwright.launcher.proof.sublayouts import AXES, Cover, candidates, cover, said, without
+from meshwright.launcher.proof.sublayouts import AXES, MOST_RANKS, Cover, candidates, cover, said, without
 from meshwright.launcher.runfile.cross_checks import check
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import RunFile
@@ -133,6 +133,11 @@ def plan_proof(run_file: RunFile, world_size: int) -> Plan:
     if not covered.layouts:
         problems = refusals(narrowed.run_file, candidates(target)[0])
         raise ConfigError("the narrowed run file", problems)
+    if left_out := [axis for axes in covered.never_together if len(axes) == 1 for axis in axes]:
+        rule = f"above 1 on no layout of at most {MOST_RANKS} ranks that the narrowed run file fits"
+        raise ConfigError(
+            "the narrowed run file", [f"{axis}: {rule}, so that nothing would be shown of it" for axis in left_out]
+        )
     # Again, for these alone: what no sub-layout asks for need not divide.
     return Plan(run_file, target, covered, narrow(run_file, target, covered.layouts))
 

@@ -32,7 +32,7 @@ class Cover:
     layouts: tuple[Sizes, ...]
     active: tuple[str, ...]
     never_together: tuple[frozenset[str], ...]
-    """Only the smallest such sets: what contains one of them was never together either."""
+    """Only the smallest such sets, single axes too: what contains one of them was never together either."""
 
 
 def active_axes(sizes: Sizes, *, has_experts: bool) -> tuple[str, ...]:
@@ -190,7 +190,7 @@ def _grown(chosen: list[Sizes], held: dict[Sizes, frozenset[str]]) -> list[Sizes
 
 def _never_together(active: Sequence[str], together: Sequence[frozenset[str]]) -> Iterator[frozenset[str]]:
     found: list[frozenset[str]] = []
-    for count in range(2, len(active) + 1):
+    for count in range(1, len(active) + 1):
         for axes in map(frozenset, combinations(active, count)):
             if not any(axes <= held for held in together) and not any(smaller <= axes for smaller in found):
                 found.append(axes)

@@ -61,6 +61,21 @@ def test_no_axis_is_left_out_for_samples_that_only_the_large_layout_cuts_evenly(
     assert plan.narrowed.run_file.data.seq_len <= max(seq_len + 2, 8)
 
 
+@pytest.mark.parametrize(
+    ("width", "shared", "tp", "dp_shard"), [(9, 1, 3, 4), (48, 1, 3, 1), (10, 3, 3, 4), (10, 1, 5, 2), (24, 1, 6, 2)]
+)
+def test_no_axis_is_left_out_for_shared_experts_that_only_the_large_layout_cuts_evenly(
+    width: int, shared: int, tp: int, dp_shard: int
+) -> None:
+    moe = {"num_experts": 4, "top_k": 2, "expert_hidden_size": width, "num_shared_experts": shared}
+    model = {"num_heads": tp, "num_kv_heads": 1, "head_dim": 8, "hidden_size": 8 * tp, "pattern": "*E", "moe": moe}
+    run_file = run_file_of(model, parallel={"tp": tp, "dp_shard": dp_shard}, data={"store": "x", "seq_len": 32 * tp})
+    plan = plan_proof(run_file, tp * dp_shard)
+    assert {"tp"} <= set(plan.cover.active)
+    assert plan.cover.never_together == ()
+    assert any(sizes.tp > 1 for sizes in plan.cover.layouts)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_what_divides_goes_on_dividing_and_what_does_not_does_not(seed: int) -> None:
     draw = random.Random(seed)

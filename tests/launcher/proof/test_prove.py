@@ -247,6 +247,13 @@ def test_the_usual_world_is_what_the_axes_multiply_to() -> None:
     assert usual_world(ParallelConfig(ep=2, etp=2, tp=2, pp=2)) == 8
 
 
+def test_an_axis_that_no_small_layout_has_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_file = read_run_file(RUNS / "dense_tiny.toml", ["parallel.tp=2", "parallel.pp=2"], world_size=16)
+    monkeypatch.setattr(proof, "refusals", lambda _, sizes: ["no"] if sizes.tp > 1 else [])
+    with pytest.raises(ConfigError, match="tp: above 1 on no layout of at most 8 ranks"):
+        proof.plan_proof(run_file, 16)
+
+
 def test_what_was_never_together_stands_above_the_table() -> None:
     plan = plan_of("dense_tiny.toml")
     sets = tuple(frozenset({"tp", f"axis{number:02}"}) for number in range(12))
