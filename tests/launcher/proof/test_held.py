@@ -1,4 +1,4 @@
-"""What two runs hold at the end is compared wherever it lies: every number, copies too, moments by their own measure."""
+"""What two runs hold at the end is compared wherever it lies: every number, copies too, moments as what they are of."""
 
 from typing import Any
 
