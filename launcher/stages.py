@@ -1,8 +1,8 @@
 """Which layers each stage of a pipeline has, from the run file alone: a cut by predicted cost.
 
 A layer costs the operations of its forward pass, the output its own, the embedding two for each number that is looked
-up: next to a layer's products that is little, but it is the first stage's. The cut is a function of the run file, so that every rank, `check` and the memory's prediction come to the same. Nothing
-here loads torch.
+up: next to a layer's products that is little, but it is the first stage's. The cut is a function of the run file, so
+that every rank, `check` and the memory's prediction come to the same. Nothing here loads torch.
 """
 
 from functools import lru_cache
