@@ -26,6 +26,7 @@ split, h hidden_size; N weights of this rank, P the same with dims cut in n part
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, partial
 from math import prod
 from typing import Any
@@ -141,7 +142,7 @@ def tp_bytes(drawn: Sample, n: int) -> Bytes:
     moves, again = blocks * (4 * layers + 2), blocks * 2 * layers
     found = Counter({("tp", "all_gather"): moves + again, ("tp", "reduce_scatter"): moves})
     norms = (2 * layers + 1) * h
-    found["tp", "all_reduce"] = 2 * (n - 1) * (3 * m * t + norms) // n
+    found["tp", "all_reduce"] = Fraction(2 * (n - 1) * (3 * m * t + norms), n)
     return in_bytes(found)
 
 
@@ -151,7 +152,7 @@ def cp_bytes(drawn: Sample, n: int) -> Bytes:
     model = run_file.model
     m, t = BATCH // drawn.micro_batch, SEQ * drawn.micro_batch
     each = m * model.num_layers * t // n * model.head_dim
-    found = Counter({("cp", "all_reduce"): 2 * (n - 1) * numel(weights_of(model)) // n})
+    found = Counter({("cp", "all_reduce"): Fraction(2 * (n - 1) * numel(weights_of(model)), n)})
     if run_file.parallel.context == "ring":
         found["cp", "send"] = each * 2 * model.num_kv_heads * (3 * n - 2)
     else:
@@ -216,8 +217,8 @@ def rows_between(drawn: Sample) -> list[list[list[int]]]:
 
 
 def in_bytes(numbers: Counter[tuple[str, str]]) -> Bytes:
-    """Return bytes for numbers; what is 0 is left out."""
-    return Counter({key: WIDTH * count for key, count in numbers.items() if count})
+    """Return bytes for numbers, which may be parts of one where n does not divide them; what is 0 is left out."""
+    return Counter({key: int(WIDTH * count) for key, count in numbers.items() if count})
 
 
 def of_zero(name: str, replicas: int) -> dict[str, tuple[Sample, Callable[[int], Bytes]]]:

@@ -185,7 +185,7 @@ def left_by_a_step(mesh: Mesh, drawn: Sample) -> tuple[int, int]:
     return sum(made.values()), sum(size for at, size in gradients.items() if at in made)
 
 
-ZERO_3 = [
+SHARDED = [
     sample("dense", dp_shard=2, tp=2, zero__stage=3, micro_batch=4),
     sample("moe", dp_shard=2, cp=2, ep=2, zero__stage=3, micro_batch=4),
     sample("dense", dp_shard=2, pp=2, zero__stage=3, micro_batch=2),
@@ -194,7 +194,9 @@ ZERO_3 = [
 ]
 
 
-@pytest.mark.parametrize("drawn", ZERO_3, ids=str)
+@pytest.mark.parametrize(
+    "drawn", [*SHARDED[:3], *(pytest.param(each, marks=pytest.mark.slow) for each in SHARDED[3:])], ids=str
+)
 def test_a_step_leaves_no_gathered_weights_behind(drawn: Sample) -> None:
     """Among all bytes that live, which a list of the parameters would not show."""
     for made, gradients in run_mesh(sizes_of(drawn.run_file(), drawn.world), left_by_a_step, drawn):
