@@ -210,7 +210,7 @@ def peak_gradients(mesh: Mesh, drawn: Any) -> tuple[int, int]:
         def before(self, call: Call) -> None:
             nonlocal most
             live = {}
-            held = [tensor for bucket in buckets for tensor in (bucket.rows, bucket.mine)]
+            held = [tensor for bucket in buckets for tensor in (bucket.rows, bucket.mine) if tensor is not None]
             for group in groups:
                 for each in group.fsdp_params:
                     held += [each.sharded_param.grad, each.unsharded_accumulated_grad]

@@ -13,6 +13,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,6 +161,9 @@ class _Reader:
 
     def close(self) -> None:
         self.stop.set()
+        # Make room, where the thread waits for it: it would look only after its poll whether it is to stop.
+        with suppress(queue.Empty):
+            self.results.get_nowait()
         self.thread.join()
 
 

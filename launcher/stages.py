@@ -1,15 +1,15 @@
 """Which layers each stage of a pipeline has, from the run file alone: a cut by predicted cost.
 
-A layer costs the operations of its forward pass, the output its own; an embedding is looked up and costs nothing. The
-cut is a function of the run file, so that every rank, `check` and the memory's prediction come to the same. Nothing
-here loads torch.
+A layer costs the operations of its forward pass, the output its own, the embedding two for each number that is looked
+up: next to a layer's products that is little, but it is the first stage's. The cut is a function of the run file, so
+that every rank, `check` and the memory's prediction come to the same. Nothing here loads torch.
 """
 
 from functools import lru_cache
 
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.model.config import ModelConfig
-from meshwright.model.costs import layer_forward_flops, output_forward_flops
+from meshwright.model.costs import embedding_forward_flops, layer_forward_flops, output_forward_flops
 from meshwright.parallel.pipeline.cut import cut_layers
 from meshwright.parallel.pipeline.orders import Stages
 
@@ -23,21 +23,23 @@ def stages_of(run_file: RunFile) -> Stages:
 
 def layers_of_stages(run_file: RunFile) -> list[range]:
     """Return the layers of each stage, cut so that the costliest stage costs least."""
-    layers, output = forward_costs(run_file.model, run_file.data.seq_len)
-    return list(_cut(tuple(layers), stages_of(run_file).count, output))
+    layers, embedding, output = forward_costs(run_file.model, run_file.data.seq_len)
+    return list(_cut(tuple(layers), stages_of(run_file).count, embedding, output))
 
 
 @lru_cache(maxsize=8)
-def _cut(layers: tuple[float, ...], num_stages: int, output: float) -> tuple[range, ...]:
+def _cut(layers: tuple[float, ...], num_stages: int, embedding: float, output: float) -> tuple[range, ...]:
     """Cut once: each rank of a pipeline asks in turn, and a cut of hundreds of layers takes a tenth of a second."""
-    return tuple(cut_layers(list(layers), num_stages, last_extra=output))
+    return tuple(cut_layers(list(layers), num_stages, first_extra=embedding, last_extra=output))
 
 
 def stage_costs(run_file: RunFile) -> tuple[float, ...]:
     """Return each stage's operations for a token's forward pass."""
-    layers, output = forward_costs(run_file.model, run_file.data.seq_len)
-    cut = layers_of_stages(run_file)
-    return tuple(sum(layers[at] for at in of) + (output if of is cut[-1] else 0.0) for of in cut)
+    layers, embedding, output = forward_costs(run_file.model, run_file.data.seq_len)
+    costs = [sum(layers[at] for at in of) for of in layers_of_stages(run_file)]
+    costs[0] += embedding
+    costs[-1] += output
+    return tuple(costs)
 
 
 def layers_held(run_file: RunFile, rank: int) -> dict[int, range]:
@@ -46,6 +48,7 @@ def layers_held(run_file: RunFile, rank: int) -> dict[int, range]:
     return {stage: cut[stage] for stage in stages_of(run_file).held_by(rank)}
 
 
-def forward_costs(model: ModelConfig, seq_len: int) -> tuple[list[float], float]:
-    """Return the operations of a token's forward pass, in each layer and in the output."""
-    return [layer_forward_flops(model, kinds, seq_len) for kinds in model.layers], output_forward_flops(model)
+def forward_costs(model: ModelConfig, seq_len: int) -> tuple[list[float], float, float]:
+    """Return the operations of a token's forward pass: in each layer, in the embedding and in the output."""
+    layers = [layer_forward_flops(model, kinds, seq_len) for kinds in model.layers]
+    return layers, embedding_forward_flops(model), output_forward_flops(model)

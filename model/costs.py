@@ -48,6 +48,15 @@ def layer_forward_flops(config: ModelConfig, kinds: LayerKinds, seq_len: int, *,
     return 2.0 * products + _attention_flops(config, kinds, seq_len, causal=causal)
 
 
+def embedding_forward_flops(config: ModelConfig) -> float:
+    """Return what looking a token up costs beside products, where a stack is cut: 2 for each of its h numbers.
+
+    No multiplication: forward h numbers are read and written, backward h are added into the matrix's gradient. The
+    count of a product's weight that is met once is what comes nearest; MFU has none of it.
+    """
+    return 2.0 * config.hidden_size
+
+
 def output_forward_flops(config: ModelConfig) -> float:
     """Return the operations of one token in the output matrix's forward pass."""
     return 2.0 * config.vocab_size * config.hidden_size

@@ -28,6 +28,11 @@ MODELS = {
     "mixed": moe_config(pattern="*-*E", num_layers=4, tie_embeddings=True),
     "moe-draws-and-drops": moe_config(residual_dropout=0.2, router_jitter=0.2, capacity_factor=0.75),
 }
+# Models whose sizes three and four ranks divide: for what is counted by hand, none of them drawn.
+DIVISIBLE = {
+    "dense-by-three": dense_config(num_heads=6, num_kv_heads=3, ffn_hidden_size=54),
+    "moe-by-four": moe_config(num_experts=8),
+}
 # Tables whose choices are drawn; [parallel]'s sizes are drawn apart, as they must multiply.
 TABLES = ("parallel", "zero", "recompute", "pipeline")
 # Of other tables these alone bear on how ranks work together.
@@ -56,7 +61,7 @@ class Sample:
             tables["zero"] = {"stage": stage}
         train = {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": self.micro_batch, "precision": precision}
         data = {"store": "s", "seq_len": SEQ, **tables.pop("data", {})}
-        return run_file(model=MODELS[self.model].model_dump(), train=train, data=data, **tables)
+        return run_file(model=(MODELS | DIVISIBLE)[self.model].model_dump(), train=train, data=data, **tables)
 
     def problems(self) -> list[str]:
         """Return what the product has against it, or the cases, whose ranks have whole micro-batches."""

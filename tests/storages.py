@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,11 @@ class Storages(TorchDispatchMode):
         """Return the bytes of those that still exist, but for some."""
         made = self.made.items()
         return sum(nbytes for key, (storage, nbytes) in made if key not in but and not storage.expired())
+
+    def living(self) -> list[torch.UntypedStorage]:
+        """Return those that still exist; FSDP2 empties a storage that it will fill again, whose size is then 0."""
+        found = (torch.UntypedStorage._new_with_weak_ptr(weak.cdata) for weak, _ in self.made.values())
+        return [storage for storage in found if storage is not None]
 
 
 class Peak(Storages):

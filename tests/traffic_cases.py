@@ -26,6 +26,7 @@ split, h hidden_size; N weights of this rank, P the same with dims cut in n part
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, partial
 from math import prod
 from typing import Any
@@ -141,7 +142,7 @@ def tp_bytes(drawn: Sample, n: int) -> Bytes:
     moves, again = blocks * (4 * layers + 2), blocks * 2 * layers
     found = Counter({("tp", "all_gather"): moves + again, ("tp", "reduce_scatter"): moves})
     norms = (2 * layers + 1) * h
-    found["tp", "all_reduce"] = 2 * (n - 1) * (3 * m * t + norms) // n
+    found["tp", "all_reduce"] = Fraction(2 * (n - 1) * (3 * m * t + norms), n)
     return in_bytes(found)
 
 
@@ -151,7 +152,7 @@ def cp_bytes(drawn: Sample, n: int) -> Bytes:
     model = run_file.model
     m, t = BATCH // drawn.micro_batch, SEQ * drawn.micro_batch
     each = m * model.num_layers * t // n * model.head_dim
-    found = Counter({("cp", "all_reduce"): 2 * (n - 1) * numel(weights_of(model)) // n})
+    found = Counter({("cp", "all_reduce"): Fraction(2 * (n - 1) * numel(weights_of(model)), n)})
     if run_file.parallel.context == "ring":
         found["cp", "send"] = each * 2 * model.num_kv_heads * (3 * n - 2)
     else:
@@ -160,10 +161,11 @@ def cp_bytes(drawn: Sample, n: int) -> Bytes:
     return in_bytes(found)
 
 
-def pp_bytes(drawn: Sample) -> Bytes:
-    """Return what one border sends: two stages, one on each rank."""
-    t = SEQ * drawn.micro_batch
-    return in_bytes(Counter({("pp", "send"): BATCH // drawn.micro_batch * t * drawn.run_file().model.hidden_size}))
+def pp_bytes(drawn: Sample, n: int, rank: int) -> Bytes:
+    """Return what a rank with one stage sends: activations to the next one, gradients to the one before."""
+    t, borders = SEQ * drawn.micro_batch, (rank < n - 1) + (rank > 0)
+    each = BATCH // drawn.micro_batch * t * drawn.run_file().model.hidden_size
+    return in_bytes(Counter({("pp", "send"): each * borders}))
 
 
 def moe_bytes(drawn: Sample, rank: int) -> Bytes:
@@ -215,8 +217,8 @@ def rows_between(drawn: Sample) -> list[list[list[int]]]:
 
 
 def in_bytes(numbers: Counter[tuple[str, str]]) -> Bytes:
-    """Return bytes for numbers; what is 0 is left out."""
-    return Counter({key: WIDTH * count for key, count in numbers.items() if count})
+    """Return bytes for numbers, which may be parts of one where n does not divide them; what is 0 is left out."""
+    return Counter({key: int(WIDTH * count) for key, count in numbers.items() if count})
 
 
 def of_zero(name: str, replicas: int) -> dict[str, tuple[Sample, Callable[[int], Bytes]]]:
@@ -245,8 +247,34 @@ LAYOUTS: dict[str, tuple[Sample, Callable[[int], Bytes]]] = {
     **of_zero("", 1),
     **of_zero("HSDP, ", 2),
     "tp + sp": (TP, lambda rank: tp_bytes(TP, 2)),
-    "pp": (PP, lambda rank: pp_bytes(PP)),
+    "pp": (PP, partial(pp_bytes, PP, 2)),
     "cp, ring": (RING, lambda rank: cp_bytes(RING, 2)),
     "cp, Ulysses": (ULYSSES, lambda rank: cp_bytes(ULYSSES, 2)),
     **{name: (drawn, partial(moe_bytes, drawn)) for name, drawn in MIXTURES.items()},
+}
+
+
+def over(drawn: Sample, n: int, formula: Callable[..., Bytes]) -> tuple[Sample, Callable[[int], Bytes]]:
+    """Return a layout of n ranks along one axis, and what each of them sends."""
+    return drawn, partial(formula, drawn, n)
+
+
+# Three or four ranks along one axis: what two cannot tell, such as n - 1 from 1, or a neighbour from all others.
+LONGER: dict[str, tuple[Sample, Callable[[int], Bytes]]] = {
+    "tp 3": over(sample("dense-by-three", tp=3, micro_batch=4), 3, lambda drawn, n, _: tp_bytes(drawn, n)),
+    "cp 3, ring": over(sample("dense-by-three", cp=3, micro_batch=4), 3, lambda drawn, n, _: cp_bytes(drawn, n)),
+    "cp 3, Ulysses": over(
+        sample("dense-by-three", cp=3, context="ulysses", micro_batch=4), 3, lambda drawn, n, _: cp_bytes(drawn, n)
+    ),
+    "cp 6, ring": over(sample("dense", cp=6, micro_batch=4), 6, lambda drawn, n, _: cp_bytes(drawn, n)),
+    **{
+        f"dp 4, ZeRO-{stage}": over(sample("dense", dp_shard=4, zero__stage=stage, micro_batch=2), 4, dp_bytes)
+        for stage in range(4)
+    },
+    "pp 4": over(sample("dense", pp=4, micro_batch=2), 4, pp_bytes),
+    **{
+        f"{axis} 4": (drawn, partial(moe_bytes, drawn))
+        for axis in ("ep", "etp")
+        for drawn in (sample("moe-by-four", dp_shard=4, **{axis: 4}),)
+    },
 }

@@ -38,8 +38,8 @@ def prove(
     through a checkpoint; in fp64, in fp32, and in the run file's own precision.
 
     Prints each key that was changed and a line for each layout. On a difference: the first tensor and step, by how
-    much, and the axis, found by running again with one axis off at a time. Exit status: 0 the same, 1 different, 2 a
-    mistake in what was given. Needs no GPU and no store.
+    much, and the axis, found by running again with one axis off at a time. Exit status: 0 the same, 1 different or no
+    answer in time, 2 a mistake in what was given. Needs no GPU and no store.
 
     meshwright prove runs/moe_tiny.toml
 

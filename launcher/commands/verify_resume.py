@@ -34,8 +34,8 @@ def verify_resume(
 
     Trains the narrowed model (as prove does) on the run file's layout, on at most 8 CPU ranks: twice as many steps at a
     stretch, and again with every rank killed after the checkpoint in the middle. What goes on from there, on the layout
-    of --to, must see the same token ids, have the same learning rates, and come to the same losses, in fp64 to 1e-9. On
-    the same layout, in the run file's own precision, all of it must be equal bit for bit, weights and moments too.
+    of --to, must see the same token ids, have the same learning rates, and come to the same losses, weights and
+    moments, in fp64 to 1e-9. On the same layout, in the run file's own precision, all of it must be equal bit for bit.
 
     Axes that --to does not name stay as the run file has them. Exit status: 0 the same, 1 different, 2 a mistake in
     what was given.

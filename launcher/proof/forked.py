@@ -45,6 +45,10 @@ class RankLostError(RuntimeError):
         self.details = details
 
 
+class NoAnswerError(RankLostError):
+    """The time was up before every rank had answered: they may be slow, on a machine that has other work."""
+
+
 class Fork:
     """So many ranks that each do one piece of work."""
 
@@ -80,13 +84,14 @@ class Fork:
         """Return what every rank's work returned.
 
         Raises:
-            RankLostError: naming the first rank that failed, or those that are silent when the time is up.
+            RankLostError: naming the first rank that failed.
+            NoAnswerError: naming those that are silent when the time is up.
         """
         found, lost = self._collect(seconds)
         if lost:
             raise self._lost(lost)
         if silent := [rank for rank in range(self.size) if rank not in found]:
-            raise RankLostError(f"of {self.size} ranks {silent} did not answer within {seconds:.0f} s, and were ended")
+            raise NoAnswerError(f"of {self.size} ranks {silent} did not answer within {seconds:.0f} s, and were ended")
         return [found[rank] for rank in range(self.size)]
 
     def kill_when(self, is_due: Callable[[], bool], seconds: float) -> None:

@@ -79,7 +79,7 @@ def narrow(run_file: RunFile, target: Sizes, layouts: Sequence[Sizes]) -> Narrow
     needs = Needs.of([*layouts, Sizes()], run_file.pipeline.stages_held, run_file.parallel.context)
     updates = {
         "run": {"device": "cpu", "timeout_seconds": 60},
-        "data": {"store": "counted", "seq_len": _sequence(run_file.data.seq_len, needs), "prefetch": 0},
+        "data": {"store": "counted", "seq_len": _sequence(run_file.data.seq_len, needs)},
         "parallel": {"expert_exchange": "all_to_all"},  # the only one on a CPU
         "train": _train(run_file, target, needs),
         "learning_rate": {"warmup_steps": min(run_file.learning_rate.warmup_steps, 1)},

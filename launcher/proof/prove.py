@@ -20,7 +20,7 @@ from meshwright.launcher.build import sizes_of
 from meshwright.launcher.kernel_choices import grouped_lines
 from meshwright.launcher.proof.compare import Verdict, compare_checkpoint, compare_exactly, compare_fast
 from meshwright.launcher.proof.expected import expected_tensors
-from meshwright.launcher.proof.forked import Fork, RankLostError
+from meshwright.launcher.proof.forked import Fork, NoAnswerError, RankLostError
 from meshwright.launcher.proof.narrow import Narrowed, alone, narrow, on_layout
 from meshwright.launcher.proof.own_precision import compare_computed, compare_own
 from meshwright.launcher.proof.passes import (
@@ -42,7 +42,9 @@ ONE = Sizes()
 PASSES = ("exact", "fast", "own", "checkpoint")
 NOR_ALONE = ", and one process does not take it either"
 _CPU = torch.device("cpu")
+# How long ranks may take: on a machine with other work, in units of what one process took there.
 _SECONDS_OF_A_LAYOUT = 150.0
+_TIMES_ONE_PROCESS = 100.0
 _LONGEST = 300  # characters of a message
 # What an fp32 run on a CPU goes by where it can: torch's names of the fast operators.
 _OPERATORS: dict[Work, str] = {
@@ -73,6 +75,8 @@ class LayoutResult:
     lost: str = ""
     """Why its ranks did not come to an end, where they did not."""
     details: str = ""
+    gave_no_answer: bool = False
+    """Whether its ranks were at work when their time was up: then nothing is known of it."""
     notes: list[str] = field(default_factory=list)
     """What its sizes and numbers do not let serve, fast operators or clipping, and why."""
     seconds: float = 0.0
@@ -117,6 +121,11 @@ class Proof:
         """Say whether the layout computes what one process computes."""
         return all(result.is_same for result in self.results)
 
+    @property
+    def different(self) -> list[LayoutResult]:
+        """Return the layouts that do not compute the same; those without an answer are none of them."""
+        return [result for result in self.results if not result.is_same and not result.gave_no_answer]
+
 
 def plan_proof(run_file: RunFile, world_size: int) -> Plan:
     """Choose sub-layouts and a narrow run; the run file must have passed its checks on so many ranks.
@@ -160,7 +169,7 @@ def prove(plan: Plan, tell: Callable[[LayoutResult], None] = lambda _: None) -> 
         proof.results.append(result)
         tell(result)
     # What one process does not do either comes with no axis.
-    if different := [result for result in proof.results if not result.is_same and NOR_ALONE not in result.first]:
+    if different := [result for result in proof.different if NOR_ALONE not in result.first]:
         proof.blame = find_axis(judge, min(different, key=lambda result: result.sizes.world))
     proof.seconds = time.monotonic() - began
     return proof
@@ -177,7 +186,9 @@ class Judge:
         """
         self.run_file, self.passes = run_file, tuple(passes)
         wanted = [one for one in reference_passes(run_file.train.precision) if {one.name, one.needed_by} & {*passes}]
-        (self.one,) = _answers(1, partial(run_passes, alone(run_file), wanted, {}, None))
+        began, self.limit = time.monotonic(), _SECONDS_OF_A_LAYOUT
+        (self.one,) = self._answers(1, partial(run_passes, alone(run_file), wanted, {}, None))
+        self.limit = max(self.limit, _TIMES_ONE_PROCESS * (time.monotonic() - began))
         self.choices: Mapping[str, Choices] = {name: choices_in(record) for name, record in self.one.items()}
 
     def judge(self, sizes: Sizes, *, zero_stage: int | None = None, only: str = "") -> LayoutResult:
@@ -192,6 +203,7 @@ class Judge:
                 self._compare(result, table, wanted, Path(folder))
             except RankLostError as error:
                 result.lost, result.details = str(error), error.details
+                result.gave_no_answer = isinstance(error, NoAnswerError)
         result.seconds = time.monotonic() - began
         return result
 
@@ -200,7 +212,7 @@ class Judge:
         names = {"exact" if name == "checkpoint" else name for name in wanted}
         passes = [one for one in passes_of(table.train.precision) if one.name in names]
         work = partial(run_passes, table, passes, self.choices, folder if saves else None)
-        ranks: list[dict[str, RankRecord]] = _answers(result.sizes.world, work)
+        ranks: list[dict[str, RankRecord]] = self._answers(result.sizes.world, work)
         of_pass = {one.name: [rank[one.name] for rank in ranks] for one in passes}
         if "exact" in wanted:
             result.notes += unclipped(table, self.one["exact"])
@@ -213,22 +225,20 @@ class Judge:
             result.verdicts["own"] = compare_own(self.one["start"], self.one["own"], of_pass["own"])
             compare_computed(result.verdicts["own"], of_pass["own"], table.train.precision)
         if saves:
-            result.verdicts["checkpoint"] = _checkpoint(table, folder, of_pass["exact"])
+            result.verdicts["checkpoint"] = self._checkpoint(table, folder, of_pass["exact"])
 
+    def _checkpoint(self, table: RunFile, folder: Path, ranks: Sequence[RankRecord]) -> Verdict:
+        """Let one process load what the ranks saved, and compare."""
+        if ranks[0].not_saved:
+            verdict = Verdict([])
+            verdict.miss("", ranks[0].not_saved[:_LONGEST], what="checkpoint")
+            return verdict
+        (loaded,) = self._answers(1, partial(restored, on_layout(table, ONE), folder))
+        return compare_checkpoint(loaded, ranks, expected_tensors(table))
 
-def _checkpoint(table: RunFile, folder: Path, ranks: Sequence[RankRecord]) -> Verdict:
-    """Let one process load what the ranks saved, and compare."""
-    if ranks[0].not_saved:
-        verdict = Verdict([])
-        verdict.miss("", ranks[0].not_saved[:_LONGEST], what="checkpoint")
-        return verdict
-    (loaded,) = _answers(1, partial(restored, on_layout(table, ONE), folder))
-    return compare_checkpoint(loaded, ranks, expected_tensors(table))
-
-
-def _answers(size: int, work: Callable[[int], Any]) -> list[Any]:
-    with Fork(size, work) as ranks:
-        return ranks.answers(_SECONDS_OF_A_LAYOUT)
+    def _answers(self, size: int, work: Callable[[int], Any]) -> list[Any]:
+        with Fork(size, work) as ranks:
+            return ranks.answers(self.limit)
 
 
 def unclipped(run_file: RunFile, one: RankRecord) -> list[str]:
@@ -270,9 +280,10 @@ def find_axis(judge: Judge, shown: LayoutResult) -> Blame:
         smaller = without(sizes, axis)
         if smaller is None or refusals(judge.run_file, smaller):
             continue
-        if judge.judge(smaller, zero_stage=stage, only=only).is_same:
+        result = judge.judge(smaller, zero_stage=stage, only=only)
+        if result.is_same:
             needed.append(axis)
-        else:
+        elif not result.gave_no_answer:
             sizes = smaller
     if sizes == ONE:
         return Blame(ONE, ())

@@ -58,8 +58,13 @@ def ending(proof: Proof) -> Iterator[str]:
     if proof.is_same:
         yield f"the same as one process; {proof.seconds:.0f} s"
         return
-    failed = [result for result in proof.results if not result.is_same]
-    yield f"DIFFERENT from one process on {len(failed)} of {len(proof.results)} layouts; {proof.seconds:.0f} s"
+    failed, count = proof.different, len(proof.results)
+    if silent := sum(result.gave_no_answer for result in proof.results):
+        yield f"NO ANSWER from {silent} of {count} layouts in the time they had: nothing is known of them; run again"
+    if not failed:
+        yield f"no difference on the others; {proof.seconds:.0f} s"
+        return
+    yield f"DIFFERENT from one process on {len(failed)} of {count} layouts; {proof.seconds:.0f} s"
     yield f"  first    {failed[0].first}"
     if proof.blame is not None and not proof.blame.axes:
         yield "  axis     none: one process shows it too, where it takes a rank's micro-batches"
@@ -121,6 +126,7 @@ def _result(result: LayoutResult) -> dict[str, Any]:
         "ranks": result.sizes.world,
         "is_same": result.is_same,
         "lost": result.lost,
+        "gave_no_answer": result.gave_no_answer,
         "details": result.details,
         "not_used": result.notes,
         "seconds": round(result.seconds, 1),

@@ -4,11 +4,13 @@
     broken     k steps on it, a checkpoint, into the next step, then every rank is killed (SIGKILL)
     resumed    from that checkpoint to step 2k, on another layout
 
-    fp64, another layout            same token ids, same learning rates; losses and norms to 1e-9
-    own precision, same layout      all of that bit for bit, and every weight and moment; and the weights that the model
-                                    computes with are the masters, rounded
+    fp64, another layout            same token ids, same learning rates; losses and norms to 1e-9, and at the end every
+                                    weight and moment (held.py): the first step after a resume needs no moments
+    own precision, same layout      all of that bit for bit; and the weights that the model computes with are the
+                                    masters, rounded
 
-The ranks train by the product's own loop, saver and resume; the run is as narrow as for `prove`.
+The ranks train by the product's own loop, saver and resume; the run is as narrow as for `prove`. Batches are read ahead
+as the run file says: the threads that do it begin in the ranks, after they were forked.
 """
 
 import signal
@@ -31,6 +33,7 @@ from meshwright.launcher.observe.peak import Peak
 from meshwright.launcher.observe.sinks import Sinks
 from meshwright.launcher.proof.compare import EXACT
 from meshwright.launcher.proof.forked import Fork, RankLostError
+from meshwright.launcher.proof.held import compare_bits, compare_held
 from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
 from meshwright.launcher.proof.own_precision import masters_after, other_than_masters
 from meshwright.launcher.proof.passes import Precision, build
@@ -77,6 +80,8 @@ class ResumeResult:
     differences: list[str] = field(default_factory=list)
     worst: float = 0.0
     """The largest relative difference of a loss or a norm."""
+    worst_held: float = 0.0
+    """The largest difference of a weight or a moment at the end, over its tensor's largest value."""
     tokens: int = 0
     """Tokens that were compared, id by id."""
     seconds: float = 0.0
@@ -215,11 +220,15 @@ def _go_on(plan: ResumePlan, result: ResumeResult) -> None:
     for record in expected:
         del record.steps[: plan.steps]
     compare_steps(result, expected, found, first_step=plan.steps)
+    held = [[record.held for record in records] for records in (expected, found)]
     if result.is_bitwise:
-        compare_bits(result, expected, found)
+        result.differences += compare_bits(*held)
         for who, records in (("unbroken", expected), ("resumed", found)):
             for name, note in other_than_masters(records, masters_after(records, -1, result.precision)):
                 result.differences.append(f"at the end, {who}: {name}: {note}")
+    elif expected[0].steps:
+        differences, result.worst_held = compare_held(*held, norm=max(step.norm for step in expected[0].steps))
+        result.differences += differences
 
 
 def train_rank(run_file: RunFile, precision: Precision, folder: str, kill_after: int | None, _rank: int) -> RankRecord:
@@ -284,14 +293,6 @@ def compare_steps(
                 result.worst = max(result.worst, error)
                 if error > allowed:
                     result.differences.append(f"{of_rank}: {what} {one!r}, not {other!r}: off by {error:.2g}")
-
-
-def compare_bits(result: ResumeResult, expected: Sequence[RankRecord], found: Sequence[RankRecord]) -> None:
-    """Compare what the ranks hold at the end, each with the same rank of the unbroken run."""
-    for rank, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
-        for name, piece in theirs.held.items():
-            if not np.array_equal(ours.held[name].values, piece.values):
-                result.differences.append(f"at the end: {name} has other bits on rank {rank}")
 
 
 def _ids(records: Sequence[RankRecord], step: int, what: str) -> dict[tuple[int, int], int]:

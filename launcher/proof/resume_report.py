@@ -16,14 +16,16 @@ def heading(name: str, plan: ResumePlan) -> Iterator[str]:
     yield "narrowed"
     for change in plan.narrowed.changes:
         yield f"  {change}"
-    yield _row("from", "to", "precision", "loss, norm", "ids", "seconds")
+    yield _row("from", "to", "precision", "loss, norm", "weights, moments", "ids", "seconds")
 
 
 def row(result: ResumeResult) -> Iterator[str]:
     """Yield the table's line of one way of going on, and its first differences."""
     worst = "equal bits" if result.is_bitwise and result.worst == 0 else f"{result.worst:.1e}"
     after = "the same" if result.before == result.after else said(result.after)
-    yield _row(said(result.before), after, result.precision, worst, f"{result.tokens:,}", f"{result.seconds:.1f}")
+    held = f"{result.worst_held:.1e}" if not result.is_bitwise else "equal bits" if result.is_same else "-"
+    ids, seconds = f"{result.tokens:,}", f"{result.seconds:.1f}"
+    yield _row(said(result.before), after, result.precision, worst, held, ids, seconds)
     for line in result.differences[:_SHOWN]:
         yield f"    {line}"
     if len(result.differences) > _SHOWN:
@@ -52,5 +54,5 @@ def as_json(name: str, plan: ResumePlan, results: Sequence[ResumeResult]) -> dic
 
 
 def _row(*cells: str) -> str:
-    widths = (36, 36, 15, 13, 9, 0)
+    widths = (36, 36, 15, 13, 18, 9, 0)
     return "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()

@@ -1,10 +1,10 @@
-"""What a rank holds from step to step, in bytes: weights, masters, gradients and moments under each ZeRO stage.
+"""What a rank holds, in bytes: weights, masters, gradients at most, and moments under each ZeRO stage.
 
     N weights over d ranks that shard state; c bytes in the type computed with, m in the type updated in (at least fp32)
 
     stage   weights   masters             gradients     moments
     0       c*N       m*N if c < m        m*N           2*m*N
-    1       c*N       m*N/d if c < m      m*N + m*N/d   2*m*N/d      the sums land beside what is sent
+    1       c*N       m*N/d if c < m      m*N + m*N/d   2*m*N/d      sums land beside what is sent, let go then
     2       c*N       m*N/d               m*N/d         2*m*N/d      the weights are gathered for each pass
     3       -         m*N/d               m*N/d         2*m*N/d      one layer at a time is gathered, not counted
 

@@ -11,7 +11,8 @@ Under ZeRO-0, and wherever the ZeRO axis has one rank, there is one row and the 
 that have other samples: over copies and shards apart it would send up to twice the bytes. Gradients are summed, never
 averaged: the loss was divided by the step's token count. A hook moves each gradient into its bucket as soon as it is
 accumulated, and counts it: a bucket sets out when each of its parameters has had as many as the step has micro-batches,
-buckets always in the same order on all ranks.
+buckets always in the same order on all ranks. When it is summed, a bucket of several rows is let go: until the next
+step's first gradient comes, a rank keeps its own row.
 
 Schedules of a pipeline that compute the gradients of weights apart write `.grad` without calling hooks (torch's
 `stage_backward_weight`; checked with 2.13). For them the gradients are taken when the schedule is through.
@@ -64,24 +65,39 @@ class _Slot:
 
 class _Bucket:
     def __init__(self, slots: list[_Slot], num_rows: int, axes: tuple[Axis, ...], dtype: torch.dtype) -> None:
-        device = slots[0].parameter.device
-        self.slots, self.axes = slots, axes
-        self.rows = torch.zeros(num_rows, slots[-1].end, dtype=dtype, device=device)
-        shards = num_rows > 1
-        self.mine = torch.zeros(slots[-1].end, dtype=dtype, device=device) if shards else self.rows[0]
+        self.slots, self.axes, self.num_rows = slots, axes, num_rows
+        self.mine = torch.zeros(slots[-1].end, dtype=dtype, device=slots[0].parameter.device)
+        self.rows: Tensor | None = None
+        """All ranks' rows while gradients are collected; with one row it is `mine`, which stays."""
         self.pending: Pending = DONE
         self.launched = False
         for slot in slots:
-            slot.places = slot.places_in(self.rows)
             held = slot.part.parameter
             held.grad = self.mine[slot.begin : slot.begin + held.numel()].view(held.shape)
+
+    def open(self) -> None:
+        """Make room for the gradients of a step, unless there is some."""
+        if self.rows is None:
+            shards = self.num_rows > 1
+            # Zeros, for the padding; of what is large a system makes them as pages are first written.
+            self.rows = self.mine.new_zeros(self.num_rows, len(self.mine)) if shards else self.mine[None]
+            for slot in self.slots:
+                slot.places = slot.places_in(self.rows)
+
+    def _close(self) -> None:
+        """Let go of the other ranks' rows, which have been summed."""
+        if self.num_rows > 1:
+            self.rows = None
+            for slot in self.slots:
+                slot.places = []
 
     def launch(self) -> None:
         """Start the sum over the last axis; the others follow when it is done."""
         assert not self.launched, f"the bucket of {self.slots[0].name} was reduced twice in one step"
+        assert self.rows is not None, f"the bucket of {self.slots[0].name} holds no gradients"
         self.launched = True
         zero = self.axes[-1]
-        if self.rows.shape[0] > 1:
+        if self.num_rows > 1:
             self.pending = reduce_scatter(self.mine, self.rows.view(-1), zero)
         else:
             self.pending = all_reduce(self.mine, zero, asynchronous=True)
@@ -96,6 +112,8 @@ class _Bucket:
             )
         assert self.launched, f"the bucket of {self.slots[0].name} was not reduced in this step"
         self.pending.wait()
+        self.pending = DONE
+        self._close()
         for axis in self.axes[:-1]:
             all_reduce(self.mine, axis)
         self.launched = False
@@ -133,7 +151,7 @@ class BucketEngine:
         self._take_at_end = take_at_end
         for bucket in [] if take_at_end else self.buckets:
             for slot in bucket.slots:
-                slot.parameter.register_post_accumulate_grad_hook(self._hook(slot))  # type: ignore[no-untyped-call]
+                slot.parameter.register_post_accumulate_grad_hook(self._hook(bucket, slot))  # type: ignore[no-untyped-call]
 
     def _num_rows(self, placement: Placement) -> int:
         """Return in how many parts the state of a parameter is cut; 1 is not at all."""
@@ -180,19 +198,20 @@ class BucketEngine:
                 slot.arrived = 0
                 slot.parameter.grad = None
 
-    def _hook(self, slot: _Slot) -> Callable[[nn.Parameter], None]:
+    def _hook(self, bucket: _Bucket, slot: _Slot) -> Callable[[nn.Parameter], None]:
         def take_gradient(parameter: nn.Parameter) -> None:
-            self._take(slot)
+            self._take(bucket, slot)
             if slot.arrived == self._expected:
                 self._launch_what_is_full()
 
         return take_gradient
 
-    def _take(self, slot: _Slot) -> None:
+    def _take(self, bucket: _Bucket, slot: _Slot) -> None:
         """Move a parameter's gradient into its bucket."""
         gradient = slot.parameter.grad
         assert gradient is not None, f"{slot.name} got no gradient in this step"
         assert slot.arrived < self._expected, f"{slot.name} got more than {self._expected} gradients in this step"
+        bucket.open()
         move = torch._foreach_add_ if slot.arrived else torch._foreach_copy_
         move(slot.places, slot.pieces(gradient))
         slot.parameter.grad = None
@@ -210,7 +229,7 @@ class BucketEngine:
         if self._take_at_end:
             for bucket in self.buckets:
                 for slot in bucket.slots:
-                    self._take(slot)
+                    self._take(bucket, slot)
                 bucket.launch()
         for bucket in self.buckets:
             bucket.finish(self._expected)
@@ -218,7 +237,7 @@ class BucketEngine:
     def publish_weights(self) -> None:
         """Bring the updated parts into the parameters: cast masters, gather the other ranks' rows."""
         for bucket in self.buckets:
-            if bucket.rows.shape[0] == 1:
+            if bucket.num_rows == 1:
                 for slot in bucket.slots:
                     if slot.part.parameter.data_ptr() != slot.parameter.data_ptr():
                         slot.parameter.detach().copy_(slot.part.parameter)
@@ -233,8 +252,7 @@ class BucketEngine:
             row[slot.begin : slot.begin + part.numel()].view_as(part) for slot, part in zip(slots, parts, strict=True)
         ]
         torch._foreach_copy_(ours, parts)
-        # The gradients have been used: where the types agree, their memory takes the weights that come.
-        rows = bucket.rows if dtype == bucket.rows.dtype else torch.empty_like(bucket.rows, dtype=dtype)
+        rows = row.new_empty(bucket.num_rows, len(row))
         all_gather(rows.view(-1), row, bucket.axes[-1]).wait()
         weights = [piece for slot in slots for piece in slot.pieces(slot.parameter.detach())]
         torch._foreach_copy_(weights, [place for slot in slots for place in slot.places_in(rows)])

@@ -8,6 +8,8 @@
     3       parts, gathered    parts                           parts
             twice a pass
 
+The whole gradients that stage 1 collects are let go when they are reduced (buckets.py).
+
 Stages 2 and 3 need an axis to shard over: a parameter whose ZeRO axis has one rank (experts when ep takes all
 ranks, anything on one process) has nothing to shard and goes by buckets, which is the same result.
 """

@@ -68,7 +68,7 @@ def look(tables: RunFile, world: int, rank: int, pipe: Connection) -> None:
     engine = shard(model, units, table, mesh, stage=plan.stage, device=meta, schedule=plan.schedule)
 
     buckets = [bucket for inner in engine._engines for bucket in inner.buckets]
-    gradients = sum(bucket.rows.nbytes + (bucket.mine.nbytes if len(bucket.rows) > 1 else 0) for bucket in buckets)
+    gradients = sum(bucket.mine.nbytes * (bucket.num_rows + (bucket.num_rows > 1)) for bucket in buckets)
     held_numbers = sum(part.parameter.numel() for part in engine.parts.values())
     state = StateBytes(4 * sum(weights), 0, gradients, 8 * held_numbers)
     axes = {name: axis.ranks for name, axis in mesh.axes.items()}

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -14,6 +15,7 @@ from meshwright.kernels import grouped
 from meshwright.launcher.commands.prove import prove as command
 from meshwright.launcher.proof import prove as proof
 from meshwright.launcher.proof.compare import Tie
+from meshwright.launcher.proof.forked import NoAnswerError
 from meshwright.launcher.proof.passes import passes_of, reference_passes
 from meshwright.launcher.proof.record import RankRecord, StepRecord
 from meshwright.launcher.proof.report import as_json, ending, heading, row
@@ -112,6 +114,33 @@ def test_ranks_that_fail_are_a_difference_with_their_words(monkeypatch: pytest.M
         told
         == "  axis     dp_shard, the only axis that the layout has; the smallest layout that shows it is dp_shard=2"
     )
+
+
+def test_a_layout_that_gives_no_answer_is_no_difference_and_names_no_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(_self: proof.Judge, _size: int, _work: object) -> None:
+        raise NoAnswerError("of 2 ranks [0, 1] did not answer within 150 s, and were ended")
+
+    plan = plan_of("dense_tiny.toml", passes=("exact",))
+    monkeypatch.setattr(proof.Judge, "__init__", lambda self, run_file, passes: vars(self).update(one_judge(run_file)))
+    monkeypatch.setattr(proof.Judge, "_answers", slow)
+    done = proof.prove(plan)
+    assert not done.is_same
+    assert done.blame is None
+    told = list(ending(done))
+    assert told[0].startswith("NO ANSWER from 1 of 1 layouts")
+    assert not any("DIFFERENT" in line or "axis" in line for line in told)
+    assert as_json("x", done)["results"][0]["gave_no_answer"]
+
+
+def one_judge(run_file: object) -> dict[str, object]:
+    return {"run_file": run_file, "passes": ("exact",), "choices": {}}
+
+
+def test_ranks_have_longer_where_one_process_took_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 2.5))
+    monkeypatch.setattr(proof, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(proof.Judge, "_answers", lambda *_: [{}])
+    assert proof.Judge(plan_of("dense_tiny.toml").narrowed.run_file, ("exact",)).limit == 250.0
 
 
 EVERYTHING = {"aten::_grouped_mm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_fused_adamw_"}

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from meshwright.data import batches
 from meshwright.launcher.commands.verify_resume import verify_resume as command
 from meshwright.launcher.proof import resume
 from meshwright.launcher.proof.record import RankRecord
@@ -12,7 +14,8 @@ from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.training import saving
 from meshwright.launcher.training.progress import Progress
-from meshwright.parallel.mesh import Sizes
+from meshwright.parallel.checkpoint.describe import HeldPart
+from meshwright.parallel.mesh import Mesh, Sizes
 
 RUNS = Path(__file__).resolve().parents[3] / "runs"
 
@@ -33,6 +36,7 @@ def test_a_run_goes_on_with_tensor_parallelism_and_bit_for_bit_without(
     assert (same["precision"], same["is_bitwise"], same["worst"]) == ("fp32", True, 0.0)
     assert (other["precision"], other["is_bitwise"]) == ("fp64", False)
     assert other["worst"] < 1e-12
+    assert 0 < other["worst_held"] < 1e-9
     assert other["tokens"] == 2 * 2 * 2 * 2 * 32  # tokens and targets of two steps of four samples
 
 
@@ -64,6 +68,47 @@ def test_a_resume_that_skips_samples_is_caught(monkeypatch: pytest.MonkeyPatch) 
     assert not result.is_same
     assert result.differences[0].startswith("step 3: ")
     assert "tokens are others" in result.differences[0]
+
+
+def went_on(plan: resume.ResumePlan) -> resume.ResumeResult:
+    """Return what came of the first way to another layout."""
+    before, after = plan.pairs[0]
+    result = resume.ResumeResult(before, after, "fp64", is_bitwise=before == after)
+    resume._go_on(plan, result)
+    return result
+
+
+@pytest.mark.slow
+def test_a_position_that_counts_what_was_read_ahead_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = batches._Reader.get
+
+    def ahead(reader: batches._Reader) -> tuple[batches.Batch, int]:
+        batch, at = real(reader)
+        return batch, at + 2 * len(batch.sample)
+
+    monkeypatch.setattr(batches._Reader, "get", ahead)
+    plan = plan_of("dense_tiny.toml", "dp_shard=2", steps=1)
+    assert plan.narrowed.run_file.data.prefetch == plan.run_file.data.prefetch == 2
+    assert "tokens are others" in went_on(plan).differences[0]
+
+
+@pytest.mark.slow
+def test_moments_that_are_lost_on_another_layout_are_caught_after_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = saving.load_checkpoint
+
+    def without_moments(path: Path, tensors: dict[str, HeldPart], mesh: Mesh, *more: Any) -> None:
+        real(path, tensors, mesh, *more)
+        for name, part in tensors.items():
+            if name.startswith("optimizer.") and mesh.tp.is_split:
+                part.tensor.zero_()
+
+    plan = plan_of("dense_tiny.toml", "tp=2,dp_shard=1", steps=1)
+    assert went_on(plan).differences == []
+    monkeypatch.setattr(saving, "load_checkpoint", without_moments)
+    result = went_on(plan)
+    assert result.worst < 1e-9  # losses and norms alone are those of the step that the weights make
+    assert all(line.startswith("at the end: ") for line in result.differences)
+    assert any("optimizer.exp_avg." in line for line in result.differences)
 
 
 def test_a_rank_that_is_not_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

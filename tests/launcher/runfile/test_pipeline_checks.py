@@ -7,7 +7,7 @@ import pytest
 from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import RunFile
-from meshwright.launcher.stages import layers_of_stages, stage_costs, stages_of
+from meshwright.launcher.stages import forward_costs, layers_of_stages, stage_costs, stages_of
 from meshwright.parallel.config import ZERO_BUBBLE
 
 ALL = ["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
@@ -129,6 +129,15 @@ def test_all_that_a_split_backward_forbids_is_told_at_once_and_without_a_world()
         found = check_on_any_world(run_file("parallel.pp=2", f"pipeline.schedule={schedule}", *wrong))
         keys = {line.partition(" =")[0] for line in found}
         assert {"zero.stage", "recompute.mode", "train.compile", "train.precision"} == keys
+
+
+def test_stages_are_cut_with_the_embedding_counted() -> None:
+    """With one id the output costs as much as the embedding: of equal cuts the last stage then begins first."""
+    run = run_file("parallel.pp=2", "model.num_layers=3", "model.vocab_size=1")
+    assert [len(stage) for stage in layers_of_stages(run)] == [1, 2]
+    (layer, *_), embedding, output = forward_costs(run.model, run.data.seq_len)
+    assert embedding == output == 2 * run.model.hidden_size
+    assert stage_costs(run) == (layer + embedding, 2 * layer + output)
 
 
 def test_stages_are_cut_with_the_output_counted() -> None:
