@@ -39,13 +39,13 @@ def prove(
 
     Prints each key that was changed and a line for each layout. On a difference: the first tensor and step, by how
     much, and the axis, found by running again with one axis off at a time. Exit status: 0 the same, 1 different or no
-    answer in time, 2 a mistake in what was given. Needs no GPU and no store.
+    answer, 2 a mistake in what was given. Needs no GPU and no store.
 
     meshwright prove runs/moe_tiny.toml
 
     meshwright prove runs/qwen3_30b_a3b.toml -n 64 zero.stage=2
     """
-    from meshwright.launcher.proof.answer import answer_place, stoppable, tell, undisturbed, with_mistakes_of
+    from meshwright.launcher.proof.answer import answer_place, leave, stoppable, tell, undisturbed, with_mistakes_of
     from meshwright.launcher.proof.world import read_for_world
 
     with with_mistakes_of(out, "proof.json"):
@@ -63,8 +63,7 @@ def prove(
         done = proof.prove(plan, lambda result: tell(*report.row(plan, result)))
     with undisturbed():
         tell(*report.ending(done))
-        report.write_json(path, report.as_json(str(run_file), done))
-        tell(f"  written  {path}")
+        leave(path, lambda: report.write_json(path, report.as_json(str(run_file), done)), is_same=done.is_same)
     if not done.is_same:
         sys.exit(1)
 

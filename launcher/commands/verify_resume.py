@@ -37,12 +37,12 @@ def verify_resume(
     of --to, must see the same token ids, have the same learning rates, and come to the same losses, weights and
     moments, in fp64 to 1e-9. On the same layout, in the run file's own precision, all of it must be equal bit for bit.
 
-    Axes that --to does not name stay as the run file has them. Exit status: 0 the same, 1 different, 2 a mistake in
-    what was given.
+    Axes that --to does not name stay as the run file has them. Exit status: 0 the same, 1 different or no answer,
+    2 a mistake in what was given.
 
     meshwright verify-resume runs/moe_tiny.toml --to "tp=2,dp_shard=1"
     """
-    from meshwright.launcher.proof.answer import answer_place, stoppable, tell, undisturbed, with_mistakes_of
+    from meshwright.launcher.proof.answer import answer_place, leave, stoppable, tell, undisturbed, with_mistakes_of
     from meshwright.launcher.proof.world import read_for_world
 
     with with_mistakes_of(out, "verify_resume.json"):
@@ -57,9 +57,9 @@ def verify_resume(
         plan = resume.plan_resume(config, world, to, steps, said_by=said_by)
         tell(*resume_report.heading(str(run_file), plan))
         results = resume.verify_resume(plan, lambda result: tell(*resume_report.row(result)))
+    is_same = all(result.is_same for result in results)
     with undisturbed():
         tell(*resume_report.ending(results))
-        write_json(path, resume_report.as_json(str(run_file), plan, results))
-        tell(f"  written  {path}")
-    if not all(result.is_same for result in results):
+        leave(path, lambda: write_json(path, resume_report.as_json(str(run_file), plan, results)), is_same=is_same)
+    if not is_same:
         sys.exit(1)

@@ -10,7 +10,7 @@ No torch is loaded here.
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -131,6 +131,24 @@ def undisturbed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave(path: Path, write: Callable[[], None], *, is_same: bool) -> None:
+    """Write the answer and say where; a disk that is full by now takes nothing from a verdict that was told.
+
+    Raises:
+        ConfigError: if it cannot be written, and there is no difference, whose exit status counts more.
+    """
+    try:
+        write()
+    except OSError as error:
+        rule = f"the answer cannot be written there ({error.strerror}); the verdict above stands"
+        unwritten = ConfigError(str(path), [f"{rule}; --out FILE on another disk would fit"])
+        if is_same:
+            raise unwritten from None
+        print(unwritten, file=sys.stderr)
+        return
+    tell(f"  written  {path}")
 
 
 def tell(*lines: str) -> None:

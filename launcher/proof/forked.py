@@ -31,6 +31,8 @@ from meshwright.launcher.ranks.with_parent import end_with_parent
 _SETTLE_SECONDS = 2.0  # after a rank was lost: how long the others may take to say that they miss it
 _LONGEST = 300
 _POLL_SECONDS = 0.02
+# With these nobody ends himself.
+_FROM_OUTSIDE = tuple(f"was killed by {number.name}" for number in (signal.SIGKILL, signal.SIGTERM))
 
 
 class RankLostError(RuntimeError):
@@ -46,7 +48,11 @@ class RankLostError(RuntimeError):
 
 
 class NoAnswerError(RankLostError):
-    """The time was up before every rank had answered: they may be slow, on a machine that has other work."""
+    """Nothing is known of what the ranks compute: they were slow, or somebody ended one of them.
+
+    The time was up before all had answered, on a machine that has other work perhaps; or the kernel, short of memory,
+    or a person killed a rank.
+    """
 
 
 class Fork:
@@ -85,7 +91,7 @@ class Fork:
 
         Raises:
             RankLostError: naming the first rank that failed.
-            NoAnswerError: naming those that are silent when the time is up.
+            NoAnswerError: naming those that are silent when the time is up, or the one that was killed.
         """
         found, lost = self._collect(seconds)
         if lost:
@@ -98,7 +104,8 @@ class Fork:
         """Kill every rank (SIGKILL) as soon as it is due: at that moment they all must still be at work.
 
         Raises:
-            RankLostError: if one of them ended before, or the time is up.
+            RankLostError: if one of them ended before.
+            NoAnswerError: if the time is up.
         """
         until = time.monotonic() + seconds
         while not is_due():
@@ -106,7 +113,7 @@ class Fork:
                 self.answers(_SETTLE_SECONDS)
                 raise RankLostError(f"a rank of {self.size} came to its end before it could be killed")
             if time.monotonic() > until:
-                raise RankLostError(f"the {self.size} ranks did not come to where they are killed in {seconds:.0f} s")
+                raise NoAnswerError(f"the {self.size} ranks did not come to where they are killed in {seconds:.0f} s")
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -145,7 +152,8 @@ class Fork:
         causes = [rank for rank, (line, _) in lost.items() if not _is_consequence(line)] or list(lost)
         line, details = lost[causes[0]]
         line = line if len(line) <= _LONGEST else line[:_LONGEST] + " ..."
-        return RankLostError(f"rank {causes[0]} of {self.size} {line}", details)
+        kind = NoAnswerError if line in _FROM_OUTSIDE else RankLostError
+        return kind(f"rank {causes[0]} of {self.size} {line}", details)
 
     def _serve(self, rank: int, work: Callable[[int], Any], pipe: Connection) -> None:
         if self._end_with_parent is not None:

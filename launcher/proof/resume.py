@@ -32,7 +32,7 @@ from meshwright.launcher.observe.metrics import Meter, Numbers
 from meshwright.launcher.observe.peak import Peak
 from meshwright.launcher.observe.sinks import Sinks
 from meshwright.launcher.proof.compare import EXACT
-from meshwright.launcher.proof.forked import Fork, RankLostError
+from meshwright.launcher.proof.forked import Fork, NoAnswerError, RankLostError
 from meshwright.launcher.proof.held import compare_bits, compare_held
 from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
 from meshwright.launcher.proof.own_precision import masters_after, other_than_masters
@@ -85,6 +85,8 @@ class ResumeResult:
     tokens: int = 0
     """Tokens that were compared, id by id."""
     seconds: float = 0.0
+    gave_no_answer: bool = False
+    """Whether its ranks were slow, or killed by somebody else: then nothing is known of it."""
 
     @property
     def is_same(self) -> bool:
@@ -193,6 +195,7 @@ def verify_resume(plan: ResumePlan, tell: Callable[[ResumeResult], None] = lambd
             _go_on(plan, result)
         except RankLostError as error:
             result.differences.append(str(error))
+            result.gave_no_answer = isinstance(error, NoAnswerError)
         result.seconds = time.monotonic() - began
         results.append(result)
         tell(result)
@@ -289,7 +292,10 @@ def compare_steps(
             if ours.learning_rate != theirs.learning_rate:
                 result.differences.append(f"{of_rank}: learning rate {ours.learning_rate}, not {theirs.learning_rate}")
             for what, one, other in (("loss", ours.loss, theirs.loss), ("norm", ours.norm, theirs.norm)):
-                error = abs(one - other) / abs(other) if np.isfinite(one) and other else float(one != other)
+                if not np.isfinite([one, other]).all():
+                    result.differences.append(f"{of_rank}: {what} {one!r}, unbroken {other!r}: that shows nothing")
+                    continue
+                error = abs(one - other) / abs(other) if other else float(one != other)
                 result.worst = max(result.worst, error)
                 if error > allowed:
                     result.differences.append(f"{of_rank}: {what} {one!r}, not {other!r}: off by {error:.2g}")

@@ -35,11 +35,15 @@ def row(result: ResumeResult) -> Iterator[str]:
 def ending(results: Sequence[ResumeResult]) -> Iterator[str]:
     """Yield the verdict."""
     seconds = sum(result.seconds for result in results)
-    failed = [result for result in results if not result.is_same]
-    if not failed:
-        yield f"the resumed run is the unbroken one; {seconds:.0f} s"
-    else:
+    failed = [result for result in results if not result.is_same and not result.gave_no_answer]
+    if silent := sum(result.gave_no_answer for result in results):
+        yield f"NO ANSWER from {silent} of {len(results)} ways: nothing is known of them; run again"
+    if failed:
         yield f"DIFFERENT from the unbroken run in {len(failed)} of {len(results)} ways; {seconds:.0f} s"
+    elif silent:
+        yield f"no difference on the others; {seconds:.0f} s"
+    else:
+        yield f"the resumed run is the unbroken one; {seconds:.0f} s"
 
 
 def as_json(name: str, plan: ResumePlan, results: Sequence[ResumeResult]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from meshwright.launcher.proof.answer import answer_place, stoppable, undisturbed, with_mistakes_of
+from meshwright.launcher.proof.answer import answer_place, leave, stoppable, undisturbed, with_mistakes_of
 from meshwright.launcher.proof.forked import Fork
 from meshwright.launcher.proof.report import write_json
 from meshwright.launcher.runfile.messages import ConfigError
@@ -126,6 +126,24 @@ def test_an_answer_goes_to_a_file_in_a_folder_that_takes_no_other(
 def test_a_disk_that_is_full_is_told_with_the_file() -> None:
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         write_json(Path("/dev/full"), {})
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_disk_that_is_full_at_last_takes_nothing_from_the_verdict(
+    is_same: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write() -> None:
+        write_json(Path("/dev/full"), {})
+
+    if is_same:
+        with pytest.raises(ConfigError) as told:
+            leave(Path("/dev/full"), write, is_same=True)
+        text = str(told.value)
+    else:  # exit status 1 says more than that of a mistake
+        leave(Path("/dev/full"), write, is_same=False)
+        text = capsys.readouterr().err
+    assert "/dev/full" in text
+    assert "No space left on device); the verdict above stands; --out FILE" in text
 
 
 def test_the_place_of_the_answer_is_told_with_the_run_files_mistakes(tmp_path: Path) -> None:

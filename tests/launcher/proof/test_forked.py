@@ -1,8 +1,10 @@
 """Forked ranks answer in order, and are gone afterwards, whatever became of them."""
 
+import faulthandler
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from meshwright.launcher.proof.forked import Fork, RankLostError
+from meshwright.launcher.proof.forked import Fork, NoAnswerError, RankLostError
 
 
 def total(rank: int) -> tuple[int, float]:
@@ -38,6 +40,13 @@ def failing(rank: int) -> object:
     return total(rank)
 
 
+def crashing(rank: int) -> object:
+    if rank == 1:
+        faulthandler.disable()  # pytest's, which would fill the output
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return total(rank)
+
+
 def dying(rank: int) -> object:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -45,13 +54,20 @@ def dying(rank: int) -> object:
 
 
 @pytest.mark.parametrize(
-    ("work", "told"),
-    [(failing, "rank 1 of 2 failed: ValueError: no such thing"), (dying, "rank 1 of 2 was killed by SIGKILL")],
+    ("work", "told", "kind"),
+    [
+        (failing, "rank 1 of 2 failed: ValueError: no such thing", RankLostError),
+        (crashing, "rank 1 of 2 was killed by SIGSEGV", RankLostError),
+        (dying, "rank 1 of 2 was killed by SIGKILL", NoAnswerError),  # by the kernel, or a person: no fault of its own
+    ],
 )
-def test_the_rank_that_failed_is_named_and_not_the_one_that_misses_it(work: object, told: str) -> None:
-    with pytest.raises(RankLostError) as lost, Fork(2, work) as ranks:  # type: ignore[arg-type]
+def test_the_rank_that_failed_is_named_and_not_the_one_that_misses_it(
+    work: Callable[[int], object], told: str, kind: type[RankLostError]
+) -> None:
+    with pytest.raises(RankLostError) as lost, Fork(2, work) as ranks:
         ranks.answers(30.0)
     assert str(lost.value) == told
+    assert type(lost.value) is kind
     assert is_gone(ranks)
 
 

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from meshwright.data import batches
 from meshwright.launcher.commands.verify_resume import verify_resume as command
-from meshwright.launcher.proof import resume
-from meshwright.launcher.proof.record import RankRecord
+from meshwright.launcher.proof import resume, resume_report
+from meshwright.launcher.proof.forked import NoAnswerError
+from meshwright.launcher.proof.record import RankRecord, StepRecord
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.training import saving
@@ -109,6 +111,32 @@ def test_moments_that_are_lost_on_another_layout_are_caught_after_one_step(monke
     assert result.worst < 1e-9  # losses and norms alone are those of the step that the weights make
     assert all(line.startswith("at the end: ") for line in result.differences)
     assert any("optimizer.exp_avg." in line for line in result.differences)
+
+
+def record_of(loss: float) -> RankRecord:
+    return RankRecord(steps=[StepRecord(learning_rate=1.0, loss=loss, norm=1.0)])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(1.0, np.nan), (1.0, np.inf), (np.nan, 1.0), (np.inf, np.inf), (np.nan, np.nan)]
+)
+@pytest.mark.parametrize("is_bitwise", [True, False])
+def test_a_loss_that_is_no_number_shows_nothing(one: float, other: float, is_bitwise: bool) -> None:
+    result = resume.ResumeResult(Sizes(), Sizes(), "fp64", is_bitwise)
+    resume.compare_steps(result, [record_of(other)], [record_of(one)], first_step=3)
+    assert result.differences == [f"step 4, rank 0: loss {one!r}, unbroken {other!r}: that shows nothing"]
+
+
+def test_ranks_that_give_no_answer_are_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object) -> None:
+        raise NoAnswerError("rank 1 of 2 was killed by SIGKILL")
+
+    monkeypatch.setattr(resume, "_go_on", slow)
+    results = resume.verify_resume(plan_of("dense_tiny.toml", "dp_shard=2"))
+    assert not any(result.is_same for result in results)
+    first, *rest = resume_report.ending(results)
+    assert first.startswith(f"NO ANSWER from {len(results)} of {len(results)} ways")
+    assert not any("DIFFERENT" in line for line in rest)
 
 
 def test_a_rank_that_is_not_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
