@@ -56,7 +56,7 @@ def saved_bytes(mesh: Mesh, config: ModelConfig, autocast: bool) -> int:
         return sum(saved.values())
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_count_is_what_torch_saves(name: str, autocast: bool, tp: int) -> None:

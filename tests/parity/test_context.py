@@ -40,7 +40,7 @@ def slow(*values: object) -> object:
     [
         (Sizes(cp=2), "dense", 0, "ring"),
         (Sizes(cp=2), "mqa", 1, "ulysses"),
-        (Sizes(cp=2, tp=2), "moe", 1, "ring"),
+        slow(Sizes(cp=2, tp=2), "moe", 1, "ring"),
         slow(Sizes(cp=2, tp=2), "dense", 0, "ulysses"),
         slow(Sizes(cp=2, tp=2, ep=2, etp=2), "moe", 2, "ulysses"),
         slow(Sizes(cp=2, ep=2), "moe", 0, "ring"),

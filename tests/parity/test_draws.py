@@ -47,11 +47,12 @@ def assert_same_and_drops(trace: Trace, expected: Trace) -> None:
 
 
 CP_TP = Sizes(cp=2, tp=2)
-ALWAYS = [(CP_TP, "all"), (Sizes(dp_shard=2, ep=2), "all")]
+ALWAYS = [(Sizes(dp_shard=2, ep=2), "all")]
 RARELY = [(sizes, name) for sizes in (CP_TP, TP_EP) for name in ("dropout", "jitter", "capacity")]
 RARELY += [
     (sizes, "all")
     for sizes in (
+        CP_TP,
         TP,
         TP_EP,
         Sizes(cp=3),

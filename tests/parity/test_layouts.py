@@ -109,7 +109,7 @@ def in_small_buckets(mesh: Mesh, name: str, plan: Plan, size: int) -> Trace:
         buckets._BUCKET_BYTES = before
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_many_small_buckets_change_nothing(stage: int) -> None:
     for trace in run_mesh(TWO_EP, in_small_buckets, "moe", Plan(stage=stage), 2000):
         assert_same(trace, definition("moe"))

@@ -159,7 +159,8 @@ def test_a_run_begins_from_an_export_on_one_rank_and_with_experts_on_two(tmp_pat
     run("train", fresh, plain, source).told(2, "init.from = ", "1 problem", "model.safetensors: is damaged")
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path, ranks: int) -> None:
     command = [sys.executable, "-m", "meshwright.launcher", "train", write_run_file(tmp_path), "--ranks", str(ranks)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as running:

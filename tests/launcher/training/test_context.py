@@ -14,7 +14,7 @@ FP64 = ["train.precision=fp64", "data.mask_documents=true"]
 @pytest.mark.parametrize(
     ("sizes", "overrides"),
     [
-        (Sizes(cp=2), ["parallel.cp=2", "zero.stage=1"]),
+        pytest.param(Sizes(cp=2), ["parallel.cp=2", "zero.stage=1"], marks=pytest.mark.slow),
         pytest.param(
             Sizes(cp=2, tp=2, ep=2), ["parallel.cp=2", "parallel.tp=2", "parallel.ep=2"], marks=pytest.mark.slow
         ),

@@ -32,8 +32,8 @@ def test_training_learns_and_leaves_its_records(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "overrides"),
     [
-        (EP2, ["parallel.ep=2"]),
-        (EP2, ["parallel.ep=2", "zero.stage=2", "recompute.mode=full"]),
+        pytest.param(EP2, ["parallel.ep=2"], marks=pytest.mark.slow),
+        pytest.param(EP2, ["parallel.ep=2", "zero.stage=2", "recompute.mode=full"], marks=pytest.mark.slow),
         (Sizes(dp_shard=4), ["zero.stage=1", "train.micro_batch_size=1"]),
     ],
 )
@@ -50,7 +50,7 @@ def test_a_run_shows_the_same_numbers_on_every_layout(tmp_path: Path, sizes: Siz
     assert numbers(tmp_path / "many", "expert_entropy") == numbers(tmp_path / "one", "expert_entropy")
 
 
-@pytest.mark.parametrize("size", [3, 100])
+@pytest.mark.parametrize("size", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_micro_batches_that_do_not_divide_the_batch_change_nothing(tmp_path: Path, size: int) -> None:
     (tmp_path / "even").mkdir()
     (tmp_path / "uneven").mkdir()
@@ -194,7 +194,10 @@ def test_the_batch_size_follows_its_ramp(tmp_path: Path) -> None:
     assert numbers(tmp_path, "tokens") == [64, 64, 32, 32, 32, 32, 128]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "bf16_autocast", "fp32"])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param("bf16", marks=pytest.mark.slow), "bf16_autocast", pytest.param("fp32", marks=pytest.mark.slow)],
+)
 def test_every_precision_learns_the_same(tmp_path: Path, precision: str) -> None:
     (tmp_path / "exact").mkdir()
     (tmp_path / "rounded").mkdir()

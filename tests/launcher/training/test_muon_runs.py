@@ -41,7 +41,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "overrides"),
     [
-        (EP2, ["parallel.ep=2", "zero.stage=1"]),
+        pytest.param(EP2, ["parallel.ep=2", "zero.stage=1"], marks=pytest.mark.slow),
         pytest.param(Sizes(dp_shard=2), ["zero.stage=3"], marks=pytest.mark.slow),
     ],
 )

@@ -23,7 +23,7 @@ def stop_and_go_on(folder: Path, *overrides: str) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("learning_rate.schedule=constant",),
+        pytest.param(("learning_rate.schedule=constant",), marks=pytest.mark.slow),
         pytest.param(("learning_rate.schedule=constant", "train.precision=bf16"), marks=pytest.mark.slow),
         ("learning_rate.schedule=constant", "checkpoint.asynchronous=true", "train.skip_norm_spike=1.0"),
     ],
@@ -48,7 +48,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path, overrides: tu
 @pytest.mark.parametrize(
     ("sizes", "overrides"),
     [
-        (EP2, ["parallel.ep=2"]),
+        pytest.param(EP2, ["parallel.ep=2"], marks=pytest.mark.slow),
         pytest.param(Sizes(dp_shard=2), ["zero.stage=3"], marks=pytest.mark.slow),
         (Sizes(tp=2, etp=2), ["parallel.tp=2", "parallel.etp=2", "zero.stage=1"]),
         pytest.param(
