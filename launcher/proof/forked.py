@@ -94,9 +94,12 @@ class Fork:
             NoAnswerError: naming those that are silent when the time is up, or the one that was killed.
         """
         found, lost = self._collect(seconds)
+        silent = [rank for rank in range(self.size) if rank not in found and rank not in lost]
+        if lost and silent and all(_is_timeout(line) for line, _ in lost.values()):
+            raise NoAnswerError(f"of {self.size} ranks {silent} kept the others waiting until their time was up")
         if lost:
             raise self._lost(lost)
-        if silent := [rank for rank in range(self.size) if rank not in found]:
+        if silent:
             raise NoAnswerError(f"of {self.size} ranks {silent} did not answer within {seconds:.0f} s, and were ended")
         return [found[rank] for rank in range(self.size)]
 
@@ -172,6 +175,10 @@ class Fork:
         # would do at its end, such as removing its folders, is not ours to do.
         while True:
             signal.pause()
+
+
+def _is_timeout(line: str) -> bool:
+    return "timed out" in line.lower()
 
 
 def _is_consequence(line: str) -> bool:

@@ -58,6 +58,9 @@ def compare_computed(verdict: Verdict, ranks: Sequence[RankRecord], precision: s
         verdict.miss("", "the update moved none, so that nothing was shown", what="weight", step=step)
     for name, note in other_than_masters(ranks, after):
         verdict.miss(name, note, what="weight", step=step)
+    masters = _wholes([record.steps[step].weights for record in ranks], None)
+    if precision == "bf16" and all(np.array_equal(masters[name], after[name]) for name in after):
+        verdict.miss("", "the masters hold no more than bf16 does", what="weight", step=step)
 
 
 def other_than_masters(ranks: Sequence[RankRecord], masters: Mapping[str, Array]) -> Iterator[tuple[str, str]]:

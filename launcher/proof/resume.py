@@ -284,8 +284,8 @@ def compare_steps(
             before, after = (_ids(records, at, what) for records in (expected, found))
             result.tokens += len(before)
             if before != after:
-                wrong = sum(after.get(place) != token for place, token in before.items()) + len(after.keys() - before)
-                result.differences.append(f"step {step}: {wrong} of {len(before)} {what} are others")
+                others = sum(before.get(place) != after.get(place) for place in before | after)
+                result.differences.append(f"step {step}: {others} of {len(before | after)} {what} are others")
         allowed = 0.0 if result.is_bitwise else EXACT
         for rank, ours in enumerate(record.steps[at] for record in found):
             of_rank = f"step {step}, rank {rank}"

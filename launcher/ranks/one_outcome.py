@@ -18,7 +18,7 @@ def one_outcome(mesh: Mesh, source: str, work: Callable[[], Answer]) -> Answer:
     """Do `work`, without a collective in it, on every rank; return this rank's answer if all of them have one.
 
     Raises:
-        ConfigError: on every rank in the same words, headed by `source`, if `work` raised a ValueError on one of them.
+        ConfigError: on every rank in the same words, headed by `source`, if `work` raised an error on one of them.
     """
     answers, problems = list[Answer](), list[str]()
     try:
@@ -27,6 +27,8 @@ def one_outcome(mesh: Mesh, source: str, work: Callable[[], Answer]) -> Answer:
         problems = [f"{error.source}: {problem}" for problem in error.problems]
     except ValueError as error:
         problems = str(error).splitlines()
+    except Exception as error:  # a disk that fails, say: the other ranks must hear of it all the same
+        problems = [f"{type(error).__name__}: {error}"]
     if told := ranks_of(mesh).together(lambda: problems, _told):
         raise ConfigError(source, told, is_same_on_all_ranks=True)
     return answers[0]

@@ -211,6 +211,11 @@ def test_what_is_computed_with_is_held_against_the_masters_as_they_are_rounded()
     assert [str(found) for found in verdict.differences] == [
         "step 2, weight of a: rank 0 goes on with other numbers than its masters"
     ]
+    for rank in ranks:
+        rank.steps[1].weights["a"].values[:] = np.round(rank.steps[1].weights["a"].values)
+    verdict = Verdict([])
+    compare_computed(verdict, ranks, "bf16")
+    assert "step 2, weight: the masters hold no more than bf16 does" in map(str, verdict.differences)
     ranks[0].computed["a"].values[2, 0] += 1.0
     ranks[1].computed.clear()
     assert list(other_than_masters(ranks, masters_after(ranks, -1, "bf16"))) == []

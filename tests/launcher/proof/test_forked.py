@@ -71,6 +71,24 @@ def test_the_rank_that_failed_is_named_and_not_the_one_that_misses_it(
     assert is_gone(ranks)
 
 
+def waiting(rank: int) -> None:
+    if rank == 1:
+        time.sleep(60)
+    raise RuntimeError("Timed out waiting 60000ms for send operation to complete")
+
+
+def test_ranks_that_wait_for_a_stopped_one_know_nothing_of_the_layout() -> None:
+    with pytest.raises(NoAnswerError, match=r"of 2 ranks \[1\] kept the others waiting"), Fork(2, waiting) as ranks:
+        ranks.answers(30.0)
+    assert is_gone(ranks)
+
+
+def test_ranks_that_all_wait_in_vain_are_a_fault() -> None:
+    with pytest.raises(RankLostError, match="Timed out") as lost, Fork(2, lambda _: waiting(0)) as ranks:
+        ranks.answers(30.0)
+    assert type(lost.value) is RankLostError
+
+
 def test_a_rank_that_hangs_is_ended_and_told() -> None:
     with (
         pytest.raises(RankLostError, match=r"of 2 ranks \[1\] did not answer within 1 s"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from meshwright.data.prepare import PrepareOptions, prepare
 from meshwright.data.store import TokenStore
+from meshwright.launcher.ranks.one_outcome import one_outcome
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.training.branching import begin_from
 from meshwright.launcher.weights.hf_writer import ExportSettings, write_hf_folder
@@ -171,6 +172,24 @@ def test_an_export_with_a_damaged_tokenizer_is_refused_by_name(tmp_path: Path) -
     path.write_text('{"cut')
     with pytest.raises(ConfigError, match=f"{path} cannot be read as a tokenizer"):
         begin_from(build(tmp_path, EXPORTED), tmp_path / "export", [])
+
+
+def with_a_bad_disk(mesh: Mesh) -> str:
+    """Do what fails on rank 1 alone, by an error that is none of ours."""
+
+    def read() -> None:
+        if mesh.world.rank == 1:
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(ConfigError) as refused:
+        one_outcome(mesh, "x", read)
+    return str(refused.value)
+
+
+def test_a_disk_that_fails_under_one_rank_is_heard_of_by_all() -> None:
+    first, second = run_mesh(EP2, with_a_bad_disk)
+    assert first == second
+    assert "rank 1: OSError: [Errno 5] Input/output error" in first
 
 
 def refused_on_rank_1(mesh: Mesh, folder: Path, source: str, overrides: list[str]) -> str:
