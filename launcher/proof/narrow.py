@@ -116,7 +116,7 @@ def on_layout(run_file: RunFile, sizes: Sizes) -> RunFile:
 
 
 def _model(model: ModelConfig, target: Sizes, needs: Needs) -> ModelConfig:
-    heads, kv_heads = _heads(model, target.tp, needs)
+    heads, kv_heads = _heads(model, target, needs)
     head_dim = min(model.head_dim, 8 + model.head_dim % 8)
     if model.hidden_size == model.num_heads * model.head_dim:
         head_dim = _head_dim(heads, head_dim, model.hidden_size)
@@ -143,13 +143,16 @@ def _model(model: ModelConfig, target: Sizes, needs: Needs) -> ModelConfig:
     return model.model_copy(update=sizes)
 
 
-def _heads(model: ModelConfig, tp: int, needs: Needs) -> tuple[int, int]:
-    """Return numbers of heads that relate to each other, and to tp, as the model's do."""
-    heads, kv_heads, many = model.num_heads, model.num_kv_heads, needs.tp
+def _heads(model: ModelConfig, target: Sizes, needs: Needs) -> tuple[int, int]:
+    """Return numbers of heads that relate to each other, and to what they are cut into, as the model's do."""
+    heads, kv_heads, many, tp = model.num_heads, model.num_kv_heads, needs.tp, target.tp
     group = heads // kv_heads
     if kv_heads < tp:  # several ranks hold copies of one KV head, and several heads are there if tp leaves room
         return needs.heads * min(2, max(1, heads // tp)), 2 if kv_heads > 1 and needs.fewest_tp >= 4 else 1
-    few = 1 if kv_heads == 1 else many * (1 if kv_heads == tp else 2)
+    # Where a rank's key heads do not divide over cp, attention that exchanges them repeats them: so must these few.
+    are_repeated = needs.heads > needs.tp and kv_heads // tp % target.cp != 0
+    several = 3 if are_repeated and needs.cp % 2 == 0 else 2
+    few = 1 if kv_heads == 1 else many * (1 if kv_heads == tp else several)
     few_heads = few * (1 if group == 1 else 3 if group % 2 else 2)
     return few_heads * (needs.heads // gcd(needs.heads, few_heads)), few
 

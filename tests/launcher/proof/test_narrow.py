@@ -219,6 +219,27 @@ def test_heads_that_are_exchanged_for_tokens_divide_by_both_axes() -> None:
     assert check(on_layout(small, Sizes(cp=4, tp=2)), 8) == []
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "axes", "are_repeated"),
+    [
+        (6, 3, {"cp": 2}, True),
+        (12, 6, {"cp": 2, "tp": 2}, True),
+        (4, 2, {"cp": 2}, False),
+        (8, 2, {"cp": 4}, True),
+        (6, 2, {"cp": 3}, True),
+    ],
+)
+def test_key_heads_that_an_exchange_repeats_are_repeated_in_the_narrow_run_too(
+    heads: int, kv_heads: int, axes: dict[str, int], are_repeated: bool
+) -> None:
+    parallel = axes | {"context": "ulysses", "dp_shard": 1}
+    model = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": 8, "hidden_size": 64, "ffn_hidden_size": 96}
+    plan = plan_proof(run_file_of(model, parallel=parallel), prod(axes.values()))
+    small = plan.narrowed.run_file.model
+    assert small.num_heads % small.num_kv_heads == 0
+    assert (small.num_kv_heads // axes.get("tp", 1) % axes["cp"] != 0) == are_repeated
+
+
 def test_the_cover_of_a_cluster_fits_the_narrow_run() -> None:
     run_file = read_run_file(RUNS / "qwen3_30b_a3b.toml", ["parallel.tp=4", "parallel.etp=2"], world_size=128)
     target = sizes_of(run_file, 128)
