@@ -21,6 +21,7 @@ from typing import IO
 
 from meshwright.launcher.ranks.environment import who_am_i
 from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.parallel.rank_names import named
 
 # Holds the descriptor of the file that a rank inherits from launcher/ranks/local_ranks.py.
 WORDS = "MESHWRIGHT_WORDS_FD"
@@ -89,4 +90,4 @@ def lines_of(failed: Mapping[int, LastWords | None], num_ranks: int) -> list[str
 def _named(ranks: list[int], num_ranks: int) -> str:
     if len(ranks) == num_ranks:
         return ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
+    return named(ranks)

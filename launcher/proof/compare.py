@@ -12,17 +12,17 @@ Differences are told in the order of a step: what the model saw, the layers' out
 last, the loss, gradients from the last to the first, the norm, the weights. The first one is where to look.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from meshwright.launcher.proof.passes import ROUNDING
-from meshwright.launcher.proof.record import Array, AtTokens, Piece, RankRecord, boxes
+from meshwright.launcher.proof.record import Array, AtTokens, Piece, RankRecord
 
 EXACT, FAST = 1e-9, 1e-5
-_NOTHING = 1e-12
+NOTHING = 1e-12
 Size = Callable[[Array], float]
 
 
@@ -131,9 +131,9 @@ def errors_of(one: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[tuple[in
     for step, theirs in enumerate(one.steps):
         yield step, "loss", _worst(ranks, step, "loss", one)
         yield step, "norm", _worst(ranks, step, "norm", one)
-        for name, pieces in _by_name(ranks, "gradients", step).items():
+        for name, pieces in by_name(record.steps[step].gradients for record in ranks).items():
             whole = theirs.gradients[name].values
-            if largest(whole) > _NOTHING * theirs.norm:
+            if largest(whole) > NOTHING * theirs.norm:
                 yield step, name, worst_error(whole, pieces, norm)[0]
 
 
@@ -173,8 +173,8 @@ def _compare_tensors(
 ) -> None:
     wholes: dict[str, Piece] = getattr(one.steps[step], kind)
     what = kind.removesuffix("s")
-    held = _by_name(ranks, kind, step)
-    nothing = _NOTHING * one.steps[step].norm if what == "gradient" else 0.0
+    held = by_name(getattr(record.steps[step], kind) for record in ranks)
+    nothing = NOTHING * one.steps[step].norm if what == "gradient" else 0.0
     for name in reversed(wholes) if what == "gradient" else wholes:
         whole, pieces = wholes[name], held.get(name, [])
         if odd := [piece.shape for _, piece in pieces if piece.shape != whole.shape]:
@@ -260,10 +260,12 @@ def _matched(
         verdict.miss(layer, f"{int((~seen).sum())} of {len(seen)} tokens are on no rank", what=what, step=step)
 
 
-def _by_name(ranks: Sequence[RankRecord], kind: str, step: int) -> dict[str, list[tuple[int, Piece]]]:
+def by_name(ranks: Iterable[Mapping[str, Piece]]) -> dict[str, list[tuple[int, Piece]]]:
+    """Return what the ranks hold of each tensor, with the rank."""
     found: dict[str, list[tuple[int, Piece]]] = {}
-    for rank, name, piece in boxes(ranks, kind, step):
-        found.setdefault(name, []).append((rank, piece))
+    for rank, held in enumerate(ranks):
+        for name, piece in held.items():
+            found.setdefault(name, []).append((rank, piece))
     return found
 
 

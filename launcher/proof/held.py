@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.launcher.proof.compare import EXACT, box_of, largest, worst_error
+from meshwright.launcher.proof.compare import EXACT, NOTHING, box_of, by_name, largest, worst_error
 from meshwright.launcher.proof.record import Array, Piece
 
 Held = dict[str, Piece]
 """What a rank holds, by the names that a checkpoint has."""
-_NOTHING = 1e-12
 _AT_THE_END = "at the end: "
 _OF_GRADIENTS = ("optimizer.exp_avg.", "optimizer.momentum.")
 _OF_SQUARES = "optimizer.exp_avg_sq."
@@ -39,7 +38,7 @@ def compare_bits(expected: Sequence[Held], found: Sequence[Held]) -> list[str]:
 def compare_held(expected: Sequence[Held], found: Sequence[Held], *, norm: float) -> tuple[list[str], float]:
     """Return in what two layouts differ, and the largest error of a tensor; `norm` is the largest of a step."""
     differences, worst = [], 0.0
-    theirs, ours = _by_name(expected), _by_name(found)
+    theirs, ours = by_name(expected), by_name(found)
     for name in theirs | ours:
         if name not in ours or name not in theirs:
             differences.append(_AT_THE_END + _of_one_run(name, theirs))
@@ -61,14 +60,6 @@ def compare_held(expected: Sequence[Held], found: Sequence[Held], *, norm: float
     return differences, worst
 
 
-def _by_name(ranks: Sequence[Held]) -> dict[str, list[tuple[int, Piece]]]:
-    found: dict[str, list[tuple[int, Piece]]] = {}
-    for rank, held in enumerate(ranks):
-        for name, piece in held.items():
-            found.setdefault(name, []).append((rank, piece))
-    return found
-
-
 def _of_one_run(name: str, theirs: dict[str, Any]) -> str:
     return f"{name} is held by the {'unbroken' if name in theirs else 'resumed'} run only"
 
@@ -86,5 +77,5 @@ def _whole(pieces: Sequence[tuple[int, Piece]]) -> tuple[Array, int]:
 def _nothing(name: str, norm: float) -> float:
     """Return up to where a tensor is zero but for rounding."""
     if name.startswith(_OF_SQUARES):
-        return (_NOTHING * norm) ** 2
-    return _NOTHING * norm if name.startswith(_OF_GRADIENTS) else 0.0
+        return (NOTHING * norm) ** 2
+    return NOTHING * norm if name.startswith(_OF_GRADIENTS) else 0.0

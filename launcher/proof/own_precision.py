@@ -18,8 +18,8 @@ from statistics import median
 import numpy as np
 import torch
 
-from meshwright.launcher.proof.compare import Verdict, box_of, errors_of
-from meshwright.launcher.proof.record import Array, Piece, RankRecord
+from meshwright.launcher.proof.compare import Verdict, box_of, by_name, errors_of
+from meshwright.launcher.proof.record import Array, RankRecord
 
 TOGETHER, TIMES = 2.0, 4.0
 ROUNDED = {"loss": 2.0**-13, "norm": 2.0**-11}
@@ -53,12 +53,12 @@ def compare_computed(verdict: Verdict, ranks: Sequence[RankRecord], precision: s
     Adds a difference for each tensor of which a rank has other bits, and one if no weight has moved.
     """
     step = len(ranks[0].steps) - 1
-    before, after = (masters_after(ranks, at, precision) for at in (step - 1, step))
+    before, masters = masters_after(ranks, step - 1, precision), _masters(ranks, step)
+    after = {name: _rounded(whole, precision) for name, whole in masters.items()}
     if all(np.array_equal(before[name], after[name]) for name in after):
         verdict.miss("", "the update moved none, so that nothing was shown", what="weight", step=step)
     for name, note in other_than_masters(ranks, after):
         verdict.miss(name, note, what="weight", step=step)
-    masters = _wholes([record.steps[step].weights for record in ranks], None)
     if precision == "bf16" and all(np.array_equal(masters[name], after[name]) for name in after):
         verdict.miss("", "the masters hold no more than bf16 does", what="weight", step=step)
 
@@ -74,19 +74,25 @@ def other_than_masters(ranks: Sequence[RankRecord], masters: Mapping[str, Array]
 
 def masters_after(ranks: Sequence[RankRecord], step: int, precision: str) -> dict[str, Array]:
     """Return the weights after a step, whole, rounded to the type that the model computes with."""
-    return _wholes([record.steps[step].weights for record in ranks], torch.bfloat16 if precision == "bf16" else None)
+    return {name: _rounded(whole, precision) for name, whole in _masters(ranks, step).items()}
 
 
-def _wholes(held: Sequence[Mapping[str, Piece]], dtype: torch.dtype | None) -> dict[str, Array]:
-    """Return the global tensors that the ranks' pieces make up, rounded."""
+def _masters(ranks: Sequence[RankRecord], step: int) -> dict[str, Array]:
+    """Return the global weights that the ranks' pieces make up after a step."""
     wholes: dict[str, Array] = {}
-    for pieces in held:
-        for name, piece in pieces.items():
-            whole = wholes.setdefault(name, np.full(piece.shape, np.nan, piece.values.dtype))
-            rounded = torch.from_numpy(piece.values)
-            rounded = rounded if dtype is None else rounded.to(dtype).to(rounded.dtype)
-            whole[box_of(piece)] = rounded.numpy()
+    for name, pieces in by_name(record.steps[step].weights for record in ranks).items():
+        wholes[name] = np.full(pieces[0][1].shape, np.nan, pieces[0][1].values.dtype)
+        for _, piece in pieces:
+            wholes[name][box_of(piece)] = piece.values
     return wholes
+
+
+def _rounded(whole: Array, precision: str) -> Array:
+    """Return a weight in the numbers that the model computes with."""
+    if precision != "bf16":
+        return whole
+    exact = torch.from_numpy(whole)
+    return exact.bfloat16().to(exact.dtype).numpy()
 
 
 def mean_square(errors: Mapping[tuple[int, str], float], step: int, tensors: Sequence[str]) -> float:

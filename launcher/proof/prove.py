@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from meshwright.launcher.runfile.cross_checks import check
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.parallel.mesh import Sizes
+from meshwright.parallel.rank_names import named
 
 ONE = Sizes()
 PASSES = ("exact", "fast", "own", "checkpoint")
@@ -76,7 +77,7 @@ class LayoutResult:
     """Why its ranks did not come to an end, where they did not."""
     details: str = ""
     gave_no_answer: bool = False
-    """Whether its ranks were at work when their time was up: then nothing is known of it."""
+    """Whether its ranks were slow, or killed by somebody else: then nothing is known of it."""
     notes: list[str] = field(default_factory=list)
     """What its sizes and numbers do not let serve, fast operators or clipping, and why."""
     seconds: float = 0.0
@@ -234,7 +235,12 @@ class Judge:
             verdict.miss("", ranks[0].not_saved[:_LONGEST], what="checkpoint")
             return verdict
         (loaded,) = self._answers(1, partial(restored, on_layout(table, ONE), folder))
-        return compare_checkpoint(loaded, ranks, expected_tensors(table))
+        return compare_checkpoint(loaded, ranks, self._expected)
+
+    @cached_property
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """What a checkpoint must hold, on whatever layout."""
+        return expected_tensors(self.run_file)
 
     def _answers(self, size: int, work: Callable[[int], Any]) -> list[Any]:
         with Fork(size, work) as ranks:
@@ -263,9 +269,7 @@ def require_fast_paths(verdict: Verdict, run_file: RunFile, ranks: Sequence[Rank
         doing = [rank for rank, record in enumerate(ranks) if work in record.work]
         missing = [rank for rank in doing if name not in ranks[rank].operators]
         if is_wanted and (missing or not doing):
-            which = (
-                f" on rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}" if missing != doing else ""
-            )
+            which = f" on {named(missing)}" if missing != doing else ""
             alone = "" if name in one.operators else NOR_ALONE
             verdict.miss(name, f"the fast path was not taken{which}{alone}", what="operator")
 

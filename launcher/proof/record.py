@@ -14,7 +14,7 @@ A `Recorder` listens to a run that is driven by the product's own `one_step`; it
 records what it holds, and the comparison sees to it that together they hold everything.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -247,10 +247,3 @@ def _after(target: object, name: str, then: Callable[[], None]) -> None:
         return result
 
     setattr(target, name, called)
-
-
-def boxes(records: Sequence[RankRecord], kind: str, step: int) -> Iterator[tuple[int, str, Piece]]:
-    """Yield (rank, name, piece) of everything that the ranks hold of a kind: gradients or weights of a step."""
-    for rank, record in enumerate(records):
-        for name, piece in getattr(record.steps[step], kind).items():
-            yield rank, name, piece

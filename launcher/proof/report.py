@@ -60,7 +60,7 @@ def ending(proof: Proof) -> Iterator[str]:
         return
     failed, count = proof.different, len(proof.results)
     if silent := sum(result.gave_no_answer for result in proof.results):
-        yield f"NO ANSWER from {silent} of {count} layouts : nothing is known of them; run again"
+        yield f"NO ANSWER from {silent} of {count} layouts: nothing is known of them; run again"
     if not failed:
         yield f"no difference on the others; {proof.seconds:.0f} s"
         return

@@ -10,6 +10,7 @@ from typing import TypeVar
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.parallel.checkpoint.agree import ranks_of
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.rank_names import named
 
 Answer = TypeVar("Answer")
 
@@ -41,8 +42,4 @@ def _told(found: Sequence[list[str]]) -> list[str]:
         ranks_with.setdefault(tuple(problems), []).append(rank)
     if len(ranks_with) == 1:
         return found[0]
-    return [
-        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {problem}"
-        for problems, ranks in ranks_with.items()
-        for problem in problems
-    ]
+    return [f"{named(ranks)}: {problem}" for problems, ranks in ranks_with.items() for problem in problems]

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from meshwright.parallel.mesh import Axis, Mesh
+from meshwright.parallel.rank_names import named
 
 Mine = TypeVar("Mine")
 Answer = TypeVar("Answer")
@@ -100,7 +101,7 @@ def _combined(gathered: list[Any], combine: Callable[[list[Any]], Any]) -> Any:
         return _attempt(lambda: combine(gathered))
     if len(gathered) == 1:
         return _Failure(next(iter(failed)))
-    said = [f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {text}" for text, ranks in failed.items()]
+    said = [f"{named(ranks)}: {text}" for text, ranks in failed.items()]
     return _Failure("; ".join(said))
 
 
