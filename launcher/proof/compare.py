@@ -6,7 +6,8 @@
 
 Every rank's piece is held against the same box of what one process has, copies too, and together the pieces must
 leave nothing out. A gradient that is nowhere above 1e-12 of the norm is zero but for rounding (a bias that cancels
-out): the ranks' must be so too, and nothing more is asked.
+out): the ranks' must be so too, and nothing more is asked. In fp32 a tensor's norm counts as at least 1e-2 of the whole
+norm: of terms that nearly cancel, what is left is as far off as they are, not as it is itself.
 
 Differences are told in the order of a step: what the model saw, the layers' outputs and choices from the first to the
 last, the loss, gradients from the last to the first, the norm, the weights. The first one is where to look.
@@ -23,6 +24,8 @@ from meshwright.launcher.proof.record import Array, AtTokens, Piece, RankRecord
 
 EXACT, FAST = 1e-9, 1e-5
 NOTHING = 1e-12
+SMALL = 1e-2
+"""In fp32: the part of the norm up to which a gradient is held to FAST of that, 1e-7 of the norm, about one rounding."""
 Size = Callable[[Array], float]
 
 
@@ -31,7 +34,7 @@ class Difference:
     """One quantity that is not as it is on one process."""
 
     what: str
-    """tokens, targets, output, experts, loss, sum, gradient, norm, weight, checkpoint."""
+    """tokens, targets, output, experts, loss, sum, gradient, norm, weight, evaluation, checkpoint."""
     name: str
     """Of the tensor, the layer or the sum; "" where there is but one."""
     step: int
@@ -85,6 +88,7 @@ def compare_exactly(one: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
         _compare_tensors(verdict, one, ranks, step, "gradients", largest, EXACT)
         _judge(verdict, "norm", "", step, _worst(ranks, step, "norm", one), EXACT)
         _compare_tensors(verdict, one, ranks, step, "weights", largest, EXACT)
+        _compare_evaluation(verdict, one, ranks, step)
     return verdict
 
 
@@ -152,10 +156,12 @@ def box_of(piece: Piece) -> tuple[slice, ...]:
     return tuple(slice(begin, begin + n) for begin, n in zip(piece.offset, piece.values.shape, strict=True))
 
 
-def worst_error(whole: Array, pieces: Sequence[tuple[int, Piece]], size: Size) -> tuple[float, int]:
+def worst_error(
+    whole: Array, pieces: Sequence[tuple[int, Piece]], size: Size, *, unit: float = 0.0
+) -> tuple[float, int]:
     """Return the error of the worst complete set of pieces, in units of the whole's size, and whose is the worst piece.
 
-    Of copies of a piece the worst one counts.
+    Of copies of a piece the worst one counts. `unit` is what the error is told in where the whole is smaller.
     """
     of_place: dict[tuple[int, ...], tuple[float, int]] = {}
     for rank, piece in pieces:
@@ -165,7 +171,7 @@ def worst_error(whole: Array, pieces: Sequence[tuple[int, Piece]], size: Size) -
     if not of_place:
         return 0.0, 0
     together = size(np.array([error for error, _ in of_place.values()]))
-    return _relative_to(together, size(whole)), max(of_place.values())[1]
+    return _relative_to(together, max(size(whole), unit)), max(of_place.values())[1]
 
 
 def _compare_tensors(
@@ -175,6 +181,7 @@ def _compare_tensors(
     what = kind.removesuffix("s")
     held = by_name(getattr(record.steps[step], kind) for record in ranks)
     nothing = NOTHING * one.steps[step].norm if what == "gradient" else 0.0
+    small = SMALL * one.steps[step].norm if size is norm else 0.0
     for name in reversed(wholes) if what == "gradient" else wholes:
         whole, pieces = wholes[name], held.get(name, [])
         if odd := [piece.shape for _, piece in pieces if piece.shape != whole.shape]:
@@ -189,7 +196,7 @@ def _compare_tensors(
             )
         if max([largest(whole.values), *(largest(piece.values) for _, piece in pieces)]) <= nothing:
             continue
-        error, rank = worst_error(whole.values, pieces, size)
+        error, rank = worst_error(whole.values, pieces, size, unit=small)
         note = f"off by {error:.2g} of its {'largest value' if size is largest else 'norm'}, most on rank {rank}"
         _judge(verdict, what, name, step, error, allowed, note)
 
@@ -200,6 +207,16 @@ def _compare_loss(verdict: Verdict, one: RankRecord, ranks: Sequence[RankRecord]
         off = max(largest(record.steps[step].sums[name] - value) for record in ranks)
         # Loads are counts of tokens.
         _judge(verdict, "sum", name, step, _relative_to(off, largest(value)), 0.0 if name.endswith("load") else allowed)
+
+
+def _compare_evaluation(verdict: Verdict, one: RankRecord, ranks: Sequence[RankRecord], step: int) -> None:
+    for rank, record in enumerate(ranks):
+        ours, theirs = record.steps[step].evaluation, one.steps[step].evaluation
+        if ours is None or theirs is None:
+            continue
+        if ours[1] != theirs[1]:
+            verdict.miss("", f"on {ours[1]} tokens, not {theirs[1]}, on rank {rank}", what="evaluation", step=step)
+        _judge(verdict, "evaluation", "", step, _relative(ours[0], theirs[0]), EXACT)
 
 
 def _compare_tokens(verdict: Verdict, one: RankRecord, ranks: Sequence[RankRecord], step: int) -> None:

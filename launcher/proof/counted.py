@@ -1,8 +1,12 @@
 """A store whose tokens are counted, not read: what the proof trains on where there is no store.
 
 Token i of the endless row is a function of i alone, so every layout reads the same. Documents are 5, 9, 13 and 6
-tokens long, over and over, so that a window holds several and ends within one. Some targets are left out, and every
-fourth sample has none at all: ranks then count different numbers of tokens, and one may count nothing.
+tokens long, over and over, so that a window holds several and ends within one. Some targets are left out, and these
+samples have none at all, so that ranks count different numbers of tokens, and a micro-batch or a rank may count nothing:
+
+    sample                   0 1 2 3 4 5 6 7 8 9 ...
+    micro-batches of two     ___ ___ ___ ___ ___
+    without a target               x     x x           where a step has more than two samples; else only the x at 3, 7
 """
 
 from pathlib import Path
@@ -18,17 +22,22 @@ from meshwright.kernels.cross_entropy import NOT_COUNTED
 _DOCUMENTS = np.cumsum([0, 5, 9, 13, 6])
 _PERIOD = int(_DOCUMENTS[-1])
 _LEFT_OUT = 7  # every seventh token, roughly, is no target
+_SHORTEST = 8  # tokens of a sample in which some are left out: a shorter one could be left without any
+_WINDOWS = 512  # more than the samples of a proof: each of them is of the first epoch
+_EMPTY, _FEW_EMPTY = (3, 6, 7), (3, 7)  # of eight samples
+_FEW = 2  # samples of a step of which two neighbours would be all
 
 
 class CountedSplit(Split):
     """A split whose tokens come from arithmetic."""
 
-    def __init__(self, name: str, num_tokens: int, order: SampleOrder, num_ids: int) -> None:
-        """Take the length of the row, the order of its windows, and how many ids there are."""
+    def __init__(self, name: str, num_tokens: int, order: SampleOrder, num_ids: int, fewest: int) -> None:
+        """Take the length of the row, the order of its windows, how many ids there are, and a step's fewest samples."""
         self.name, self.num_tokens = name, num_tokens
         self.num_documents = num_tokens // _PERIOD * (len(_DOCUMENTS) - 1)
         self._seq_len, self._num_ids = order.seq_len, num_ids
-        samples = range(3, order.samples_per_epoch, 4)
+        empty = _EMPTY if fewest > _FEW else _FEW_EMPTY
+        samples = (sample for sample in range(order.samples_per_epoch) if sample % 8 in empty)
         self._without_targets = [order.window(sample) // order.seq_len for sample in samples]
 
     def read(self, start: int, length: int) -> Int64[np.ndarray, "length"]:
@@ -40,6 +49,7 @@ class CountedSplit(Split):
         # The target of a window's token i is token i + 1, so that windows share the token between them.
         window = (at.astype(np.int64) - 1) // self._seq_len
         left_out = (mixed >> np.uint64(7)) % np.uint64(_LEFT_OUT) == 0
+        left_out &= self._seq_len >= _SHORTEST
         tokens[left_out | np.isin(window, self._without_targets)] = NOT_COUNTED
         return tokens
 
@@ -62,10 +72,15 @@ class CountedStore(TokenStore):
         self.path, self.meta, self.splits = Path("counted"), meta, splits
 
 
-def counted_store(seq_len: int, vocab_size: int, seed: int) -> TokenStore:
-    """Return a store for windows of `seq_len`; a few ids of the vocabulary are never seen, as in most models."""
-    num_tokens = 64 * seq_len + 1
+def counted_store(seq_len: int, vocab_size: int, seed: int, *, fewest: int = 4) -> TokenStore:
+    """Return a store for windows of `seq_len`, whose steps have at least `fewest` samples.
+
+    A few ids of the vocabulary are never seen, as in most models. What is evaluated is the other split, in the order
+    that no seed changes.
+    """
+    num_tokens = _WINDOWS * seq_len + 1
     ids = (vocab_size or 64) - 3
+    splits = {"train": seed, "validation": 0}
     meta = StoreMeta(
         format="meshwright-tokens",
         version=1,
@@ -73,11 +88,13 @@ def counted_store(seq_len: int, vocab_size: int, seed: int) -> TokenStore:
         vocab_size=ids,
         dtype="uint16",
         tokenizer=TokenizerMeta(sha256="0" * 64, origin="counted", end_of_text="<end>", end_of_text_id=0),
-        splits={"train": SplitMeta(num_tokens=num_tokens, num_documents=1, arrays={})},
+        splits={name: SplitMeta(num_tokens=num_tokens, num_documents=1, arrays={}) for name in splits},
         validation_unigram_nats=None,
         sources=[],
         recipe={"seq_len": seq_len, "ids": ids},
         written_with={},
     )
-    order = SampleOrder(num_tokens, seq_len, seed)
-    return CountedStore(meta, {"train": CountedSplit("train", num_tokens, order, ids)})
+    orders = {name: SampleOrder(num_tokens, seq_len, seed) for name, seed in splits.items()}
+    return CountedStore(
+        meta, {name: CountedSplit(name, num_tokens, order, ids, fewest) for name, order in orders.items()}
+    )

@@ -8,7 +8,7 @@
                 the schedule: the proof's few steps have its warm-up, its peak and its way down
                 the limit of the gradient's norm, so that every step is clipped where a long run's first steps are
     put aside   what is no part of the computation: the store (tokens are counted, `counted.py`), the device,
-                evaluation, weights to begin from, the compiler
+                weights to begin from, the compiler
 
 Below, `many` is what a size must divide by in all sub-layouts together (`Needs`). No torch is needed here.
 """
@@ -84,7 +84,11 @@ def narrow(run_file: RunFile, target: Sizes, layouts: Sequence[Sizes]) -> Narrow
         "train": _train(run_file, target, needs),
         "learning_rate": {"warmup_steps": min(run_file.learning_rate.warmup_steps, 1)},
         "checkpoint": {"every": 0, "keep_every": 0},
-        "evaluation": {"every": 0},
+        # After each step; one sample less than the ranks share evenly.
+        "evaluation": {
+            "every": min(run_file.evaluation.every, 1),
+            "samples": min(run_file.evaluation.samples, 4 * needs.dp - 1),
+        },
         "init": {"source": "", "load": "weights"},
     }
     model = _model(run_file.model, target, needs)
@@ -230,7 +234,7 @@ def _train(run_file: RunFile, target: Sizes, needs: Needs) -> dict[str, Any]:
     train = run_file.train
     at_once = min(train.micro_batch_size, 2)
     of_a_rank = train.global_batch_size // (target.dp_replicate * target.dp_shard)
-    accumulated = 2 if of_a_rank > train.micro_batch_size else 1
+    accumulated = 3 if of_a_rank > train.micro_batch_size else 1
     if needs.pp > 1:  # what every schedule takes: whole rounds of the ranks, and as many as there are stages
         accumulated = 2 * lcm(needs.pp, needs.stages)
     if needs.dp * at_once * accumulated == 1:  # every fourth sample alone would be a step without a target

@@ -4,6 +4,8 @@
     all together        the root of the mean square of all tensors' errors: TOGETHER times that of one process
     each tensor         TIMES the error of one process in the same precision, by the same experts
 
+sums of gradients       over micro-batches and ranks: numbers of which some are none of bf16, as sums in fp32 are
+
 after the last update   the weights that the model goes on with are the masters, rounded to their type: equal bits
 
 Both figures are measured (docs/measured/proof.md). The errors of two ways of rounding are two draws of noise: over
@@ -23,6 +25,8 @@ from meshwright.launcher.proof.record import Array, RankRecord
 
 TOGETHER, TIMES = 2.0, 4.0
 ROUNDED = {"loss": 2.0**-13, "norm": 2.0**-11}
+_ENOUGH = 64
+"""Numbers of a tensor that are not all of bf16 by chance: each sum of two of them is none with a chance of about 1/2."""
 
 
 def compare_own(exact: RankRecord, one: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
@@ -45,6 +49,22 @@ def compare_own(exact: RankRecord, one: RankRecord, ranks: Sequence[RankRecord])
             if not times <= TIMES:
                 _add(verdict, name, step, times)
     return verdict
+
+
+def compare_sums(verdict: Verdict, ranks: Sequence[RankRecord], summands: int) -> None:
+    """Add a difference for each gradient of several summands whose numbers are all of bf16: it was summed so.
+
+    A sum in bf16 is within the error that the products have anyway, so that the errors do not tell. The steps are taken
+    together: in one of them all summands but one may have no target.
+    """
+    if summands < 2:  # one product's result, which is of bf16
+        return
+    steps = range(len(ranks[0].steps))
+    for name, pieces in by_name(record.steps[step].gradients for record in ranks for step in steps).items():
+        values = np.concatenate([piece.values.reshape(-1) for _, piece in pieces])
+        values = values[values != 0]
+        if len(values) >= _ENOUGH and np.array_equal(values, _rounded(values, "bf16")):
+            verdict.miss(name, "the sum holds no more than bf16 does", step=len(steps) - 1)
 
 
 def compare_computed(verdict: Verdict, ranks: Sequence[RankRecord], precision: str) -> None:

@@ -32,8 +32,9 @@ from meshwright.launcher.proof.narrow import STEPS
 from meshwright.launcher.proof.record import Array, Decide, RankRecord, Recorder, Work, computed_weights, piece_of
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.training.evaluation import evaluate
 from meshwright.launcher.training.learning_rate import learning_rate_at
-from meshwright.launcher.training.loop import batches_of
+from meshwright.launcher.training.loop import batches_of, held_out_of
 from meshwright.launcher.training.one_step import one_step
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.training.saving import Resumed, Saver, resume
@@ -151,7 +152,9 @@ def build(run_file: RunFile, precision: Precision, mesh: Mesh, **keys: str) -> R
             "run": run_file.run.model_copy(update=keys),
         }
     )
-    store = counted_store(table.data.seq_len, table.model.vocab_size, table.run.seed)
+    ramp = (entry.global_batch_size for entry in table.train.batch_ramp)
+    fewest = min([table.train.global_batch_size, *ramp])
+    store = counted_store(table.data.seq_len, table.model.vocab_size, table.run.seed, fewest=fewest)
     return build_run(with_vocab_of(table, store), store, mesh, torch.device("cpu"))
 
 
@@ -171,6 +174,7 @@ def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankR
     hook: Decide | None = decide if choices and one.replays != "nothing" else None
     recorder = Recorder(run, outputs=one.name == "exact", decide=hook)
     guard, clock = SpikeGuard(run.run_file.train.skip_norm_spike), StepClock(run.device)
+    held_out = held_out_of(run) if one.name == "exact" else None
     batches = batches_of(run, 0)
     for step in range(one.steps):
         rate = learning_rate_at(step, run.run_file.train.steps, run.run_file.learning_rate)
@@ -181,6 +185,9 @@ def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankR
         with _operators(record, run, is_on=one.name == "fast" and step == 0):
             result = one_step(run, next(batches), step, rate, guard=guard, signals=signals, clock=clock)
         record.steps.append(recorder.finish(rate, result.loss, result.grad_norm, result.sums))
+        if held_out is not None:
+            record.steps[-1].evaluation = evaluate(run, held_out, step + 1)
+            recorder.forget()
     batches.close()
     record.held = {name: piece_of(part) for name, part in held_tensors(run).items()}
     record.computed = computed_weights(run) if one.moves_at_last else {}

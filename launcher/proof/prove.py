@@ -22,7 +22,7 @@ from meshwright.launcher.proof.compare import Verdict, compare_checkpoint, compa
 from meshwright.launcher.proof.expected import expected_tensors
 from meshwright.launcher.proof.forked import Fork, NoAnswerError, RankLostError
 from meshwright.launcher.proof.narrow import Narrowed, alone, narrow, on_layout
-from meshwright.launcher.proof.own_precision import compare_computed, compare_own
+from meshwright.launcher.proof.own_precision import compare_computed, compare_own, compare_sums
 from meshwright.launcher.proof.passes import (
     Choices,
     choices_in,
@@ -224,6 +224,7 @@ class Judge:
             require_fast_paths(result.verdicts["fast"], table, of_pass["fast"], self.one["fast"])
         if "own" in of_pass:
             result.verdicts["own"] = compare_own(self.one["start"], self.one["own"], of_pass["own"])
+            compare_sums(result.verdicts["own"], of_pass["own"], micro_batches(table))
             compare_computed(result.verdicts["own"], of_pass["own"], table.train.precision)
         if saves:
             result.verdicts["checkpoint"] = self._checkpoint(table, folder, of_pass["exact"])
@@ -245,6 +246,11 @@ class Judge:
     def _answers(self, size: int, work: Callable[[int], Any]) -> list[Any]:
         with Fork(size, work) as ranks:
             return ranks.answers(self.limit)
+
+
+def micro_batches(run_file: RunFile) -> int:
+    """Return of how many micro-batches, on all ranks together, a gradient is the sum."""
+    return -(-run_file.train.global_batch_size // run_file.train.micro_batch_size)
 
 
 def unclipped(run_file: RunFile, one: RankRecord) -> list[str]:

@@ -9,6 +9,7 @@
            loss, norm, sums        over all ranks
            gradients               summed over the ranks, before they are clipped
            weights                 after the update
+           evaluation              with these weights: the loss on held-out samples, and their tokens
 
 A `Recorder` listens to a run that is driven by the product's own `one_step`; it computes nothing of its own. A rank
 records what it holds, and the comparison sees to it that together they hold everything.
@@ -76,6 +77,8 @@ class StepRecord:
     """tokens, targets, `<module> output`, `<layer> experts`, `<layer> margin`; in the order of the forward pass."""
     gradients: dict[str, Piece] = field(default_factory=dict)
     weights: dict[str, Piece] = field(default_factory=dict)
+    evaluation: tuple[float, int] | None = None
+    """The loss on the held-out samples and the tokens that it was measured on, where the run evaluates."""
 
 
 @dataclass
@@ -125,11 +128,15 @@ class Recorder:
         parts = held_tensors(self._run, optimizer=False)
         weights = {name: piece_of(part) for name, part in parts.items() if not name.startswith("buffers.")}
         step = StepRecord(learning_rate, loss, norm, of_layers, rows, self._gradients, weights)
-        self._rows, self._gradients, self._seen = {}, {}, set()
+        self.forget()
         return step
 
+    def forget(self) -> None:
+        """Leave out what was heard since the last call: it belongs to no step."""
+        self._rows, self._gradients, self._seen = {}, {}, set()
+
     def _on_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        tokens, targets, self._where, _tally = args
+        tokens, targets, self._where, *_tally = args  # an evaluation counts nothing
         self._add("tokens", tokens.flatten())
         self._add("targets", targets.flatten())
 

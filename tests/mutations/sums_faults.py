@@ -4,6 +4,26 @@ from mutations.fault import DENSE, EP, MOE, Fault
 
 SUMS = [
     Fault(
+        "the third micro-batch's gradient takes the place of the sum",
+        "parallel/zero/buckets.py",
+        "move = torch._foreach_add_ if slot.arrived else torch._foreach_copy_",
+        "move = torch._foreach_add_ if slot.arrived == 1 else torch._foreach_copy_",
+        named="gradient of",
+        layout={"dp_shard": 2},
+    ),
+    Fault(
+        "gradients of bf16 summed in bf16",
+        "parallel/zero/fsdp.py",
+        "reduce_dtype=torch.float32 if dtype else None",
+        "reduce_dtype=dtype",
+        named="the sum holds no more than bf16 does",
+        axis="dp_shard",
+        layout={"dp_shard": 2},
+        zero=2,
+        train={"precision": "bf16"},
+        passes=("own",),
+    ),
+    Fault(
         "router gradient not summed under sequence parallelism",
         "model/routers/topk.py",
         'return {"weight": Placement(grad_sum=partial_over(self.tp))}',

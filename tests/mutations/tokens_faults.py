@@ -4,6 +4,23 @@ from mutations.fault import DENSE, EP, MOE, Fault
 
 TOKENS = [
     Fault(
+        "each micro-batch's loss divided by whether it has a target",
+        "launcher/training/one_step.py",
+        "loss = run.model(each.tokens, each.targets, each.where, run.tally)",
+        "loss = run.model(each.tokens, each.targets, each.where, run.tally) / (each.targets >= 0).any()",
+        quantity="loss",
+        layout={"dp_shard": 2},
+    ),
+    Fault(
+        "each rank evaluates by the mean of its own tokens",
+        "launcher/training/evaluation.py",
+        "sums += torch.stack((loss.to(sums), each.where.counted.sum().to(sums)))",
+        "sums += torch.stack(((loss / each.where.counted.sum().clamp(min=1)).to(sums), torch.ones(()).to(sums)))",
+        quantity="evaluation",
+        layout={"dp_shard": 2},
+        tables={"evaluation": {"every": 5, "samples": 64}},
+    ),
+    Fault(
         "a KV head assigned to the wrong rank",
         "parallel/placement.py",
         "return self.axis.rank // self.copies",

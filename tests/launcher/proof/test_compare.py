@@ -14,7 +14,13 @@ from meshwright.launcher.proof.compare import (
     compare_fast,
     errors_of,
 )
-from meshwright.launcher.proof.own_precision import compare_computed, compare_own, masters_after, other_than_masters
+from meshwright.launcher.proof.own_precision import (
+    compare_computed,
+    compare_own,
+    compare_sums,
+    masters_after,
+    other_than_masters,
+)
 from meshwright.launcher.proof.record import AtTokens, Piece, RankRecord, StepRecord
 
 SAMPLE, POSITION = np.repeat([0, 1], 3), np.tile([0, 1, 2], 2)
@@ -40,6 +46,7 @@ def record(rows: slice = slice(None), half: slice = slice(0, 4)) -> RankRecord:
         },
         gradients={"a": piece, "b": Piece((2,), (0,), np.array([1.0, -1.0])), "zero": Piece((1,), (0,), np.zeros(1))},
         weights={"a": Piece((4, 3), (half.start, 0), values[half].copy())},
+        evaluation=(2.5, 40),
     )
     return RankRecord([deepcopy(step), deepcopy(step)], {"a": piece})
 
@@ -67,6 +74,9 @@ def edit(path: str) -> Callable[[RankRecord], None]:
             step.at_tokens[name].values[0] += 1
         elif kind == "sums":
             step.sums[name] += 1
+        elif kind == "evaluation":
+            loss, tokens = step.evaluation or (0.0, 0)
+            step.evaluation = (loss * (1 + 1e-6), tokens) if name == "loss" else (loss, tokens + 1)
         elif kind in ("gradients", "weights"):
             step_piece = getattr(step, kind)[name]
             getattr(step, kind)[name] = Piece(step_piece.shape, step_piece.offset, step_piece.values + 1e-6)
@@ -89,6 +99,8 @@ def edit(path: str) -> Callable[[RankRecord], None]:
         ("gradients/a", "gradient", "a"),
         ("gradients/zero", "gradient", "zero"),
         ("weights/a", "weight", "a"),
+        ("evaluation/loss", "evaluation", ""),
+        ("evaluation/tokens", "evaluation", ""),
     ],
 )
 def test_each_quantity_is_compared_on_the_ranks_that_have_it(path: str, what: str, name: str) -> None:
@@ -221,6 +233,22 @@ def test_what_is_computed_with_is_held_against_the_masters_as_they_are_rounded()
     assert list(other_than_masters(ranks, masters_after(ranks, -1, "bf16"))) == []
     ranks[0].computed.clear()
     assert list(other_than_masters(ranks, masters_after(ranks, -1, "bf16"))) == [("a", "no rank has it")]
+
+
+def test_a_sum_that_holds_no_more_than_bf16_is_told() -> None:
+    def told(values: np.ndarray, summands: int) -> list[str]:
+        ranks, verdict = two_ranks(), Verdict([])
+        for rank, half in zip(ranks, np.split(values, 2), strict=True):
+            for step in rank.steps:
+                step.gradients = {"w": Piece((64, 2), (0, 0), half)}
+        compare_sums(verdict, ranks, summands)
+        return [str(found) for found in verdict.differences]
+
+    of_bf16 = np.tile([1.0, 1.5], (64, 1)).astype(np.float32)
+    assert told(of_bf16, 2) == ["step 2, gradient of w: the sum holds no more than bf16 does"]
+    assert told(of_bf16, 1) == []  # one product's result
+    of_bf16[63, 1] += 2.0**-12
+    assert told(of_bf16, 2) == []
 
 
 def with_error(size: float, records: list[RankRecord]) -> list[RankRecord]:

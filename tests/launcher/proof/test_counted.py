@@ -1,6 +1,7 @@
 """Counted tokens: the same for whoever asks, with documents that end within samples, and targets left out unevenly."""
 
 import numpy as np
+import pytest
 
 from meshwright.data.batches import Batches, fetch
 from meshwright.data.order import SampleOrder
@@ -30,8 +31,25 @@ def test_samples_hold_several_documents_and_count_different_numbers_of_targets()
     batch = fetch(split, SampleOrder(split.num_tokens, SEQ, seed=0), range(12))
     counted = (batch.tokens[:, 1:] >= 0).sum(1)
     assert all(len(set(row)) >= 2 for row in batch.document.tolist())
-    assert [sample for sample in range(12) if counted[sample] == 0] == [3, 7, 11]
+    assert [sample for sample in range(12) if counted[sample] == 0] == [3, 6, 7, 11]
     assert len(set(counted.tolist())) > 3
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 7, 8, 32])
+@pytest.mark.parametrize("fewest", [2, 3, 4, 6])
+def test_no_step_is_left_without_a_target(seq_len: int, fewest: int) -> None:
+    split = counted_store(seq_len, 64, 0, fewest=fewest).splits["train"]
+    batch = fetch(split, SampleOrder(split.num_tokens, seq_len, seed=0), range(fewest * 60))
+    counted = (batch.tokens[:, 1:] >= 0).sum(1).reshape(60, fewest)
+    assert counted.sum(1).min() > 0
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_whole_micro_batches_are_without_a_target(micro_batch: int) -> None:
+    split = counted_store(SEQ, 64, 0).splits["train"]
+    batch = fetch(split, SampleOrder(split.num_tokens, SEQ, seed=0), range(16))
+    counted = (batch.tokens[:, 1:] >= 0).sum(1).reshape(-1, micro_batch)
+    assert (counted.sum(1) == 0).sum() >= 2
 
 
 def test_the_loader_of_a_run_reads_it() -> None:
