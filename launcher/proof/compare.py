@@ -25,7 +25,7 @@ from meshwright.launcher.proof.record import Array, AtTokens, Piece, RankRecord
 EXACT, FAST = 1e-9, 1e-5
 NOTHING = 1e-12
 SMALL = 1e-2
-"""In fp32: the part of the norm up to which a gradient is held to FAST of that, 1e-7 of the norm, about one rounding."""
+"""In fp32: up to this part of the norm, a gradient is held to FAST of this: 1e-7 of the norm, about one rounding."""
 Size = Callable[[Array], float]
 
 

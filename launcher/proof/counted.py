@@ -2,7 +2,7 @@
 
 Token i of the endless row is a function of i alone, so every layout reads the same. Documents are 5, 9, 13 and 6
 tokens long, over and over, so that a window holds several and ends within one. Some targets are left out, and these
-samples have none at all, so that ranks count different numbers of tokens, and a micro-batch or a rank may count nothing:
+samples have none at all, so that ranks count different numbers of tokens, and a micro-batch, or a rank, may have none:
 
     sample                   0 1 2 3 4 5 6 7 8 9 ...
     micro-batches of two     ___ ___ ___ ___ ___

@@ -4,7 +4,8 @@
     all together        the root of the mean square of all tensors' errors: TOGETHER times that of one process
     each tensor         TIMES the error of one process in the same precision, by the same experts
 
-sums of gradients       over micro-batches and ranks: numbers of which some are none of bf16, as sums in fp32 are
+sums                    of gradients over micro-batches and ranks, and of a rank's losses: numbers of which some are
+                        none of bf16, as sums in fp32 are; what is sent to be summed over samples is fp32
 
 after the last update   the weights that the model goes on with are the masters, rounded to their type: equal bits
 
@@ -15,6 +16,7 @@ any step, or ROUNDED if that is more.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import frexp
 from statistics import median
 
 import numpy as np
@@ -25,8 +27,10 @@ from meshwright.launcher.proof.record import Array, RankRecord
 
 TOGETHER, TIMES = 2.0, 4.0
 ROUNDED = {"loss": 2.0**-13, "norm": 2.0**-11}
+_BITS = 16
+"""That a sum of a few numbers of bf16, with 8 bits each, has at most; of fp32 there are 24 in each."""
 _ENOUGH = 64
-"""Numbers of a tensor that are not all of bf16 by chance: each sum of two of them is none with a chance of about 1/2."""
+"""Numbers of a tensor that are not all of bf16 by chance: one sum of two is none with a chance of about 1/2."""
 
 
 def compare_own(exact: RankRecord, one: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
@@ -54,9 +58,16 @@ def compare_own(exact: RankRecord, one: RankRecord, ranks: Sequence[RankRecord])
 def compare_sums(verdict: Verdict, ranks: Sequence[RankRecord], summands: int) -> None:
     """Add a difference for each gradient of several summands whose numbers are all of bf16: it was summed so.
 
-    A sum in bf16 is within the error that the products have anyway, so that the errors do not tell. The steps are taken
-    together: in one of them all summands but one may have no target.
+    And for sums over samples that are sent in bf16, and for a loss whose tokens are summed in bf16. Such a sum is
+    within the error that the products have anyway, so that the errors do not tell. The steps are taken together: in one
+    of them all summands but one may have no target.
     """
+    for rank, record in enumerate(ranks):
+        for words in sorted(record.narrow_sums):
+            verdict.miss("", f"rank {rank} sums {words}", what="sum")
+    shares = [step.share for record in ranks for step in record.steps if step.share]
+    if shares and all((share / 2 ** frexp(share)[1] * 2**_BITS).is_integer() for share in shares):
+        verdict.miss("", "the losses of a rank's tokens are summed in bf16", what="loss")
     if summands < 2:  # one product's result, which is of bf16
         return
     steps = range(len(ranks[0].steps))

@@ -28,6 +28,7 @@ from torch import nn
 from meshwright.launcher.build import Run, build_run, sizes_of, with_vocab_of
 from meshwright.launcher.observe.clock import StepClock
 from meshwright.launcher.proof.counted import counted_store
+from meshwright.launcher.proof.dtype_of_sums import DtypeOfSums
 from meshwright.launcher.proof.narrow import STEPS
 from meshwright.launcher.proof.record import Array, Decide, RankRecord, Recorder, Work, computed_weights, piece_of
 from meshwright.launcher.runfile.optimizer_rules import settings_of
@@ -182,9 +183,14 @@ def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankR
         rate = _FAR if one.moves_at_last and step + 1 == one.steps else rate
         # One step, because reading what the profiler saw takes longer than the step; on every rank, because the stages
         # of a pipeline hold different kinds of layers.
-        with _operators(record, run, is_on=one.name == "fast" and step == 0):
+        is_first = step == 0
+        with (
+            _operators(record, run, is_on=is_first and one.name == "fast"),
+            _sums(record, run, is_on=is_first and one.name == "own"),
+        ):
             result = one_step(run, next(batches), step, rate, guard=guard, signals=signals, clock=clock)
         record.steps.append(recorder.finish(rate, result.loss, result.grad_norm, result.sums))
+        record.steps[-1].share = result.local_loss
         if held_out is not None:
             record.steps[-1].evaluation = evaluate(run, held_out, step + 1)
             recorder.forget()
@@ -207,6 +213,17 @@ def _operators(record: RankRecord, run: Run, *, is_on: bool) -> Iterator[None]:
     assert seen.kineto_results is not None
     record.operators = frozenset(event.name() for event in seen.kineto_results.events())
     record.work = frozenset(work)
+
+
+@contextmanager
+def _sums(record: RankRecord, run: Run, *, is_on: bool) -> Iterator[None]:
+    """Note the sums over samples that are made inside in less than fp32."""
+    if not is_on:
+        yield
+        return
+    with DtypeOfSums(run) as sums:
+        yield
+    record.narrow_sums = frozenset(sums.found)
 
 
 @contextmanager

@@ -224,7 +224,7 @@ class Judge:
             require_fast_paths(result.verdicts["fast"], table, of_pass["fast"], self.one["fast"])
         if "own" in of_pass:
             result.verdicts["own"] = compare_own(self.one["start"], self.one["own"], of_pass["own"])
-            compare_sums(result.verdicts["own"], of_pass["own"], micro_batches(table))
+            compare_sums(result.verdicts["own"], of_pass["own"], summands(table))
             compare_computed(result.verdicts["own"], of_pass["own"], table.train.precision)
         if saves:
             result.verdicts["checkpoint"] = self._checkpoint(table, folder, of_pass["exact"])
@@ -248,9 +248,13 @@ class Judge:
             return ranks.answers(self.limit)
 
 
-def micro_batches(run_file: RunFile) -> int:
-    """Return of how many micro-batches, on all ranks together, a gradient is the sum."""
-    return -(-run_file.train.global_batch_size // run_file.train.micro_batch_size)
+def summands(run_file: RunFile) -> int:
+    """Return of how many products, by micro-batch and rank, any gradient is at least the sum.
+
+    An expert multiplies the tokens of all ranks of ep at once.
+    """
+    micro_batches = run_file.train.global_batch_size // run_file.train.micro_batch_size
+    return micro_batches // run_file.parallel.ep
 
 
 def unclipped(run_file: RunFile, one: RankRecord) -> list[str]:

@@ -79,6 +79,8 @@ class StepRecord:
     weights: dict[str, Piece] = field(default_factory=dict)
     evaluation: tuple[float, int] | None = None
     """The loss on the held-out samples and the tokens that it was measured on, where the run evaluates."""
+    share: float = 0.0
+    """Of the loss, what this rank's own tokens are; all ranks' together are the loss."""
 
 
 @dataclass
@@ -94,6 +96,8 @@ class RankRecord:
     """Why no checkpoint could be written, where that is so: the ranks' copies of a tensor may differ."""
     operators: frozenset[str] = frozenset()
     """Names of torch's operators that ran in the first step, where they were asked for."""
+    narrow_sums: frozenset[str] = frozenset()
+    """Sums over samples that were made in less than fp32, where they were looked for (`dtype_of_sums.py`)."""
     work: frozenset[Work] = frozenset()
     """What of this the rank itself had to do in that step."""
 

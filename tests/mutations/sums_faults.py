@@ -16,7 +16,7 @@ SUMS = [
         "parallel/zero/fsdp.py",
         "reduce_dtype=torch.float32 if dtype else None",
         "reduce_dtype=dtype",
-        named="the sum holds no more than bf16 does",
+        named="sums bfloat16 over ranks 0, 1",
         axis="dp_shard",
         layout={"dp_shard": 2},
         zero=2,
