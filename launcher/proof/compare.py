@@ -110,10 +110,7 @@ def compare_checkpoint(
     verdict = Verdict([])
     for name, shape in expected.items():
         pieces = [record.held[name] for record in ranks if name in record.held]
-        covered = np.zeros(shape, bool)
-        for held in pieces if all(held.shape == shape for held in pieces) else ():
-            covered[box_of(held)] = True
-        if name not in loaded.held or not covered.all():
+        if name not in loaded.held or any(held.shape != shape for held in pieces) or on_no_rank(shape, pieces):
             where = "is not in it" if name not in loaded.held else f"is not of shape {shape} in what the ranks saved"
             verdict.miss(name, where, what="checkpoint")
     for name in {name: None for record in ranks for name in record.held}:
@@ -156,6 +153,14 @@ def box_of(piece: Piece) -> tuple[slice, ...]:
     return tuple(slice(begin, begin + n) for begin, n in zip(piece.offset, piece.values.shape, strict=True))
 
 
+def on_no_rank(shape: tuple[int, ...], pieces: Iterable[Piece]) -> int:
+    """Return how many numbers of a tensor of this shape are in none of its pieces."""
+    covered = np.zeros(shape, bool)
+    for piece in pieces:
+        covered[box_of(piece)] = True
+    return int((~covered).sum())
+
+
 def worst_error(
     whole: Array, pieces: Sequence[tuple[int, Piece]], size: Size, *, unit: float = 0.0
 ) -> tuple[float, int]:
@@ -187,13 +192,8 @@ def _compare_tensors(
         if odd := [piece.shape for _, piece in pieces if piece.shape != whole.shape]:
             verdict.miss(name, f"has the global shape {odd[0]}, not {whole.shape}", what=what, step=step)
             continue
-        covered = np.zeros(whole.shape, bool)
-        for _, piece in pieces:
-            covered[box_of(piece)] = True
-        if not covered.all():
-            verdict.miss(
-                name, f"no rank has {int((~covered).sum())} of its {covered.size} numbers", what=what, step=step
-            )
+        if missing := on_no_rank(whole.shape, [piece for _, piece in pieces]):
+            verdict.miss(name, f"no rank has {missing} of its {whole.values.size} numbers", what=what, step=step)
         if max([largest(whole.values), *(largest(piece.values) for _, piece in pieces)]) <= nothing:
             continue
         error, rank = worst_error(whole.values, pieces, size, unit=small)

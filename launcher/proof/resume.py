@@ -5,56 +5,47 @@
     resumed    from that checkpoint to step 2k, on another layout
 
     fp64, another layout            same token ids, same learning rates; losses and norms to 1e-9, and at the end every
-                                    weight and moment (held.py): the first step after a resume needs no moments
+                                    weight, moment and value beside them (held.py): six steps use few of them
     own precision, same layout      all of that bit for bit; and the weights that the model computes with are the
                                     masters, rounded
 
-The ranks train by the product's own loop, saver and resume; the run is as narrow as for `prove`. Batches are read ahead
-as the run file says: the threads that do it begin in the ranks, after they were forked.
+What the ranks do is in `trained.py`; the run is as narrow as for `prove`.
 """
 
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from itertools import cycle, islice
 from math import lcm
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from meshwright.launcher.build import sizes_of
-from meshwright.launcher.observe.metrics import Meter, Numbers
-from meshwright.launcher.observe.peak import Peak
-from meshwright.launcher.observe.sinks import Sinks
 from meshwright.launcher.proof.compare import EXACT
 from meshwright.launcher.proof.forked import Fork, NoAnswerError, RankLostError
-from meshwright.launcher.proof.held import compare_bits, compare_held
+from meshwright.launcher.proof.held import compare_bits, compare_held, compare_states
 from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
 from meshwright.launcher.proof.own_precision import masters_after, other_than_masters
-from meshwright.launcher.proof.passes import Precision, build
+from meshwright.launcher.proof.passes import Precision
 from meshwright.launcher.proof.prove import refusals
-from meshwright.launcher.proof.record import RankRecord, Recorder, computed_weights, piece_of
+from meshwright.launcher.proof.record import RankRecord
 from meshwright.launcher.proof.sublayouts import AXES, cover, said
+from meshwright.launcher.proof.trained import Trained, marked, train_rank
 from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
 from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.resume_rules import compare_for_resume
 from meshwright.launcher.runfile.tables import RunFile
-from meshwright.launcher.training.loop import train
-from meshwright.launcher.training.progress import held_tensors
-from meshwright.launcher.training.saving import Saver, checkpoints_of, resume
-from meshwright.launcher.training.stopping import Signals
-from meshwright.parallel.checkpoint.folder import checkpoint_path
+from meshwright.launcher.training.saving import checkpoints_of
+from meshwright.parallel.checkpoint.folder import list_checkpoints
 from meshwright.parallel.config import MAX_RANKS
 from meshwright.parallel.fits import divisors, nearest
-from meshwright.parallel.mesh import Sizes, build_mesh
+from meshwright.parallel.mesh import Sizes
 
 _SECONDS = 150.0
 _MOST_TRIED = 64  # numbers of ranks that are tried for one that would fit
-_MARK = "to_be_killed_"
 
 
 @dataclass(frozen=True)
@@ -92,6 +83,11 @@ class ResumeResult:
     def is_same(self) -> bool:
         """Say whether the resumed run is the unbroken one."""
         return not self.differences
+
+    @property
+    def allowed(self) -> float:
+        """Return by how much a float may be off, over its size."""
+        return 0.0 if self.is_bitwise else EXACT
 
 
 def parse_layout(text: str, run_file: RunFile, world_size: int, *, said_by: str = "the run file") -> Sizes:
@@ -212,17 +208,29 @@ def _go_on(plan: ResumePlan, result: ResumeResult) -> None:
     )
     before, after = on_layout(table, result.before), on_layout(table, result.after)
     with tempfile.TemporaryDirectory(prefix="meshwright-resume-") as folder:
-        unbroken, broken = str(Path(folder) / "unbroken"), str(Path(folder) / "broken")
-        with Fork(result.before.world, partial(train_rank, before, result.precision, unbroken, None)) as ranks:
-            expected: list[RankRecord] = ranks.answers(_SECONDS)
-        with Fork(result.before.world, partial(train_rank, before, result.precision, broken, plan.steps)) as ranks:
-            marks = [Path(broken) / f"{_MARK}{rank}" for rank in range(result.before.world)]
-            ranks.kill_when(lambda: all(mark.exists() for mark in marks), _SECONDS)
-        with Fork(result.after.world, partial(train_rank, after, result.precision, broken, None)) as ranks:
-            found: list[RankRecord] = ranks.answers(_SECONDS)
+        unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
+        leg = partial(train_rank, precision=result.precision, gathers=result.is_bitwise)
+        with Fork(result.before.world, partial(leg, before, unbroken)) as ranks:
+            expected: list[Trained] = ranks.answers(_SECONDS)
+        with Fork(result.before.world, partial(leg, before, broken, kill_after=plan.steps)) as ranks:
+            ranks.kill_when(lambda: marked(broken, result.before.world), _SECONDS)
+        with Fork(result.after.world, partial(leg, after, broken)) as ranks:
+            found: list[Trained] = ranks.answers(_SECONDS)
+        kept = [list_checkpoints(checkpoints_of(run)) for run in (unbroken, broken)]
     for record in expected:
         del record.steps[: plan.steps]
     compare_steps(result, expected, found, first_step=plan.steps)
+    _compare_ends(result, expected, found)
+    state, changes = expected[0].state, compare_for_resume(before, after)[0]
+    # What a resume changed is told in the state itself.
+    state["changes"] += [f"step {plan.steps}: {change}" for change in changes]
+    result.differences += compare_states(state, [record.state for record in found], result.allowed)
+    if kept[0] != kept[1]:
+        result.differences.append(f"at the end: the checkpoints of the steps {kept[1]} are there, not of {kept[0]}")
+
+
+def _compare_ends(result: ResumeResult, expected: Sequence[Trained], found: Sequence[Trained]) -> None:
+    """Compare every tensor that a checkpoint has, and bit for bit what the model would compute with next."""
     held = [[record.held for record in records] for records in (expected, found)]
     if result.is_bitwise:
         result.differences += compare_bits(*held)
@@ -232,43 +240,6 @@ def _go_on(plan: ResumePlan, result: ResumeResult) -> None:
     elif expected[0].steps:
         differences, result.worst_held = compare_held(*held, norm=max(step.norm for step in expected[0].steps))
         result.differences += differences
-
-
-def train_rank(run_file: RunFile, precision: Precision, folder: str, kill_after: int | None, _rank: int) -> RankRecord:
-    """Train as a rank, from the newest checkpoint if there is one; wait to be killed in the step after `kill_after`."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    mesh = build_mesh(sizes_of(run_file, world), timedelta(seconds=run_file.run.timeout_seconds))
-    run = build(run_file, precision, mesh, folder=folder)
-    record, recorder = RankRecord(), Recorder(run, outputs=False)
-    began = resume(run)
-
-    def await_kill() -> None:
-        path = checkpoint_path(checkpoints_of(run.folder), kill_after or 0)
-        while not path.exists():  # it may be written in the background
-            time.sleep(0.01)
-        (run.folder / f"{_MARK}{mesh.rank}").touch()
-        while True:
-            signal.pause()
-
-    class Listener:
-        """A sink: what the loop tells of a step belongs to what the model saw in it."""
-
-        def write(self, numbers: Numbers) -> None:
-            """Note the step."""
-            if numbers["kind"] == "step":
-                loss, rate, norm = (float(numbers[name] or 0.0) for name in ("loss", "learning_rate", "grad_norm"))
-                record.steps.append(recorder.finish(rate, loss, norm, {}))
-                if kill_after is not None and numbers["step"] == kill_after + 1:
-                    await_kill()
-
-        def close(self) -> None:
-            """Close nothing."""
-
-    meter = Meter(world, 1.0, Peak(1.0, "not measured"))
-    train(run, began.progress, Saver(run, began), Sinks([Listener()]), meter, Signals())
-    record.held = {name: piece_of(part) for name, part in held_tensors(run).items()}
-    record.computed = computed_weights(run)
-    return record
 
 
 def compare_steps(
@@ -286,7 +257,6 @@ def compare_steps(
             if before != after:
                 others = sum(before.get(place) != after.get(place) for place in before | after)
                 result.differences.append(f"step {step}: {others} of {len(before | after)} {what} are others")
-        allowed = 0.0 if result.is_bitwise else EXACT
         for rank, ours in enumerate(record.steps[at] for record in found):
             of_rank = f"step {step}, rank {rank}"
             if ours.learning_rate != theirs.learning_rate:
@@ -297,7 +267,7 @@ def compare_steps(
                     continue
                 error = abs(one - other) / abs(other) if other else float(one != other)
                 result.worst = max(result.worst, error)
-                if error > allowed:
+                if error > result.allowed:
                     result.differences.append(f"{of_rank}: {what} {one!r}, not {other!r}: off by {error:.2g}")
 
 

@@ -5,6 +5,8 @@ be that of the run's store: the same file, or one that gives every token the sam
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from meshwright.launcher.ranks.one_outcome import one_outcome
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.training.kept_moments import Kept, kept_moments
 from meshwright.launcher.training.progress import Progress, held_tensors
-from meshwright.launcher.weights.read_weights import ExportWeights, Source, find_source, what_lies_at
+from meshwright.launcher.weights.read_weights import ExportWeights, Source, source_of_kind, what_lies_at
 from meshwright.launcher.weights.saved_run import run_file_of
 from meshwright.model.shapes import parameter_shapes
 from meshwright.parallel.checkpoint.agree import CheckpointError
@@ -32,33 +34,39 @@ def begin_from(run: Run, source: Path, events: list[str]) -> Progress:
         ConfigError: if what lies there is damaged, of another model or of another tokenizer.
     """
     load, title = run.run_file.init.load, f"init.from = {source}"
-    one_outcome(run.mesh, title, lambda: what_lies_at(source))
-    try:
-        found = find_source(source, run.mesh)
-        for path, why in found.passed_over.items():
-            events.append(f"passed over {path}: {'; '.join(why)}")
+    kind = one_outcome(run.mesh, title, lambda: what_lies_at(source))
+    with _as_given(title):
+        found = source_of_kind(source, kind, run.mesh)
         state = read_state(found.path, run.mesh) if found.is_checkpoint else None
-        one_outcome(run.mesh, title, lambda: _check_tokenizer(run, found, state, events))
-        if state is not None:
-            updates = _fill_from_checkpoint(run, found, state, events)
-        else:
-            updates = one_outcome(run.mesh, title, lambda: _fill_from_export(run, found))
-    except ConfigError:
-        raise
-    except (ValueError, CheckpointError) as error:  # of verifying and loading, in which all ranks have one outcome
-        raise ConfigError(title, str(error).splitlines(), is_same_on_all_ranks=True) from None
+    for path, why in found.passed_over.items():
+        events.append(f"passed over {path}: {'; '.join(why)}")
+    one_outcome(run.mesh, title, lambda: _check_tokenizer(run, found, state, events))
+    if state is not None:
+        updates = _fill_from_checkpoint(run, found, state, events, title)
+    else:
+        updates = one_outcome(run.mesh, title, lambda: _fill_from_export(run, found))
     run.optimizer.set_updates(updates)
     run.engine.publish_weights()
     events.append(f"begun from {found.path} ({load})")
     return Progress(updates=updates)
 
 
-def _fill_from_checkpoint(run: Run, found: Source, state: dict[str, Any], events: list[str]) -> int:
+@contextmanager
+def _as_given(title: str) -> Iterator[None]:
+    """Tell what verifying and loading find wrong, the same on all ranks, as a mistake in what was given."""
+    try:
+        yield
+    except (ValueError, CheckpointError) as error:
+        raise ConfigError(title, str(error).splitlines(), is_same_on_all_ranks=True) from None
+
+
+def _fill_from_checkpoint(run: Run, found: Source, state: dict[str, Any], events: list[str], title: str) -> int:
     """Read this rank's parts; return how many updates the moments hold, 0 without them."""
     with_moments = run.run_file.init.load == "weights+optimizer"
     kept, wanted = one_outcome(run.mesh, f"init.from = {found.path}", lambda: _kept_and_wanted(run, found.path, state))
     expect = Expect(None, may_stay_unread=("optimizer.", "buffers."), same_dtype=False, is_verified=found.is_verified)
-    load_checkpoint(found.path, wanted, run.mesh, expect)
+    with _as_given(title):
+        load_checkpoint(found.path, wanted, run.mesh, expect)
     events += kept.notes
     return int(state["updates"]) if with_moments and kept.keeps_updates else 0
 

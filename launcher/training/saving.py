@@ -8,7 +8,7 @@ A run goes on from its newest checkpoint that verifies; what may differ then is 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,18 @@ class Resumed:
 class Saver:
     """Writes the checkpoints of a run."""
 
-    def __init__(self, run: Run, began: Resumed) -> None:
-        """Take the run and where it began; make the background's process group if saving is asynchronous."""
+    def __init__(self, run: Run, began: Resumed, *, writes_late: bool = False) -> None:
+        """Take the run and where it began; make the background's process group if saving is asynchronous.
+
+        With `writes_late` the background writes nothing before it is waited for (`AsyncSaver`).
+        """
         table = run.run_file.checkpoint
         self.run, self.every = run, table.every
         self.keep = Keep(table.keep_last, table.keep_every, began.passed_over)
         timeout = timedelta(seconds=run.run_file.run.timeout_seconds)
         self._problems: list[str] = []
         tell = self._problems.append
-        self._background = AsyncSaver(run.mesh, timeout, tell) if table.asynchronous else None
+        self._background = AsyncSaver(run.mesh, timeout, tell, writes_late=writes_late) if table.asynchronous else None
         self.newest = began.checkpoint
 
     @property
@@ -97,15 +100,8 @@ def checkpoints_of(run_folder: Path) -> Path:
 
 
 def state_of(run: Run, progress: Progress) -> dict[str, Any]:
-    """Return the small values of a checkpoint."""
-    return {
-        "step": progress.step,
-        "samples": progress.samples,
-        "updates": progress.updates,
-        "skipped": progress.skipped,
-        "norms": list(progress.norms),
-        "changes": list(progress.changes),
-        "kernels": dict(progress.kernels),
+    """Return the small values of a checkpoint: the fields of `Progress`, and of what run they are."""
+    return asdict(progress) | {
         "run_file": write_resolved(run.run_file),
         "store": run.store.fingerprint,
         "tokenizer": run.store.meta.tokenizer.sha256,

@@ -14,7 +14,7 @@ its own. Both look the same from here. One process reads; no process group is ne
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,9 @@ from meshwright.parallel.checkpoint.plan import PartLoadPlanner
 from meshwright.parallel.checkpoint.storage import TABLE_NAME, FolderReader, table_from_json
 from meshwright.parallel.checkpoint.verify import newest_that_verifies, verify
 from meshwright.parallel.mesh import Mesh, single_process_mesh
+
+Kind = Literal["checkpoint", "export", "run"]
+"""What a user's path can be."""
 
 # Beginnings of names in a checkpoint that are no weights.
 NOT_WEIGHTS = ("optimizer.", "buffers.")
@@ -171,18 +174,15 @@ class Source:
     """The checkpoint's or the export's own folder."""
     run_folder: Path | None
     """The run that a checkpoint lies in; None for an export, or a checkpoint that was moved out of its run."""
-    passed_over: dict[Path, list[str]]
-    """Newer checkpoints of the run that are damaged, and how."""
-    is_verified: bool
+    is_checkpoint: bool
+    """Whether this is a checkpoint of ours, not an export."""
+    is_verified: bool = False
     """Whether finding it read every file."""
-
-    @property
-    def is_checkpoint(self) -> bool:
-        """Say whether this is a checkpoint of ours, not an export."""
-        return (self.path / MANIFEST_NAME).is_file()
+    passed_over: dict[Path, list[str]] = field(default_factory=dict)
+    """Newer checkpoints of the run that are damaged, and how."""
 
 
-def what_lies_at(path: Path) -> Literal["checkpoint", "export", "run"]:
+def what_lies_at(path: Path) -> Kind:
     """Say what a user's path is, by the files that make it so.
 
     Raises:
@@ -201,25 +201,31 @@ def what_lies_at(path: Path) -> Literal["checkpoint", "export", "run"]:
     )
 
 
-def find_source(path: Path, mesh: Mesh | None = None) -> Source:
+def find_source(path: Path) -> Source:
     """Say what lies at a path; of a run, the newest checkpoint that verifies is taken.
-
-    With a mesh, every rank must call this, and the files are verified once, over its ranks.
 
     Raises:
         ValueError: if it is neither a run, nor a checkpoint, nor an exported folder.
     """
-    kind = what_lies_at(path)
+    return source_of_kind(path, what_lies_at(path), single_process_mesh())
+
+
+def source_of_kind(path: Path, kind: Kind, mesh: Mesh) -> Source:
+    """Do the same where it is known what the path is; every rank must call this, and they verify the files together.
+
+    Raises:
+        ValueError: on every rank, if no checkpoint of a run verifies.
+    """
     if kind == "checkpoint":
         run_folder = path.resolve().parent.parent
-        return Source(path, run_folder if (run_folder / "run.toml").is_file() else None, {}, is_verified=False)
+        return Source(path, run_folder if (run_folder / "run.toml").is_file() else None, is_checkpoint=True)
     if kind == "export":
-        return Source(path, None, {}, is_verified=False)
-    newest = newest_that_verifies(path / "checkpoints", mesh or single_process_mesh())
+        return Source(path, None, is_checkpoint=False)
+    newest = newest_that_verifies(path / "checkpoints", mesh)
     if newest.path is None:
         damage = [f"{folder}: {'; '.join(problems)}" for folder, problems in newest.passed_over.items()]
         raise ValueError("\n  ".join([f"{path} has no checkpoint that can be loaded", *damage]))
-    return Source(newest.path, path, newest.passed_over, is_verified=True)
+    return Source(newest.path, path, is_checkpoint=True, is_verified=True, passed_over=newest.passed_over)
 
 
 def open_weights(path: Path) -> CheckpointWeights | ExportWeights:

@@ -69,15 +69,24 @@ def save_checkpoint(
 class AsyncSaver:
     """Writes checkpoints in the background, one at a time.
 
-    An error of a save is raised by the next call of `save`, `wait` or `close`, on every rank.
+    An error of a save is raised by the next call of `save`, `wait` or `close`, on every rank. With `writes_late`
+    nothing is written before that call: what training changes meanwhile would be in the checkpoint, however fast the
+    machine, if no copy had been made.
     """
 
-    def __init__(self, mesh: Mesh, timeout: timedelta | None = None, tell: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        timeout: timedelta | None = None,
+        tell: Callable[[str], None] | None = None,
+        *,
+        writes_late: bool = False,
+    ) -> None:
         """Make a process group for the background; every rank must call this. `timeout` is that group's.
 
         `tell` is called, from the background, with each old checkpoint that could not be removed.
         """
-        self._tell = tell
+        self._tell, self._writes_late = tell, writes_late
         self._ranks = new_ranks(mesh, timeout)
         self._thread: Thread | None = None
         self._outcome: Path | Exception | None = None
@@ -97,7 +106,8 @@ class AsyncSaver:
         save.plan(tensors, self._ranks)
         save.snapshot()
         self._thread = Thread(target=self._write, args=(save,), name=f"save of step {step}")
-        self._thread.start()
+        if not self._writes_late:
+            self._thread.start()
 
     @property
     def is_saving(self) -> bool:
@@ -108,6 +118,8 @@ class AsyncSaver:
         """Wait for the save under way and return the path of the checkpoint; None if there was none."""
         if self._thread is None:
             return None
+        if self._writes_late:
+            self._thread.start()
         self._thread.join()
         outcome, self._thread, self._outcome = self._outcome, None, None
         if isinstance(outcome, Exception):

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.launcher.proof.held import compare_bits, compare_held
+from meshwright.launcher.proof.held import compare_bits, compare_held, compare_states
 from meshwright.launcher.proof.record import Piece
 
 WHOLE = np.arange(12.0).reshape(4, 3) - 5
@@ -42,6 +42,25 @@ def test_what_is_on_no_rank_or_in_one_run_only_is_told() -> None:
     assert compare_bits(before, [{}]) == ["at the end: w is held by the unbroken run only"]
     assert compare_bits(before, [{"w": piece(0, 4, off=1e-15)}]) == ["at the end: w has other bits on rank 0"]
     assert compare_bits(before, before) == []
+
+
+def test_values_beside_tensors_are_compared_wherever_they_stand() -> None:
+    state = {"step": 4, "norms": [0.5, 2.0], "changes": ["a"], "kernels": {"attention": "own"}}
+    for other, told in (
+        ({"step": 5}, "step is 5, not 4"),
+        ({"norms": [0.5]}, "norms has 1 entries, not 2"),
+        ({"norms": [0.5, 2.0 + 1e-8]}, "norms[1] is 2.00000001, not 2.0"),
+        ({"norms": [0.5, np.nan]}, "norms[1] is nan, not 2.0"),
+        ({"norms": None}, "norms is None, not [0.5, 2.0]"),
+        ({"changes": ["b"]}, "changes[0] is 'b', not 'a'"),
+        ({"kernels": {"attention": "torch"}}, "kernels.attention is 'torch', not 'own'"),
+        ({"kernels": {}}, "kernels.attention is held by the unbroken run only"),
+        ({"best": 1.0}, "best is held by the resumed run only"),
+    ):
+        assert compare_states(state, [state, state | other], 1e-9) == [f"at the end, rank 1: {told}"]
+    rounded = state | {"norms": [0.5, 2.0 + 1e-12]}
+    assert compare_states(state, [rounded], 1e-9) == []
+    assert compare_states(state, [rounded], 0.0) == ["at the end, rank 0: norms[1] is 2.000000000001, not 2.0"]
 
 
 def test_moments_that_are_zero_but_for_rounding_must_only_be_so_too() -> None:

@@ -1,6 +1,7 @@
 """A killed run goes on as the unbroken one, and what would not is told."""
 
 import json
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import pytest
 
 from meshwright.data import batches
 from meshwright.launcher.commands.verify_resume import verify_resume as command
-from meshwright.launcher.proof import resume, resume_report
+from meshwright.launcher.proof import resume, resume_report, trained
 from meshwright.launcher.proof.forked import NoAnswerError
 from meshwright.launcher.proof.record import RankRecord, StepRecord
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
-from meshwright.launcher.training import saving
+from meshwright.launcher.training import loop, saving
 from meshwright.launcher.training.progress import Progress
+from meshwright.launcher.training.stopping import SpikeGuard
 from meshwright.parallel.checkpoint.describe import HeldPart
+from meshwright.parallel.checkpoint.plan import PartSavePlanner
 from meshwright.parallel.mesh import Mesh, Sizes
 
 RUNS = Path(__file__).resolve().parents[3] / "runs"
@@ -113,6 +116,38 @@ def test_moments_that_are_lost_on_another_layout_are_caught_after_one_step(monke
     assert any("optimizer.exp_avg." in line for line in result.differences)
 
 
+@pytest.mark.slow
+def test_a_save_in_the_background_without_a_copy_is_caught_however_fast_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = plan_of("dense_tiny.toml", "dp_shard=1", "checkpoint.asynchronous=true", world=1, steps=1)
+    assert went_on(plan).differences == []
+    monkeypatch.setattr(PartSavePlanner, "snapshot", lambda *_: None)
+    assert went_on(plan).differences[0].startswith("step 2, rank 0: loss ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [each.name for each in fields(Progress)])
+def test_a_value_that_does_not_come_along_is_caught(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    real, new = saving.progress_of, Progress()
+    monkeypatch.setattr(saving, "progress_of", lambda *given: replace(real(*given), **{name: getattr(new, name)}))
+    differences = went_on(plan_of("dense_tiny.toml", "dp_shard=1", world=1, steps=1)).differences
+    told = {"step": "2 steps were made, not 1", "samples": "tokens are others"}
+    assert told.get(name, f"at the end, rank 0: {name}") in "\n".join(differences)
+
+
+@pytest.mark.slow
+def test_norms_that_the_guard_forgets_are_caught_on_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SpikeGuard", lambda multiple, norms: SpikeGuard(multiple, norms[:1]))
+    plan = plan_of("dense_tiny.toml", "tp=2,dp_shard=1", steps=1)
+    assert went_on(plan).differences == [f"at the end, rank {rank}: norms has 2 entries, not 3" for rank in (0, 1)]
+
+
+def test_a_run_begins_with_a_past_in_every_value_that_its_first_steps_do_not_fill() -> None:
+    past, new = asdict(trained._PAST), asdict(Progress())
+    assert [name for name in past if past[name] == new[name]] == ["step"]
+
+
 def record_of(loss: float) -> RankRecord:
     return RankRecord(steps=[StepRecord(learning_rate=1.0, loss=loss, norm=1.0)])
 
@@ -140,7 +175,7 @@ def test_ranks_that_give_no_answer_are_no_difference(monkeypatch: pytest.MonkeyP
 
 
 def test_a_rank_that_is_not_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "train_rank", lambda *args: RankRecord())
+    monkeypatch.setattr(resume, "train_rank", lambda *args, **keys: RankRecord())
     result = resume.verify_resume(plan_of("dense_tiny.toml", "dp_shard=2"))[0]
     assert result.differences == ["a rank of 2 came to its end before it could be killed"]
 

@@ -52,6 +52,20 @@ def test_weights_changed_right_after_the_return_are_saved_as_they_were(tmp_path:
     assert run_mesh(sizes, change_weights_after_the_return, tmp_path) == [[]] * sizes.world
 
 
+def test_what_is_written_late_is_on_no_disk_before_it_is_waited_for(tmp_path: Path) -> None:
+    weight, mesh = torch.ones(8), single_process_mesh()
+    with AsyncSaver(mesh, writes_late=True) as saver:
+        for step in (1, 2, 3):
+            weight.fill_(step)
+            saver.save(tmp_path, step, {"weight": weight}, {}, "model", Keep(last=3))
+            assert list_checkpoints(tmp_path) == list(range(1, step))
+        weight.zero_()
+        assert saver.wait() == tmp_path / "step_00000003"
+        assert saver.wait() is None
+    load_checkpoint(tmp_path / "step_00000003", {"weight": weight}, mesh)
+    assert weight.tolist() == [3.0] * 8
+
+
 def test_it_works_in_one_process_and_one_save_waits_for_the_other(tmp_path: Path) -> None:
     weight = torch.zeros(8)
     mesh = single_process_mesh()
