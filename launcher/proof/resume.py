@@ -31,7 +31,7 @@ from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
 from meshwright.launcher.proof.own_precision import masters_after, other_than_masters
 from meshwright.launcher.proof.passes import Precision
 from meshwright.launcher.proof.prove import refusals
-from meshwright.launcher.proof.record import RankRecord
+from meshwright.launcher.proof.record import RankRecord, StepRecord
 from meshwright.launcher.proof.sublayouts import AXES, cover, said
 from meshwright.launcher.proof.trained import Trained, marked, train_rank
 from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
@@ -261,14 +261,24 @@ def compare_steps(
             of_rank = f"step {step}, rank {rank}"
             if ours.learning_rate != theirs.learning_rate:
                 result.differences.append(f"{of_rank}: learning rate {ours.learning_rate}, not {theirs.learning_rate}")
-            for what, one, other in (("loss", ours.loss, theirs.loss), ("norm", ours.norm, theirs.norm)):
-                if not np.isfinite([one, other]).all():
-                    result.differences.append(f"{of_rank}: {what} {one!r}, unbroken {other!r}: that shows nothing")
-                    continue
-                error = abs(one - other) / abs(other) if other else float(one != other)
-                result.worst = max(result.worst, error)
-                if error > result.allowed:
-                    result.differences.append(f"{of_rank}: {what} {one!r}, not {other!r}: off by {error:.2g}")
+            _compare_numbers(result, of_rank, ours, theirs)
+
+
+def _compare_numbers(result: ResumeResult, of_rank: str, ours: StepRecord, theirs: StepRecord) -> None:
+    """Compare losses and norms; of an evaluation, which is of the same step in both, its tokens too."""
+    numbers = [("loss", ours.loss, theirs.loss), ("norm", ours.norm, theirs.norm)]
+    if ours.evaluation is not None and theirs.evaluation is not None:
+        numbers.append(("validation loss", ours.evaluation[0], theirs.evaluation[0]))
+    if (ours.evaluation or (0, 0))[1] != (theirs.evaluation or (0, 0))[1]:
+        result.differences.append(f"{of_rank}: evaluated {ours.evaluation}, not {theirs.evaluation}")
+    for what, one, other in numbers:
+        if not np.isfinite([one, other]).all():
+            result.differences.append(f"{of_rank}: {what} {one!r}, unbroken {other!r}: that shows nothing")
+            continue
+        error = abs(one - other) / abs(other) if other else float(one != other)
+        result.worst = max(result.worst, error)
+        if error > result.allowed:
+            result.differences.append(f"{of_rank}: {what} {one!r}, not {other!r}: off by {error:.2g}")
 
 
 def _ids(records: Sequence[RankRecord], step: int, what: str) -> dict[tuple[int, int], int]:

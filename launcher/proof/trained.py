@@ -74,8 +74,12 @@ def train_rank(
         """A sink: what the loop tells of a step belongs to what the model saw in it."""
 
         def write(self, numbers: Numbers) -> None:
-            """Note the step."""
-            if numbers["kind"] == "step":
+            """Note a step, or the evaluation after it."""
+            if numbers["kind"] == "evaluation":
+                loss, tokens = (float(numbers[name] or 0.0) for name in ("validation_loss", "tokens"))
+                record.steps[-1].evaluation = loss, int(tokens)
+                recorder.forget()
+            elif numbers["kind"] == "step":
                 loss, rate, norm = (float(numbers[name] or 0.0) for name in ("loss", "learning_rate", "grad_norm"))
                 record.steps.append(recorder.finish(rate, loss, norm, {}))
                 if kill_after is not None and numbers["step"] == kill_after + 1:

@@ -162,6 +162,24 @@ def test_a_loss_that_is_no_number_shows_nothing(one: float, other: float, is_bit
     assert result.differences == [f"step 4, rank 0: loss {one!r}, unbroken {other!r}: that shows nothing"]
 
 
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ((2.0, 90), []),
+        ((2.0 + 1e-11, 90), []),
+        ((2.25, 90), ["step 4, rank 0: validation loss 2.25, not 2.0: off by 0.12"]),
+        ((2.0, 60), ["step 4, rank 0: evaluated (2.0, 60), not (2.0, 90)"]),
+        (None, ["step 4, rank 0: evaluated None, not (2.0, 90)"]),
+    ],
+)
+def test_an_evaluation_is_compared_too(other: tuple[float, int] | None, told: list[str]) -> None:
+    result = resume.ResumeResult(Sizes(), Sizes(tp=2), "fp64", is_bitwise=False)
+    before, after = record_of(1.0), record_of(1.0)
+    before.steps[0].evaluation, after.steps[0].evaluation = (2.0, 90), other
+    resume.compare_steps(result, [before], [after], first_step=3)
+    assert result.differences == told
+
+
 def test_ranks_that_give_no_answer_are_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*_: object) -> None:
         raise NoAnswerError("rank 1 of 2 was killed by SIGKILL")
