@@ -46,11 +46,11 @@ def compare_held(expected: Sequence[Held], found: Sequence[Held], *, norm: float
         if name not in ours or name not in theirs:
             differences.append(_AT_THE_END + _of_one_run(name, is_unbroken=name in theirs))
             continue
-        shapes = {piece.shape for _, piece in (*theirs[name], *ours[name])}
-        if len(shapes) > 1:
-            differences.append(f"{_AT_THE_END}{name}: has the global shapes {sorted(shapes)}")
+        shape, *others = sorted({piece.shape for _, piece in (*theirs[name], *ours[name])})
+        if others:
+            differences.append(f"{_AT_THE_END}{name}: has the global shapes {[shape, *others]}")
             continue
-        missing, left_out = (on_no_rank(*shapes, [piece for _, piece in run[name]]) for run in (theirs, ours))
+        missing, left_out = (on_no_rank(shape, [piece for _, piece in run[name]]) for run in (theirs, ours))
         if missing or left_out:
             numbers = f"{left_out} of its numbers are on no rank, and {missing} were on none of the unbroken run"
             differences.append(f"{_AT_THE_END}{name}: {numbers}")

@@ -200,10 +200,12 @@ def verify_resume(plan: ResumePlan, tell: Callable[[ResumeResult], None] = lambd
 
 def _go_on(plan: ResumePlan, result: ResumeResult) -> None:
     table = plan.narrowed.run_file
+    # More often than once before the kill, where that can be: the newest is to be gone on from.
+    every = max((size for size in divisors(plan.steps) if size < plan.steps), default=1)
     table = table.model_copy(
         update={
             "train": table.train.model_copy(update={"steps": 2 * plan.steps}),
-            "checkpoint": table.checkpoint.model_copy(update={"every": plan.steps}),
+            "checkpoint": table.checkpoint.model_copy(update={"every": every}),
         }
     )
     before, after = on_layout(table, result.before), on_layout(table, result.after)

@@ -28,6 +28,7 @@ from meshwright.launcher.training.loop import train
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.training.saving import Resumed, Saver, resume, state_of
 from meshwright.launcher.training.stopping import Signals
+from meshwright.parallel.checkpoint.folder import checkpoint_path
 from meshwright.parallel.mesh import build_mesh
 
 _PAST = Progress(
@@ -64,8 +65,10 @@ def train_rank(
     began = _begun(run)
     saver = Saver(run, began, writes_late=kill_after is not None)
 
-    def await_kill() -> NoReturn:
+    def await_kill(step: int) -> NoReturn:
         saver.close()
+        if not checkpoint_path(saver.folder, step).is_dir():
+            raise RuntimeError(f"step {step + 1} is made, and there is no checkpoint of step {step}")
         _mark(folder, mesh.rank).touch()
         while True:
             signal.pause()
@@ -83,7 +86,7 @@ def train_rank(
                 loss, rate, norm = (float(numbers[name] or 0.0) for name in ("loss", "learning_rate", "grad_norm"))
                 record.steps.append(recorder.finish(rate, loss, norm, {}))
                 if kill_after is not None and numbers["step"] == kill_after + 1:
-                    await_kill()
+                    await_kill(kill_after)
 
         def close(self) -> None:
             """Close nothing."""

@@ -18,7 +18,9 @@ from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.training import loop, saving
 from meshwright.launcher.training.progress import Progress
 from meshwright.launcher.training.stopping import SpikeGuard
+from meshwright.parallel.checkpoint import verify
 from meshwright.parallel.checkpoint.describe import HeldPart
+from meshwright.parallel.checkpoint.folder import list_checkpoints
 from meshwright.parallel.checkpoint.plan import PartSavePlanner
 from meshwright.parallel.mesh import Mesh, Sizes
 
@@ -141,6 +143,14 @@ def test_norms_that_the_guard_forgets_are_caught_on_another_layout(monkeypatch: 
     monkeypatch.setattr(loop, "SpikeGuard", lambda multiple, norms: SpikeGuard(multiple, norms[:1]))
     plan = plan_of("dense_tiny.toml", "tp=2,dp_shard=1", steps=1)
     assert went_on(plan).differences == [f"at the end, rank {rank}: norms has 2 entries, not 3" for rank in (0, 1)]
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_an_older_checkpoint_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of("dense_tiny.toml", "dp_shard=1", "checkpoint.keep_last=2", world=1, steps=2)
+    assert went_on(plan).differences == []
+    monkeypatch.setattr(verify, "_recovered_steps", list_checkpoints)
+    assert went_on(plan).differences == ["3 steps were made, not 2"]
 
 
 def test_a_run_begins_with_a_past_in_every_value_that_its_first_steps_do_not_fill() -> None:
