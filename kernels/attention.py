@@ -15,6 +15,7 @@ from torch import Tensor
 from meshwright.kernels.attention_blocks import block_attention
 from meshwright.kernels.choose import current
 from meshwright.kernels.flash import Sight, partial_attention, partial_attention_gradients, slower_than_flash
+from meshwright.kernels.limits import USUAL
 from meshwright.kernels.precision import autocast_inputs
 
 
@@ -25,15 +26,19 @@ def attention(
     *,
     is_causal: bool = True,
     document: Int[Tensor, "s b"] | None = None,
+    mask_entries: int = USUAL.mask_entries,
 ) -> Float[Tensor, "s b n d"]:
-    """Average the values by the softmax of q k / sqrt(d); a token sees its own document only, when one is given."""
+    """Average the values by the softmax of q k / sqrt(d); a token sees its own document only, when one is given.
+
+    `mask_entries` is how many entries of a mask of documents `flash.py` makes at a time.
+    """
     q, k, v = autocast_inputs(q, k, v)
     way = _way(q)
     if way != "flash":
         return block_attention(q, k, v, document, is_causal=is_causal, narrow=way == "blocks")
     mask = None
     if document is not None and slower_than_flash(q.device, q.dtype, q.shape[3]) is None:
-        attended: Tensor = within_documents(q, k, v, document, is_causal)
+        attended: Tensor = within_documents(q, k, v, Sight(is_causal, document, document, mask_entries))
         return attended
     if document is not None:
         mask = document.T[:, None, :, None] == document.T[:, None, None, :]
@@ -44,26 +49,25 @@ def attention(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def within_documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor, is_causal: bool) -> Tensor:
+def within_documents(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
     """Attend by a flash operator to the tokens of the own document."""
-    attended: Tensor = _WithinDocuments.apply(q, k, v, document, is_causal)  # type: ignore[no-untyped-call]
+    attended: Tensor = _WithinDocuments.apply(q, k, v, sight)  # type: ignore[no-untyped-call]
     return attended
 
 
 class _WithinDocuments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, document: Tensor, is_causal: bool) -> Tensor:
-        out, lse = partial_attention(q, k, v, Sight(is_causal, document, document))
-        ctx.save_for_backward(q, k, v, out, lse, document)
-        ctx.is_causal = is_causal
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+        out, lse = partial_attention(q, k, v, sight)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.sight = sight
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, lse, document = ctx.saved_tensors
-        sight = Sight(ctx.is_causal, document, document)
-        of_q, of_k, of_v = partial_attention_gradients(grads[0], q, k, v, out, lse, sight)
-        return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        of_q, of_k, of_v = partial_attention_gradients(grads[0], q, k, v, out, lse, ctx.sight)
+        return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), None
 
 
 def cached_attention(

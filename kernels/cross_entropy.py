@@ -13,14 +13,14 @@ order of the tokens. A chunk is as large as stays in the processor's cache on a 
 This file knows one vocabulary; a vocabulary in parts is `parallel/tensor/vocabulary.py`'s.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from meshwright.kernels import products
-from meshwright.kernels.limits import LOGITS_ON_CPU, LOGITS_ON_GPU
+from meshwright.kernels.limits import USUAL, Limits
 from meshwright.kernels.linear import uses_own_products
 from meshwright.kernels.precision import at_least_fp32, result_dtype
 
@@ -29,13 +29,18 @@ NOT_COUNTED = -100
 
 
 def linear_cross_entropy(
-    x: Float[Tensor, "t h"], weight: Float[Tensor, "v h"], targets: Int[Tensor, " t"], *, divisor: float
+    x: Float[Tensor, "t h"],
+    weight: Float[Tensor, "v h"],
+    targets: Int[Tensor, " t"],
+    *,
+    divisor: float,
+    limits: Limits = USUAL,
 ) -> Float[Tensor, ""]:
     """Return the sum of the counted tokens' cross entropy, over `divisor`; targets of -100 are not counted."""
-    dtype = products_dtype(x)
+    how = _How(divisor, products_dtype(x), max(1, limits.logits(x.device.type) // weight.shape[0]))
     if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return _loss_and_gradients(x, weight, targets, divisor, dtype, wants_gradients=False)[0]
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, divisor, dtype)  # type: ignore[no-untyped-call]
+        return _loss_and_gradients(x, weight, targets, how, wants_gradients=False)[0]
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, how)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -47,34 +52,39 @@ def products_dtype(x: Tensor) -> torch.dtype:
     return dtype
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Products in `dtype`, everything else in at least fp32."""
+class _How(NamedTuple):
+    divisor: float
+    dtype: torch.dtype
+    """Of the products; everything else is in at least fp32."""
+    rows: int
+    """Tokens in a chunk."""
 
+
+class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
-        loss, *gradients = _loss_and_gradients(x, weight, targets, divisor, dtype, wants_gradients=True)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, how: _How) -> Tensor:
+        loss, *gradients = _loss_and_gradients(x, weight, targets, how, wants_gradients=True)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = x.dtype, weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         of_x, of_weight = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
-        return (of_x * grads[0]).to(x_dtype), (of_weight * grads[0]).to(weight_dtype), None, None, None
+        return (of_x * grads[0]).to(x_dtype), (of_weight * grads[0]).to(weight_dtype), None, None
 
 
 def _loss_and_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, divisor: float, dtype: torch.dtype, *, wants_gradients: bool
+    x: Tensor, weight: Tensor, targets: Tensor, how: _How, *, wants_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss and both gradients, which are empty when they are not wanted."""
+    divisor, dtype, rows = how
     weight = weight.to(dtype)
     wide = at_least_fp32(weight[:0]).dtype
     loss = torch.zeros((), dtype=wide, device=x.device)
     of_x = torch.empty_like(x, dtype=wide) if wants_gradients else loss
     of_weight = torch.zeros_like(weight, dtype=wide) if wants_gradients else loss
-    limit = LOGITS_ON_CPU if x.device.type == "cpu" else LOGITS_ON_GPU
-    rows = max(1, limit // weight.shape[0])
     for begin in range(0, x.shape[0], rows):
         part = slice(begin, begin + rows)
         x_part = x[part].to(dtype)

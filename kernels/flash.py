@@ -24,10 +24,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from meshwright.kernels import flash_cuda, reference
+from meshwright.kernels.limits import USUAL
 from meshwright.kernels.precision import at_least_fp32
 
-MASK_ENTRIES = 1 << 24
-"""Entries of a mask made at a time on the CPU: 64 MiB of fp32."""
 CUDA_DTYPES, CUDA_WIDTH = (torch.float16, torch.bfloat16), 256
 """What the operator of CUDA takes, and how wide a head may be for it."""
 
@@ -44,6 +43,8 @@ class Sight(NamedTuple):
     """Documents of the queries; None: they see every key's."""
     of_keys: Int[Tensor, "c b"] | None = None
     """Documents of the keys."""
+    mask_entries: int = USUAL.mask_entries
+    """How many entries of a mask are made at a time."""
 
     def mask(self, rows: slice, keys: slice) -> Bool[Tensor, "b s c"] | None:
         """Say for some of the queries and keys what is seen; None: all of it."""
@@ -129,7 +130,7 @@ def merge_parts(
 def _slabs(q: Tensor, k: Tensor, sight: Sight) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield query rows, the keys before their end, and what they see of them, where they see anything."""
     s, c, b = q.shape[0], k.shape[0], q.shape[1]
-    size = max(1, MASK_ENTRIES // (b * c))
+    size = max(1, sight.mask_entries // (b * c))
     for begin in range(0, s, size):
         rows = slice(begin, min(begin + size, s))
         keys = slice(0, rows.stop if sight.is_causal else c)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.data.store import TokenStore
+from meshwright.kernels.limits import USUAL, Limits
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
@@ -51,6 +52,7 @@ class Run:
     tally: Tally
     pipeline: Pipeline | None
     """What runs the model's stages; None where every rank holds the whole model."""
+    limits: Limits = USUAL
 
     @property
     def folder(self) -> Path:
@@ -69,7 +71,7 @@ class Run:
         return dict(self.model.named_buffers())
 
 
-def build_run(run_file: RunFile, store: TokenStore, mesh: Mesh, device: torch.device) -> Run:
+def build_run(run_file: RunFile, store: TokenStore, mesh: Mesh, device: torch.device, limits: Limits = USUAL) -> Run:
     """Build the model with its initial weights, its optimizer and its tally, as this rank holds them."""
     stages = stages_of(run_file)
     held = HeldStages(layers_held(run_file, mesh.pp.rank), stages.count)
@@ -88,12 +90,12 @@ def build_run(run_file: RunFile, store: TokenStore, mesh: Mesh, device: torch.de
     layers = list(model.layers.values())
     parts = stage_parts(model, held) if mesh.pp.is_split else {}
     units = [*_experts(layers), *layers, *(parts.values() or [model])]
-    engine = apply(model, layers, units, table, mesh, tally, plan_of(run_file), device)
-    fill_initial_weights(model, engine, run_file.run.seed)
+    engine = apply(model, layers, units, table, mesh, tally, plan_of(run_file, limits), device)
+    fill_initial_weights(model, engine, run_file.run.seed, limits)
     reset_buffers(model)
-    optimizer = Optimizer(engine.parts, run_file.optimizer, mesh)
+    optimizer = Optimizer(engine.parts, run_file.optimizer, mesh, limits)
     pipeline = Pipeline(parts, stages, mesh.pp, device, activation_dtype(run_file)) if parts else None
-    return Run(run_file, store, mesh, device, model, engine, optimizer, tally, pipeline)
+    return Run(run_file, store, mesh, device, model, engine, optimizer, tally, pipeline, limits)
 
 
 def _experts(layers: list[nn.Module]) -> list[nn.Module]:
@@ -113,7 +115,7 @@ def recompute_of(table: RecomputeConfig) -> Recompute:
     )
 
 
-def plan_of(run_file: RunFile) -> Plan:
+def plan_of(run_file: RunFile, limits: Limits = USUAL) -> Plan:
     """Return how a rank runs the model, as plain values."""
     return Plan(
         stage=run_file.zero.stage,
@@ -123,6 +125,7 @@ def plan_of(run_file: RunFile) -> Plan:
         schedule=("split backward" if stages_of(run_file).splits_backward else "whole backward")
         if run_file.parallel.pp > 1
         else "none",
+        limits=limits,
     )
 
 

@@ -29,7 +29,7 @@ shared, and more when routing is uneven. Norms' and routers' numbers of a few fo
 from math import lcm
 from typing import NamedTuple
 
-from meshwright.kernels.limits import LOGITS_ON_GPU
+from meshwright.kernels.limits import USUAL
 from meshwright.model.config import ModelConfig
 from meshwright.model.pattern import LayerKinds
 from meshwright.parallel.config import ContextWay
@@ -99,7 +99,7 @@ def activation_bytes(
     types: Types,
     held: Held | None = None,
     *,
-    logits: int = LOGITS_ON_GPU,
+    logits: int = USUAL.logits_on_gpu,
 ) -> ActivationBytes:
     """Return what a micro-batch of `tokens` (b * s, over all ranks) takes, of the whole model or of what is held.
 

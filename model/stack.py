@@ -13,6 +13,7 @@ from typing import Any
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from meshwright.kernels.limits import USUAL, Limits
 from meshwright.model.block import Layer
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows, next_token_logits, next_token_loss
@@ -64,7 +65,7 @@ class LanguageModel(nn.Module):
         x = self.begin(tokens)
         for layer in self.layers.values():
             x = layer(x, where, tally)
-        return self.end(x, targets, where.step_tokens)
+        return self.end(x, targets, where.step_tokens, where.limits)
 
     def begin(self, tokens: Int64[Tensor, "s b"]) -> Float[Tensor, "s_local b h"]:
         """Return what the first layer takes."""
@@ -73,14 +74,18 @@ class LanguageModel(nn.Module):
         return x
 
     def end(
-        self, x: Float[Tensor, "s_local b h"], targets: Int64[Tensor, "s b"] | None = None, step_tokens: float = 1.0
+        self,
+        x: Float[Tensor, "s_local b h"],
+        targets: Int64[Tensor, "s b"] | None = None,
+        step_tokens: float = 1.0,
+        limits: Limits = USUAL,
     ) -> Float[Tensor, ""] | Float[Tensor, "s b v"]:
         """Return the loss of what the last layer gives, or the logits without targets."""
         assert self.final_norm is not None, "the last stage has a norm"
         x = self.final_norm(x)
         if targets is None:
             return next_token_logits(x, self.output_rows)
-        return next_token_loss(x, self.output_rows, targets, step_tokens)
+        return next_token_loss(x, self.output_rows, targets, step_tokens, limits)
 
     def initial_state(self, batch: int, max_len: int) -> list[Any]:
         """Return every layer's state before the first token, with room for `max_len` tokens."""

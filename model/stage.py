@@ -89,8 +89,9 @@ class StagePart(nn.Module):
         x: Any = model.begin(micro_batch.tokens) if self.is_first else activations[0]
         for layer in self.layers:
             x = layer(x, micro_batch.where, self._tally)
+        where = micro_batch.where
         # No view: FSDP2 hooks what a module returns, and torch detaches a stage's output in place.
-        return torch.stack([model.end(x, micro_batch.targets, micro_batch.where.step_tokens)]) if self.is_last else x
+        return torch.stack([model.end(x, micro_batch.targets, where.step_tokens, where.limits)]) if self.is_last else x
 
 
 def stage_parts(model: LanguageModel, held: HeldStages) -> dict[int, StagePart]:

@@ -5,17 +5,17 @@ filled last, when each rank holds its final part and nothing else.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import nn
 
+from meshwright.kernels.limits import USUAL, Limits
 from meshwright.parallel.initialise import fill, init_rules
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.placement import Placement
 from meshwright.parallel.recompute.policy import Recompute, keep_less
 from meshwright.parallel.tally import Tally
-from meshwright.parallel.zero.engine import ZeroEngine, shard
+from meshwright.parallel.zero.engine import Reductions, Schedule, ZeroEngine, shard
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Plan:
     """Type of the weights in the forward pass where it is narrower than their masters'."""
     recompute: Recompute = field(default_factory=Recompute)
     compile: bool = False
-    schedule: Literal["none", "whole backward", "split backward"] = "none"
+    schedule: Schedule = "none"
     """How a pipeline's schedule computes gradients, if one runs the model."""
+    limits: Limits = USUAL
 
 
 def apply(
@@ -59,15 +60,23 @@ def apply(
         stage=plan.stage,
         device=device,
         compute_dtype=plan.compute_dtype,
-        schedule=plan.schedule,
+        reductions=Reductions(plan.schedule, plan.limits.bucket_bytes),
     )
 
 
-def fill_initial_weights(model: nn.Module, engine: ZeroEngine, seed: int) -> None:
+def fill_initial_weights(model: nn.Module, engine: ZeroEngine, seed: int, limits: Limits = USUAL) -> None:
     """Give every part its initial weights, each element by its global name and index, and publish them."""
     rules = init_rules(model)
     for name, part in engine.parts.items():
         part.parameter.detach().zero_()
         held = part.real(part.parameter.detach())
-        fill(held, rules[name], seed=seed, name=name, global_shape=part.global_shape, offset=part.offset)
+        fill(
+            held,
+            rules[name],
+            seed=seed,
+            name=name,
+            global_shape=part.global_shape,
+            offset=part.offset,
+            at_once=limits.initial_weights,
+        )
     engine.publish_weights()

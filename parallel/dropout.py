@@ -17,12 +17,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from meshwright.kernels.limits import Limits
 from meshwright.parallel.counter_rng import draw_words, stream_key
 from meshwright.parallel.where import Where
-
-# Factors that exist at a time: enough to keep a device busy, few enough for a processor's cache.
-PIECE = {"cpu": 1 << 17}
-PIECE_OF_OTHERS = 1 << 22
 
 # Words of 32 bits and the type in which they are multiplied to factors.
 OfWords = Callable[[Tensor, torch.dtype], Tensor]
@@ -92,6 +89,7 @@ class _Place:
     sample: Int64[Tensor, " b"]
     position: Int64[Tensor, " s"]
     first_feature: int
+    limits: Limits
 
     def words(self, begin: int, end: int, features: int) -> Int64[Tensor, "s b h"]:
         """Return the 32 bits of each element of the tokens from `begin` to `end`."""
@@ -101,7 +99,7 @@ class _Place:
 
 def _place(where: Where, name: str, position: Tensor | None, first_feature: int) -> _Place:
     position = where.position if position is None else position
-    return _Place(stream_key(where.seed, name), where.step, where.sample, position, first_feature)
+    return _Place(stream_key(where.seed, name), where.step, where.sample, position, first_feature, where.limits)
 
 
 def _scaled(x: Tensor, factors: OfWords, place: _Place) -> Tensor:
@@ -128,15 +126,15 @@ _scale: Callable[..., Tensor] = torch.compiler.disable(_Scale.apply)  # type: ig
 
 def _times(x: Tensor, factors: OfWords, place: _Place) -> Tensor:
     y, dtype = torch.empty_like(x), torch.promote_types(x.dtype, torch.float32)
-    for begin, end in _pieces(x):
+    for begin, end in _pieces(x, place.limits.factors(x.device.type)):
         words = place.words(begin, end, x.shape[2])
         torch.mul(x[begin:end], factors(words, dtype), out=y[begin:end])  # rounds to x's type once
     return y
 
 
-def _pieces(x: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield stretches of tokens, one position at least."""
+def _pieces(x: Tensor, limit: int) -> Iterator[tuple[int, int]]:
+    """Yield stretches of tokens of at most so many elements, one position at least."""
     elements = max(1, x.shape[1] * x.shape[2])
-    length = max(1, PIECE.get(x.device.type, PIECE_OF_OTHERS) // elements)
+    length = max(1, limit // elements)
     for begin in range(0, x.shape[0], length):
         yield begin, min(begin + length, x.shape[0])

@@ -12,15 +12,15 @@ from math import prod
 import torch
 from torch import Tensor
 
+from meshwright.kernels.limits import USUAL
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.mesh import Axis
 from meshwright.parallel.zero.part import Part
 
-_PIECE = 1 << 14
 _ONE_STAGE = Axis("pp")
 
 
-def gradient_norm(parts: Iterable[Part], pp: Axis = _ONE_STAGE) -> float:
+def gradient_norm(parts: Iterable[Part], pp: Axis = _ONE_STAGE, *, at_once: int = USUAL.squares) -> float:
     """Return the 2-norm of the gradient of the whole model, on every rank the same; `pp` joins its stages."""
     groups: dict[tuple[int, tuple[tuple[int, ...], ...]], tuple[tuple[Axis, ...], list[Tensor]]] = {}
     for part in parts:
@@ -34,7 +34,7 @@ def gradient_norm(parts: Iterable[Part], pp: Axis = _ONE_STAGE) -> float:
     total = 0.0
     # Sorted, so that every rank sums in one order; ranks of one group differ between ranks, their number does not.
     for (copies, _), (axes, gradients) in sorted(groups.items(), key=lambda item: [axis.name for axis in item[1][0]]):
-        norms = torch.stack(torch._foreach_norm(_pieces(gradients)))
+        norms = torch.stack(torch._foreach_norm(_pieces(gradients, at_once)))
         wide = torch.float32 if norms.device.type == "mps" else torch.float64
         square = norms.to(wide).square().sum()
         for axis in axes:
@@ -47,7 +47,7 @@ def gradient_norm(parts: Iterable[Part], pp: Axis = _ONE_STAGE) -> float:
     return float(total**0.5)
 
 
-def _pieces(gradients: list[Tensor]) -> list[Tensor]:
+def _pieces(gradients: list[Tensor], at_once: int) -> list[Tensor]:
     """Return what torch takes the norms of, one by one; at least one tensor, which may be empty.
 
     On a CPU torch adds the squares of a tensor up one after the other in its own type: of 8 million fp32 numbers the
@@ -56,7 +56,7 @@ def _pieces(gradients: list[Tensor]) -> list[Tensor]:
     held = [gradient for gradient in gradients if gradient.numel()] or gradients
     if held[0].device.type != "cpu":
         return held
-    return [piece for gradient in held for piece in torch.split(gradient.reshape(-1), _PIECE)]
+    return [piece for gradient in held for piece in torch.split(gradient.reshape(-1), at_once)]
 
 
 def clip_gradients(parts: Iterable[Part], norm: float, limit: float) -> None:

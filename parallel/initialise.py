@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
+from meshwright.kernels.limits import USUAL
 from meshwright.parallel.counter_rng import normal_from_uniform, uniform_at, uniform_range
-
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,7 @@ def fill(
     name: str,
     global_shape: tuple[int, ...],
     offset: tuple[int, ...],
+    at_once: int = USUAL.initial_weights,
 ) -> None:
     """Fill a held part, which begins at `offset` of the global tensor, with the global tensor's elements."""
     with torch.no_grad():
@@ -105,8 +105,8 @@ def fill(
         if held.numel() == 0:
             return
         flat = held.view(-1)
-        for begin in range(0, flat.numel(), _PIECE):
-            end = min(begin + _PIECE, flat.numel())
+        for begin in range(0, flat.numel(), at_once):
+            end = min(begin + at_once, flat.numel())
             uniform = _uniform_of_piece(seed, name, begin, end, tuple(held.shape), global_shape, offset)
             values = rule.sample(uniform)
             flat[begin:end].copy_(values if held.dtype == torch.float64 else values.to(torch.float32))

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from meshwright.kernels.limits import USUAL, Limits
 from meshwright.parallel.mesh import NO_TP, Axis
 
 T = TypeVar("T")
@@ -46,6 +47,8 @@ class Where:
     """The run's, for random numbers."""
     mask_documents: bool = False
     """Whether a token attends only to its own document."""
+    limits: Limits = USUAL
+    """How much of this a layer works on at a time."""
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """What layers computed from the rest, such as rotary angles, so that the next layer need not."""
     decisions: dict[str, Any] | None = field(default=None, repr=False, compare=False)

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
-from meshwright.kernels.limits import LOGITS_ON_CPU, LOGITS_ON_GPU
+from meshwright.kernels.limits import USUAL
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
@@ -143,7 +143,7 @@ def _activations_of(run_file: RunFile, world_size: int, pp_rank: int) -> Activat
     tokens = min(run_file.train.micro_batch_size, samples) * run_file.data.seq_len
     spread = Degrees(parallel.cp, parallel.tp, parallel.etp, parallel.context)
     # Who asks may not be the machine that trains: where the run file does not say, the larger.
-    logits = LOGITS_ON_CPU if run_file.run.device == "cpu" else LOGITS_ON_GPU
+    logits = USUAL.logits(run_file.run.device)
     held, last = layers_held(run_file, pp_rank), stages_of(run_file).count - 1
     layers = frozenset(number for stage in held.values() for number in stage)
     here = Held(layers, layers & again, has_head=last in held)

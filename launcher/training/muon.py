@@ -22,6 +22,7 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
+from meshwright.kernels.limits import USUAL, Limits
 from meshwright.kernels.newton_schulz import multiplications, orthogonalise
 from meshwright.launcher.runfile.optimizer_rules import Settings
 from meshwright.launcher.runfile.tables import OptimizerConfig
@@ -31,9 +32,6 @@ from meshwright.parallel.whole.tensors import held_box
 from meshwright.parallel.zero.part import Part
 
 MOMENTUM = "momentum"
-# What one exchange, and what one batched product, brings to a rank at most: elements, one matrix at least.
-_EXCHANGE_ELEMENTS = 1 << 25
-_PRODUCT_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,19 @@ class Muon:
     """Muon with decoupled weight decay, for parts that are matrices or stacks of them."""
 
     def __init__(
-        self, parts: Mapping[str, Part], settings: Mapping[str, Settings], config: OptimizerConfig, mesh: Mesh
+        self,
+        parts: Mapping[str, Part],
+        settings: Mapping[str, Settings],
+        config: OptimizerConfig,
+        mesh: Mesh,
+        limits: Limits = USUAL,
     ) -> None:
         """Make the averages, all zero, and divide the work; every rank of the parts' axes must come here alike."""
         self._parts, self._settings = parts, settings
-        self._momentum, self._is_nesterov, self._steps = config.muon_momentum, config.muon_nesterov, config.muon_steps
+        self._momentum, self._is_nesterov = config.muon_momentum, config.muon_nesterov
         self._state = {name: torch.zeros_like(part.parameter) for name, part in parts.items()}
-        self._batches = list(_batches(parts, mesh, config.muon_steps))
+        self._orthogonal = partial(orthogonal, steps=config.muon_steps, at_once=limits.muon_multiplied)
+        self._batches = _batches(parts, mesh, config.muon_steps, limits.muon_exchanged)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
@@ -64,9 +68,8 @@ class Muon:
                 assert part.parameter.grad is not None, f"{name} has no gradient"
                 self._state[name].lerp_(part.parameter.grad, 1.0 - self._momentum)
         for batch in self._batches:
-            updates = batch.work.on_wholes(
-                [self._update_of(matrix) for matrix in batch.matrices], partial(orthogonal, steps=self._steps)
-            )
+            held = [self._update_of(matrix) for matrix in batch.matrices]
+            updates = batch.work.on_wholes(held, self._orthogonal)
             for matrix, update in zip(batch.matrices, updates, strict=True):
                 self._apply(matrix, update, learning_rate)
 
@@ -105,23 +108,23 @@ def product_type(weight: Tensor) -> torch.dtype:
     return torch.bfloat16 if weight.device.type == "cuda" and weight.dtype != torch.float64 else weight.dtype
 
 
-def orthogonal(matrices: list[Tensor], steps: int) -> list[Tensor]:
-    """Make each matrix orthogonal; those of one shape in one batched product."""
+def orthogonal(matrices: list[Tensor], steps: int, at_once: int = USUAL.muon_multiplied) -> list[Tensor]:
+    """Make each matrix orthogonal; those of one shape in batched products of at most so many elements."""
     alike: dict[torch.Size, list[int]] = {}
     for at, matrix in enumerate(matrices):
         alike.setdefault(matrix.shape, []).append(at)
     results = list(matrices)
     for shape, places in alike.items():
-        at_once = max(1, _PRODUCT_ELEMENTS // max(1, shape.numel()))
-        for begin in range(0, len(places), at_once):
-            some = places[begin : begin + at_once]
+        number = max(1, at_once // max(1, shape.numel()))
+        for begin in range(0, len(places), number):
+            some = places[begin : begin + number]
             together = orthogonalise(torch.stack([matrices[at] for at in some]), steps)
             for at, result in zip(some, together.unbind(), strict=True):
                 results[at] = result
     return results
 
 
-def _batches(parts: Mapping[str, Part], mesh: Mesh, steps: int) -> list[_Batch]:
+def _batches(parts: Mapping[str, Part], mesh: Mesh, steps: int, exchanged: int) -> list[_Batch]:
     """Put matrices together that were cut alike, as many as one exchange should carry; alike on all their ranks."""
     alike: dict[tuple[object, ...], list[Matrix]] = {}
     for name, part in parts.items():
@@ -134,7 +137,7 @@ def _batches(parts: Mapping[str, Part], mesh: Mesh, steps: int) -> list[_Batch]:
         begin, elements = 0, 0
         for at, matrix in enumerate(matrices):
             size = prod(parts[matrix.name].global_shape[-2:])
-            if at > begin and elements + size > _EXCHANGE_ELEMENTS * _workers(parts[matrix.name], mesh):
+            if at > begin and elements + size > exchanged * _workers(parts[matrix.name], mesh):
                 batches.append(_Batch(matrices[begin:at], SharedWork(parts, matrices[begin:at], mesh, cost)))
                 begin, elements = at, 0
             elements += size

@@ -49,7 +49,7 @@ def one_step(
     with clock.lap("forward_backward"):
         local_loss = forward_backward(run, inputs, step, tokens)
         run.engine.finish_gradients()
-        norm = gradient_norm(run.engine.parts.values(), run.mesh.pp)
+        norm = gradient_norm(run.engine.parts.values(), run.mesh.pp, at_once=run.limits.squares)
 
     run.tally.add("loss", local_loss)
     run.tally.add(f"memory.{run.mesh.rank}", float(memory_in_use(run.device)))
@@ -162,6 +162,7 @@ def where_of(run: Run, inputs: Inputs, part: slice, step: int, step_tokens: floa
         step_tokens=step_tokens,
         seed=run.run_file.run.seed,
         mask_documents=run.run_file.data.mask_documents,
+        limits=run.limits,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from meshwright.kernels.limits import USUAL, Limits
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import OptimizerConfig
 from meshwright.launcher.training.adamw import AdamW
@@ -21,13 +22,13 @@ from meshwright.parallel.zero.part import Part
 class Optimizer:
     """Updates all parts of this rank."""
 
-    def __init__(self, parts: Mapping[str, Part], config: OptimizerConfig, mesh: Mesh) -> None:
+    def __init__(self, parts: Mapping[str, Part], config: OptimizerConfig, mesh: Mesh, limits: Limits = USUAL) -> None:
         """Divide the parts between the two; every rank of the mesh must come here. The moments are zero."""
         settings = {name: settings_of(name, part.global_shape, config) for name, part in parts.items()}
         self._is_muon = {name: each.kind == "muon" for name, each in settings.items()}
         self._adamw = AdamW({name: part for name, part in parts.items() if not self._is_muon[name]}, settings)
         by_muon = {name: part for name, part in parts.items() if self._is_muon[name]}
-        self._muon = Muon(by_muon, settings, config, mesh)
+        self._muon = Muon(by_muon, settings, config, mesh, limits)
 
     def step(self, learning_rate: float) -> None:
         """Update every part from its gradient; every rank must call this."""

@@ -115,7 +115,7 @@ class Attention(nn.Module):
         cp = self.spread.cp
         if document is not None and cp.is_split:
             meet = where.derive("context/meetings", lambda: meetings(where.document_whole, cp))
-        mixed = context_attention(q, k, v, cp, self.spread.context, document, meet)
+        mixed = context_attention(q, k, v, cp, self.spread.context, document, meet, where.limits.mask_entries)
         return self.output(mixed.flatten(2))  # type: ignore[no-any-return]
 
     def initial_state(self, batch: int, max_len: int) -> KeyValueCache:

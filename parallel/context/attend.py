@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from meshwright.kernels.attention import attention
+from meshwright.kernels.limits import USUAL
 from meshwright.parallel.config import ContextWay
 from meshwright.parallel.context.order import Meetings
 from meshwright.parallel.context.ring import ring_attention
@@ -25,16 +26,18 @@ def context_attention(
     way: ContextWay,
     document: Int[Tensor, "s b"] | None = None,
     meet: Meetings | None = None,
+    mask_entries: int = USUAL.mask_entries,
 ) -> Float[Tensor, "s_local b n d"]:
     """Attend causally over whole samples, within a document where they are given for every position of the sample.
 
     `meet` is what `order.meetings` makes of the documents, where the caller has it already; the ring uses it.
+    `mask_entries` is how many entries of a mask of documents are made at a time.
 
     Raises:
         ValueError: if the positions or heads of a rank do not divide as the way needs.
     """
     if not cp.is_split:
-        return attention(q, k, v, is_causal=True, document=document)
+        return attention(q, k, v, is_causal=True, document=document, mask_entries=mask_entries)
     if way == "ring":
-        return ring_attention(q, k, v, cp, document, meet)
-    return ulysses_attention(q, k, v, cp, document)
+        return ring_attention(q, k, v, cp, document, meet, mask_entries)
+    return ulysses_attention(q, k, v, cp, document, mask_entries)

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from meshwright.kernels.flash import Sight, merge_parts, partial_attention, partial_attention_gradients
+from meshwright.kernels.limits import USUAL
 from meshwright.kernels.precision import at_least_fp32, autocast_inputs
 from meshwright.parallel.collectives import Passing, pass_on
 from meshwright.parallel.context.order import Meetings, Pair, meetings, pairs, zigzag_part
@@ -36,6 +37,7 @@ class _Ring(NamedTuple):
     document: Tensor | None
     """Of the whole sample, in the order of positions."""
     meet: Meetings | None
+    mask_entries: int
 
     def source(self, step: int) -> int:
         """Return whose keys and values this rank has at a step."""
@@ -50,7 +52,7 @@ class _Ring(NamedTuple):
         assert self.document is not None, "there are pairs by document only where documents are given"
         mine, theirs = (zigzag_part(self.document, replace(self.cp, rank=rank)) for rank in (self.cp.rank, source))
         return [
-            (pair, Sight(pair.is_causal, mine[pair.queries], theirs[pair.keys]))
+            (pair, Sight(pair.is_causal, mine[pair.queries], theirs[pair.keys], self.mask_entries))
             if pair.by_document
             else (pair, Sight(pair.is_causal))
             for pair in found
@@ -64,6 +66,7 @@ def ring_attention(
     cp: Axis,
     document: Int[Tensor, "s b"] | None = None,
     meet: Meetings | None = None,
+    mask_entries: int = USUAL.mask_entries,
 ) -> Float[Tensor, "s_local b n d"]:
     """Attend causally over the whole sample from this rank's positions (`zigzag_positions`).
 
@@ -85,7 +88,7 @@ def ring_attention(
     if document is not None and meet is None:
         meet = meetings(document, cp)
     q, k, v = autocast_inputs(q, k, v)
-    mixed: Tensor = _RingAttention.apply(q, k, v, _Ring(cp, document, meet))  # type: ignore[no-untyped-call]
+    mixed: Tensor = _RingAttention.apply(q, k, v, _Ring(cp, document, meet, mask_entries))  # type: ignore[no-untyped-call]
     return mixed
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from meshwright.kernels.attention import attention
+from meshwright.kernels.limits import USUAL
 from meshwright.kernels.precision import autocast_inputs
 from meshwright.parallel.collectives import heads_to_sequence, sequence_to_heads
 from meshwright.parallel.context.order import positions_to_ranks, ranks_to_positions
@@ -30,6 +31,7 @@ def ulysses_attention(
     v: Float[Tensor, "s_local b k d"],
     cp: Axis,
     document: Int[Tensor, "s b"] | None = None,
+    mask_entries: int = USUAL.mask_entries,
 ) -> Float[Tensor, "s_local b n d"]:
     """Attend causally over the whole sample from this rank's positions (`zigzag_positions`).
 
@@ -43,7 +45,7 @@ def ulysses_attention(
         raise ValueError(f"num_heads = {n} on a rank does not divide by cp = {cp.size}, as Ulysses attention needs")
     q, k, v = autocast_inputs(q, k, v)  # before they are sent: half the bytes
     # Only what comes back is kept: q, k and v as they were sent would lie beside it while attention is at work.
-    mixed = attention(*_whole_samples(q, k, v, cp), is_causal=True, document=document)
+    mixed = attention(*_whole_samples(q, k, v, cp), is_causal=True, document=document, mask_entries=mask_entries)
     return heads_to_sequence(positions_to_ranks(mixed, cp), cp)
 
 

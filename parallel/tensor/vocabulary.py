@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from meshwright.kernels import products
 from meshwright.kernels.cross_entropy import NOT_COUNTED, linear_cross_entropy, products_dtype
-from meshwright.kernels.limits import LOGITS_ON_CPU, LOGITS_ON_GPU
+from meshwright.kernels.limits import USUAL, Limits
 from meshwright.kernels.linear import linear
 from meshwright.kernels.precision import at_least_fp32
 from meshwright.parallel.collectives import (
@@ -94,14 +94,19 @@ class Embedding(VocabularyRows):
 
 
 def next_token_loss(
-    x: Float[Tensor, "s_local b h"], rows: VocabularyRows, targets: Int64[Tensor, "s b"], step_tokens: float
+    x: Float[Tensor, "s_local b h"],
+    rows: VocabularyRows,
+    targets: Int64[Tensor, "s b"],
+    step_tokens: float,
+    limits: Limits = USUAL,
 ) -> Float[Tensor, ""]:
     """Return this rank's share of the counted targets' cross entropy, over the counted tokens of the whole step."""
     if not rows.tp.is_split:
-        return linear_cross_entropy(x.flatten(0, 1), rows.weight, targets.flatten(), divisor=step_tokens)
+        tokens = x.flatten(0, 1)
+        return linear_cross_entropy(tokens, rows.weight, targets.flatten(), divisor=step_tokens, limits=limits)
     # Within a Function gradients are off, and a weight says that it wants one also in an evaluation.
     wants = torch.is_grad_enabled() and (x.requires_grad or rows.weight.requires_grad)
-    own = _Vocabulary(rows, held=x.shape[0] * x.shape[1], wants_gradients=wants)
+    own = _Vocabulary(rows, x.shape[0] * x.shape[1], wants, limits.logits(x.device.type))
     loss: Tensor = _SplitCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x, rows.weight, targets.flatten(), own, step_tokens, products_dtype(x)
     )
@@ -114,14 +119,16 @@ def next_token_logits(x: Float[Tensor, "s_local b h"], rows: VocabularyRows) -> 
 
 
 class _Vocabulary:
-    """Which part of the vocabulary, and of the tokens, is this rank's, and whether gradients are made of it."""
+    """Which part of the vocabulary, and of the tokens, is this rank's, and how and whether gradients are made of it."""
 
-    def __init__(self, rows: VocabularyRows, held: int, wants_gradients: bool) -> None:
+    def __init__(self, rows: VocabularyRows, held: int, wants_gradients: bool, logits: int) -> None:
         self.tp, self.first, self.wants_gradients = rows.tp, rows.first, wants_gradients
         self.real = min(max(rows.vocab_size - rows.first, 0), rows.weight.shape[0])
         """Rows that are no padding."""
         self.held = slice(rows.tp.rank * held, (rows.tp.rank + 1) * held)
         """Flat indices of the tokens whose loss is this rank's share."""
+        self.chunk = max(1, logits // rows.weight.shape[0])
+        """Tokens in a chunk, the same on all ranks."""
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
@@ -141,10 +148,8 @@ class _SplitCrossEntropy(torch.autograd.Function):
         wants = own.wants_gradients
         of_x = torch.empty_like(x, dtype=wide) if wants else losses
         of_weight = torch.zeros_like(weight, dtype=wide) if wants else losses
-        limit = LOGITS_ON_CPU if x.device.type == "cpu" else LOGITS_ON_GPU
-        rows = max(1, limit // weight.shape[0])
-        for begin in range(0, x.shape[0], rows):
-            part = slice(begin, begin + rows)
+        for begin in range(0, x.shape[0], own.chunk):
+            part = slice(begin, begin + own.chunk)
             x_part = x[part]
             losses[part], p, share = _chunk(x_part, narrow, targets[part], own, divisor)
             if wants:

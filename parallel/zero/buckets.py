@@ -25,12 +25,11 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from meshwright.kernels.limits import USUAL
 from meshwright.parallel.collectives import DONE, Pending, all_gather, all_reduce, reduce_scatter
 from meshwright.parallel.mesh import Axis, Mesh
 from meshwright.parallel.placement import Placement, chunk_bounds
 from meshwright.parallel.zero.part import Part, make_part
-
-_BUCKET_BYTES = 32 << 20
 
 
 @dataclass
@@ -130,13 +129,15 @@ class BucketEngine:
         *,
         shard_state: bool,
         take_at_end: bool = False,
+        bucket_bytes: int = USUAL.bucket_bytes,
     ) -> None:
         """Make buckets for the parameters, in the reverse of their order, and hook them.
 
         `shard_state` is ZeRO-1: gradients after the reduction, masters and moments are cut over the ZeRO axis.
         `take_at_end`: no hooks; gradients add up in `.grad` and are taken by `finish_gradients`.
+        `bucket_bytes`: a bucket that holds as many takes no further parameter.
         """
-        self.mesh, self.shard_state = mesh, shard_state
+        self.mesh, self.shard_state, self.bucket_bytes = mesh, shard_state, bucket_bytes
         self.buckets: list[_Bucket] = []
         groups: dict[tuple[tuple[int, ...], ...], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in reversed(parameters.items()):
@@ -169,7 +170,7 @@ class BucketEngine:
         dtype = torch.promote_types(members[0][1].dtype, torch.float32)
         slots: list[_Slot] = []
         for name, parameter in members:
-            if slots and slots[-1].end * num_rows * dtype.itemsize >= _BUCKET_BYTES:
+            if slots and slots[-1].end * num_rows * dtype.itemsize >= self.bucket_bytes:
                 self.buckets.append(_Bucket(slots, num_rows, axes, dtype))
                 slots = []
             slots.append(self._slot(name, parameter, table[name], num_rows, slots[-1].end if slots else 0))

@@ -14,16 +14,33 @@ Stages 2 and 3 need an axis to shard over: a parameter whose ZeRO axis has one r
 ranks, anything on one process) has nothing to shard and goes by buckets, which is the same result.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
+from meshwright.kernels.limits import USUAL
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.placement import Placement
 from meshwright.parallel.zero.buckets import BucketEngine
 from meshwright.parallel.zero.fsdp import FsdpEngine, shard_modules
 from meshwright.parallel.zero.part import Part
+
+Schedule = Literal["none", "whole backward", "split backward"]
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """When gradients are summed over the ranks, and how many together."""
+
+    schedule: Schedule = "none"
+    """How a pipeline computes gradients, if one runs the model: in one pass, or those of the weights apart."""
+    bucket_bytes: int = USUAL.bucket_bytes
+    """A bucket of stages 0 and 1 that holds as many takes no further parameter."""
+
+
+AT_ONCE = Reductions()
 
 
 class ZeroEngine:
@@ -61,14 +78,13 @@ def shard(
     stage: int,
     device: torch.device,
     compute_dtype: torch.dtype | None = None,
-    schedule: Literal["none", "whole backward", "split backward"] = "none",
+    reductions: Reductions = AT_ONCE,
 ) -> ZeroEngine:
     """Place a model built on the meta device on `device`, under a ZeRO stage; its weights are not yet filled.
 
     `units` are the modules that stages 2 and 3 gather one at a time, inner ones before the modules around them;
     the model itself, or each stage of it, comes last. `compute_dtype` is the weights' type where it is narrower than
-    their masters'. `schedule` is how a pipeline computes gradients, if one runs the model: in one pass, or those of the
-    weights apart.
+    their masters'.
 
     Raises:
         ValueError: if a parameter has no dims to cut.
@@ -95,10 +111,15 @@ def shard(
     engines: list[BucketEngine | FsdpEngine] = []
     plain = {name: parameter for name, parameter in placed.items() if name not in by_fsdp}
     if plain:
+        at_end = reductions.schedule == "split backward"
         engines.append(
-            BucketEngine(plain, table, mesh, shard_state=stage >= 1, take_at_end=schedule == "split backward")
+            BucketEngine(
+                plain, table, mesh, shard_state=stage >= 1, take_at_end=at_end, bucket_bytes=reductions.bucket_bytes
+            )
         )
     if by_fsdp:
         sharded = {name: placed[name] for name in placed if name in by_fsdp}
-        engines.append(FsdpEngine(sharded, wrapped, local_shapes, table, mesh, is_pipelined=schedule != "none"))
+        engines.append(
+            FsdpEngine(sharded, wrapped, local_shapes, table, mesh, is_pipelined=reductions.schedule != "none")
+        )
     return ZeroEngine(engines, list(placed))

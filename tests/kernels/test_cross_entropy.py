@@ -1,41 +1,43 @@
 """linear_cross_entropy is its twin, chunk by chunk, whatever comes from above, and never holds all the logits."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from twins import assert_like_twin, leaf
 
-from meshwright.kernels import cross_entropy, products, reference
+from meshwright.kernels import products, reference
 from meshwright.kernels.choose import Choices, use
 from meshwright.kernels.cross_entropy import linear_cross_entropy
+from meshwright.kernels.limits import Limits
 
 T, H, V = 23, 6, 11
 TARGETS = torch.tensor([3, -100, 0, 10, 5, 5, -100, 9, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, -100, 1, 2, 4])
 
 
-@pytest.fixture(params=[1, 5, 23, 100])
-def _rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "LOGITS_ON_CPU", request.param * V + 1)
+SEVERAL = pytest.mark.parametrize("limits", [Limits(logits_on_cpu=rows * V + 1) for rows in (1, 5, 23, 100)])
 
 
-@pytest.mark.usefixtures("_rows")
+@SEVERAL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("choices", [Choices(), Choices("onednn", "onednn", "onednn")])
-def test_loss_is_its_twin_for_any_chunk(dtype: torch.dtype, choices: Choices) -> None:
+def test_loss_is_its_twin_for_any_chunk(dtype: torch.dtype, choices: Choices, limits: Limits) -> None:
     use(choices)
     inputs = [leaf(T, H, dtype=dtype), leaf(V, H, dtype=dtype), TARGETS]
-    assert_like_twin(linear_cross_entropy, reference.linear_cross_entropy, inputs, divisor=7.5)
+    in_chunks = partial(linear_cross_entropy, limits=limits)
+    assert_like_twin(in_chunks, reference.linear_cross_entropy, inputs, divisor=7.5)
 
 
-@pytest.mark.usefixtures("_rows")
+@SEVERAL
 @pytest.mark.parametrize("choices", [Choices(), Choices(bf16_products="fp32")])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_loss_of_bf16_is_summed_in_fp32(choices: Choices, autocast: bool) -> None:
+def test_loss_of_bf16_is_summed_in_fp32(choices: Choices, autocast: bool, limits: Limits) -> None:
     use(choices)
     dtype = torch.float32 if autocast else torch.bfloat16
     x, weight = leaf(T, H, dtype=dtype), leaf(V, H, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = linear_cross_entropy(x, weight, TARGETS, divisor=20.0)
+        loss = linear_cross_entropy(x, weight, TARGETS, divisor=20.0, limits=limits)
     expected = reference.linear_cross_entropy(x, weight, TARGETS, divisor=20.0)
     assert loss.dtype == torch.float32
     # Logits that were rounded to bf16 are 2^-9 off each; the mean of twenty is less.
@@ -88,18 +90,20 @@ def test_large_logits_do_not_overflow() -> None:
     assert_like_twin(linear_cross_entropy, reference.linear_cross_entropy, [x, weight, TARGETS], divisor=1.0)
 
 
-@pytest.mark.usefixtures("_rows")
-def test_without_gradients_the_loss_has_the_same_bits_and_less_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+@SEVERAL
+def test_without_gradients_the_loss_has_the_same_bits_and_less_is_multiplied(
+    limits: Limits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, weight = leaf(T, H), leaf(V, H)
-    with_gradients = linear_cross_entropy(x, weight, TARGETS, divisor=4.0)
+    loss_of = partial(linear_cross_entropy, targets=TARGETS, divisor=4.0, limits=limits)
+    with_gradients = loss_of(x, weight)
     monkeypatch.setattr(products, "input_gradient", None)  # calling it would raise
     with torch.no_grad():
-        assert torch.equal(linear_cross_entropy(x, weight, TARGETS, divisor=4.0), with_gradients.detach())
-    assert torch.equal(linear_cross_entropy(x.detach(), weight.detach(), TARGETS, divisor=4.0), with_gradients.detach())
+        assert torch.equal(loss_of(x, weight), with_gradients.detach())
+    assert torch.equal(loss_of(x.detach(), weight.detach()), with_gradients.detach())
 
 
 def test_never_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "LOGITS_ON_CPU", 5 * V)
     seen: list[int] = []
     plain = products.output
 
@@ -108,7 +112,7 @@ def test_never_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None
         return plain(x, weight)
 
     monkeypatch.setattr(products, "output", watched)
-    linear_cross_entropy(leaf(T, H), leaf(V, H), TARGETS, divisor=1.0).backward()
+    linear_cross_entropy(leaf(T, H), leaf(V, H), TARGETS, divisor=1.0, limits=Limits(logits_on_cpu=5 * V)).backward()
     assert seen == [5, 5, 5, 5, 3]
 
 

@@ -10,14 +10,13 @@ from rank_pool import run_mesh
 from storages import Peak
 from torch import Tensor
 
-from meshwright.kernels import cross_entropy
+from meshwright.kernels.limits import Limits
 from meshwright.model.activations import Degrees, Types, context_bytes, gathered_bytes, layer_bytes, loss_bytes
 from meshwright.model.config import ModelConfig
 from meshwright.parallel.config import ContextWay
 from meshwright.parallel.context.attend import context_attention
 from meshwright.parallel.initialise import ZEROS
 from meshwright.parallel.mesh import Mesh, Sizes
-from meshwright.parallel.tensor import vocabulary
 from meshwright.parallel.tensor.vocabulary import VocabularyRows, next_token_loss
 
 HEADS, WIDTH, LOCAL, VOCAB, HIDDEN = 8, 64, 64, 4096, 48
@@ -84,17 +83,14 @@ def bytes_of_loss(mesh: Mesh, tokens: int, types: Types, logits: int) -> tuple[i
     torch.nn.init.normal_(rows.weight)
     x = torch.randn(tokens // mesh.tp.size, 1, HIDDEN, dtype=DTYPES[types.stream], requires_grad=True)
     targets = torch.randint(0, VOCAB, (tokens, 1))
-    before = cross_entropy.LOGITS_ON_CPU
-    cross_entropy.LOGITS_ON_CPU = vocabulary.LOGITS_ON_CPU = logits
     gc.disable()
     try:
         with Peak() as storages, torch.autocast("cpu", torch.bfloat16, enabled=types.is_cast):
-            loss = next_token_loss(x, rows, targets, float(tokens))
+            loss = next_token_loss(x, rows, targets, float(tokens), Limits(logits_on_cpu=logits))
             sleep(0.01)
             kept = storages.alive()
         assert loss.requires_grad
     finally:
-        cross_entropy.LOGITS_ON_CPU = vocabulary.LOGITS_ON_CPU = before
         gc.enable()
     return kept, storages.most
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from meshwright.parallel import dropout as module
+from meshwright.kernels.limits import Limits
 from meshwright.parallel.counter_rng import stream_key
 from meshwright.parallel.dropout import dropout, jitter
 from meshwright.parallel.where import Where, where_of_plain_tokens
@@ -61,12 +61,11 @@ def test_any_cut_of_sequence_batch_and_features_gives_the_bits_of_the_whole(draw
 
 
 @pytest.mark.parametrize("draw", [drop, shake])
-def test_pieces_make_no_difference(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_make_no_difference(draw: Any) -> None:
     x = torch.randn(S, B, H)
     whole = draw(x, somewhere())
     for size in (1, 3 * B * H, 10**6):
-        monkeypatch.setitem(module.PIECE, "cpu", size)
-        assert torch.equal(draw(x, somewhere()), whole)
+        assert torch.equal(draw(x, replace(somewhere(), limits=Limits(factors_on_cpu=size))), whole)
 
 
 @pytest.mark.parametrize("draw", [drop, shake])

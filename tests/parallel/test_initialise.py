@@ -8,10 +8,10 @@ import torch
 from rank_pool import run_mesh
 from torch import Tensor, nn
 
+from meshwright.kernels.limits import USUAL
 from meshwright.model.config import ModelConfig
 from meshwright.model.feedforward.moe import Experts
 from meshwright.model.parts import build_model
-from meshwright.parallel import initialise
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.initialise import ONES, ZEROS, InitPolicy, InitRule, fill, init_rules
 from meshwright.parallel.mesh import Axis, Mesh, Sizes
@@ -20,9 +20,14 @@ NORMAL = InitRule("normal", 0.3)
 SHAPE = (6, 5, 4)
 
 
-def whole(rule: InitRule = NORMAL, dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = SHAPE) -> Tensor:
+def whole(
+    rule: InitRule = NORMAL,
+    dtype: torch.dtype = torch.float64,
+    shape: tuple[int, ...] = SHAPE,
+    at_once: int = USUAL.initial_weights,
+) -> Tensor:
     held = torch.empty(shape, dtype=dtype)
-    fill(held, rule, seed=3, name="w", global_shape=shape, offset=(0,) * len(shape))
+    fill(held, rule, seed=3, name="w", global_shape=shape, offset=(0,) * len(shape), at_once=at_once)
     return held
 
 
@@ -37,18 +42,16 @@ def whole(rule: InitRule = NORMAL, dtype: torch.dtype = torch.float64, shape: tu
         (slice(6, 6), slice(0, 5), slice(0, 4)),  # nothing
     ],
 )
-def test_a_part_holds_the_elements_of_the_whole(cut: tuple[slice, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(initialise, "_PIECE", 7)  # so that pieces end in the middle of rows
+def test_a_part_holds_the_elements_of_the_whole(cut: tuple[slice, ...]) -> None:
     expected = whole()[cut]
     held = torch.full(expected.shape, math.nan, dtype=torch.float64)
-    fill(held, NORMAL, seed=3, name="w", global_shape=SHAPE, offset=tuple(part.start for part in cut))
+    offset = tuple(part.start for part in cut)
+    fill(held, NORMAL, seed=3, name="w", global_shape=SHAPE, offset=offset, at_once=7)  # ends in the middle of rows
     assert torch.equal(held, expected)
 
 
-def test_pieces_do_not_change_the_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = whole()
-    monkeypatch.setattr(initialise, "_PIECE", 11)
-    assert torch.equal(whole(), expected)
+def test_pieces_do_not_change_the_elements() -> None:
+    assert torch.equal(whole(at_once=11), whole())
 
 
 def test_narrow_weights_are_rounded_from_wide_ones() -> None:

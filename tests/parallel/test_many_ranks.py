@@ -27,7 +27,7 @@ from meshwright.model.parts import build_model
 from meshwright.model.stage import HeldStages, stage_parts
 from meshwright.parallel.mesh import build_mesh
 from meshwright.parallel.placement import placement_table
-from meshwright.parallel.zero.engine import shard
+from meshwright.parallel.zero.engine import Reductions, shard
 
 MOE = {"preset": "qwen3-30b-a3b", "vocab_size": 151936}
 DENSE = {"preset": "llama3-8b", "vocab_size": 128256}
@@ -65,7 +65,7 @@ def look(tables: RunFile, world: int, rank: int, pipe: Connection) -> None:
     units = [*experts, *layers, *(parts.values() or [model])]
     plan = plan_of(tables)
     table, meta = placement_table(model), torch.device("meta")
-    engine = shard(model, units, table, mesh, stage=plan.stage, device=meta, schedule=plan.schedule)
+    engine = shard(model, units, table, mesh, stage=plan.stage, device=meta, reductions=Reductions(plan.schedule))
 
     buckets = [bucket for inner in engine._engines for bucket in inner.buckets]
     gradients = sum(bucket.mine.nbytes * (bucket.num_rows + (bucket.num_rows > 1)) for bucket in buckets)

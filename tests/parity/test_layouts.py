@@ -7,10 +7,10 @@ import torch
 from engine_cases import Trace, assert_same, dense_config, moe_config, train
 from rank_pool import run_mesh
 
+from meshwright.kernels.limits import Limits
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.recompute.policy import Recompute
-from meshwright.parallel.zero import buckets
 
 CONFIGS = {
     "dense": dense_config(),
@@ -101,17 +101,9 @@ def test_copies_of_the_sharded_state_change_nothing(sizes: Sizes, stage: int) ->
         assert_same(trace, definition("moe"))
 
 
-def in_small_buckets(mesh: Mesh, name: str, plan: Plan, size: int) -> Trace:
-    before, buckets._BUCKET_BYTES = buckets._BUCKET_BYTES, size
-    try:
-        return case(mesh, name, plan, 2)
-    finally:
-        buckets._BUCKET_BYTES = before
-
-
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_many_small_buckets_change_nothing(stage: int) -> None:
-    for trace in run_mesh(TWO_EP, in_small_buckets, "moe", Plan(stage=stage), 2000):
+    for trace in run_mesh(TWO_EP, case, "moe", Plan(stage=stage, limits=Limits(bucket_bytes=2000)), 2):
         assert_same(trace, definition("moe"))
 
 

@@ -91,14 +91,14 @@ def test_steps_in_fp32_are_those_of_torch_as_far_as_bf16_can_tell() -> None:
         assert moved.norm() > 0.03
 
 
-def test_large_stacks_are_made_orthogonal_in_several_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_stacks_are_made_orthogonal_in_several_products() -> None:
     stack = [
         *list(gradients(4)["layers.0.feedforward.part.experts.gate"]),
         gradients(4)["layers.0.mixer.part.q.weight"],
     ]
     at_once = orthogonal(stack, 5)
-    monkeypatch.setattr("meshwright.launcher.training.muon._PRODUCT_ELEMENTS", 70)  # two matrices of [5, 7]
-    for one, other in zip(orthogonal(stack, 5), at_once, strict=True):
+    by_two = orthogonal(stack, 5, at_once=70)  # matrices of [5, 7]
+    for one, other in zip(by_two, at_once, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 

@@ -8,13 +8,13 @@ import pytest
 from engine_cases import Trace, assert_same, dense_config, forward_backward, moe_config, start, train
 from rank_pool import run_mesh
 
+from meshwright.kernels.limits import Limits
 from meshwright.launcher.build import recompute_of
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.config import RecomputeConfig
 from meshwright.parallel.mesh import Mesh, Sizes, build_mesh, single_process_mesh
 from meshwright.parallel.pipeline.orders import Stages
 from meshwright.parallel.recompute.policy import Recompute
-from meshwright.parallel.zero import buckets
 
 CONFIGS = {
     "dense": dense_config(num_layers=4),
@@ -122,13 +122,9 @@ def test_recompute_stands_within_stages(schedule: str, plan: Plan) -> None:
 
 
 def test_micro_batches_of_several_samples_and_small_buckets_change_nothing() -> None:
-    for trace in run_mesh(TWO, in_small_buckets, "moe-tied", "1f1b"):
+    plan = Plan(stage=1, limits=Limits(bucket_bytes=2000))
+    for trace in run_mesh(TWO, case, "moe-tied", "1f1b", plan, 4):
         assert_same(trace, definition("moe-tied"))
-
-
-def in_small_buckets(mesh: Mesh, name: str, schedule: str) -> Trace:
-    with patch.object(buckets, "_BUCKET_BYTES", 2000):
-        return case(mesh, name, schedule, Plan(stage=1), 4)
 
 
 def fault_of_a_step(mesh: Mesh, schedule: str, plan: Plan, splits_backward: bool) -> str:

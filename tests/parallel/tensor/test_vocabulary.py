@@ -8,12 +8,12 @@ from rank_pool import run_mesh
 from torch import Tensor
 
 from meshwright.kernels.cross_entropy import NOT_COUNTED
+from meshwright.kernels.limits import Limits
 from meshwright.parallel import collectives
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.initialise import InitRule, fill
 from meshwright.parallel.mesh import Mesh, Sizes
 from meshwright.parallel.placement import without_padding
-from meshwright.parallel.tensor import vocabulary
 from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows, next_token_loss
 
 S, B, H, STEP_TOKENS = 8, 3, 5, 29.0
@@ -39,12 +39,11 @@ def inputs(v: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def errors_of_loss(mesh: Mesh, v: int, chunk: int) -> tuple[float, float, float, float]:
-    vocabulary.LOGITS_ON_CPU = chunk
     weight, x, _, targets = inputs(v)
     rows = VocabularyRows(v, H, rule=RULE, tp=mesh.tp)
     rows.weight.data = rows_of(weight, rows)
     held = x.chunk(mesh.tp.size)[mesh.tp.rank].clone().requires_grad_()
-    share = next_token_loss(held, rows, targets, STEP_TOKENS)
+    share = next_token_loss(held, rows, targets, STEP_TOKENS, Limits(logits_on_cpu=chunk))
     (2 * share).backward()
     weight.requires_grad_()
     x.requires_grad_()
@@ -124,7 +123,6 @@ def test_no_logits_are_communicated() -> None:
 
 def collectives_of(mesh: Mesh, with_gradients: bool) -> list[str]:
     """Return the operations of a loss in one chunk, forward only."""
-    vocabulary.LOGITS_ON_CPU = 1 << 20
     weight, x, _, targets = inputs(9)
     rows = VocabularyRows(9, H, rule=RULE, tp=mesh.tp)
     rows.weight.data = rows_of(weight, rows)

@@ -5,9 +5,9 @@ import torch
 from rank_pool import run_mesh
 from torch import Tensor, nn
 
+from meshwright.kernels.limits import USUAL
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.placement import WHOLE, chunk_bounds
-from meshwright.parallel.zero import buckets
 from meshwright.parallel.zero.buckets import BucketEngine
 from meshwright.parallel.zero.engine import shard
 
@@ -22,9 +22,15 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
 
 
 def engine_of(
-    held: dict[str, nn.Parameter], mesh: Mesh, *, shard_state: bool, take_at_end: bool = False
+    held: dict[str, nn.Parameter],
+    mesh: Mesh,
+    *,
+    shard_state: bool,
+    take_at_end: bool = False,
+    size: int = USUAL.bucket_bytes,
 ) -> BucketEngine:
-    return BucketEngine(held, dict.fromkeys(held, WHOLE), mesh, shard_state=shard_state, take_at_end=take_at_end)
+    table = dict.fromkeys(held, WHOLE)
+    return BucketEngine(held, table, mesh, shard_state=shard_state, take_at_end=take_at_end, bucket_bytes=size)
 
 
 def gradient(name: str, rank: int, micro_batch: int) -> Tensor:
@@ -37,9 +43,11 @@ def backward(held: dict[str, nn.Parameter], rank: int, micro_batch: int, *, with
     torch.stack(terms).sum().backward()
 
 
-def step_of(mesh: Mesh, shard_state: bool, micro_batches: int) -> dict[str, tuple[Tensor, Tensor, tuple[int, ...]]]:
+def step_of(
+    mesh: Mesh, shard_state: bool, micro_batches: int, size: int = USUAL.bucket_bytes
+) -> dict[str, tuple[Tensor, Tensor, tuple[int, ...]]]:
     held = parameters()
-    engine = engine_of(held, mesh, shard_state=shard_state)
+    engine = engine_of(held, mesh, shard_state=shard_state, size=size)
     for step in range(2):  # the second must not see the first
         engine.start_step(micro_batches)
         for micro_batch in range(micro_batches):
@@ -61,7 +69,7 @@ def step_of(mesh: Mesh, shard_state: bool, micro_batches: int) -> dict[str, tupl
 def test_parts_hold_the_sum_of_all_and_the_updated_weights_come_back(
     shard_state: bool, micro_batches: int, size: int
 ) -> None:
-    found = run_mesh(BY_RANK, with_bucket_size, shard_state, micro_batches, size)
+    found = run_mesh(BY_RANK, step_of, shard_state, micro_batches, size)
     for name, shape in SHAPES.items():
         summed = sum(gradient(name, r, 100 + m) for r in range(3) for m in range(micro_batches))
         before = parameters()[name].detach()
@@ -73,18 +81,9 @@ def test_parts_hold_the_sum_of_all_and_the_updated_weights_come_back(
             torch.testing.assert_close(weight, before - summed)  # on every rank whole
 
 
-def with_bucket_size(mesh: Mesh, shard_state: bool, micro_batches: int, size: int) -> object:
-    before, buckets._BUCKET_BYTES = buckets._BUCKET_BYTES, size
-    try:
-        return step_of(mesh, shard_state, micro_batches)
-    finally:
-        buckets._BUCKET_BYTES = before
-
-
 def test_buckets_are_closed_when_they_are_full_and_go_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buckets, "_BUCKET_BYTES", 64)
     held = parameters()
-    engine = engine_of(held, single_process_mesh(), shard_state=False)
+    engine = engine_of(held, single_process_mesh(), shard_state=False, size=64)
     assert [[slot.name for slot in bucket.slots] for bucket in engine.buckets] == [["d", "c"], ["b", "a"]]
     launched = []
     for bucket in engine.buckets:
