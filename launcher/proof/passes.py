@@ -25,9 +25,11 @@ import torch
 import torch._dynamo  # here, where it is loaded once: AdamW would load it in each of the forked ranks
 from torch import nn
 
+from meshwright.kernels.limits import USUAL
 from meshwright.launcher.build import Run, build_run, sizes_of, with_vocab_of
 from meshwright.launcher.observe.clock import StepClock
 from meshwright.launcher.proof.counted import counted_store
+from meshwright.launcher.proof.cutting import narrow_limits
 from meshwright.launcher.proof.dtype_of_sums import DtypeOfSums
 from meshwright.launcher.proof.narrow import STEPS
 from meshwright.launcher.proof.record import Array, Decide, RankRecord, Recorder, Work, computed_weights, piece_of
@@ -125,15 +127,24 @@ def choices_in(record: RankRecord) -> dict[tuple[int, str], Chosen]:
 
 
 def run_passes(
-    run_file: RunFile, passes: Sequence[Pass], choices: Mapping[str, Choices], folder: Path | None, _rank: int = 0
+    run_file: RunFile,
+    passes: Sequence[Pass],
+    choices: Mapping[str, Choices],
+    folder: Path | None,
+    _rank: int = 0,
+    *,
+    is_cut: bool = False,
 ) -> dict[str, RankRecord]:
-    """Run each pass as one of the ranks, or alone; save what the exact one ends with to `folder`."""
+    """Run each pass as one of the ranks, or alone; save what the exact one ends with to `folder`.
+
+    `is_cut`: work is cut as a large run's is (`cutting.py`).
+    """
     sizes = sizes_of(run_file, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
     mesh = build_mesh(sizes, timedelta(seconds=run_file.run.timeout_seconds))
     signals = Signals()
     found: dict[str, RankRecord] = {}
     for one in passes:
-        run = build(run_file, one.precision, mesh)
+        run = build(run_file, one.precision, mesh, is_cut=is_cut)
         # Alone, a pass that refers to another process's takes over those of a pass before it.
         known = choices.get(one.reference) or (choices_in(found[one.reference]) if one.reference in found else {})
         found[one.name] = train_pass(run, one, known, signals)
@@ -145,7 +156,7 @@ def run_passes(
     return found
 
 
-def build(run_file: RunFile, precision: Precision, mesh: Mesh, **keys: str) -> Run:
+def build(run_file: RunFile, precision: Precision, mesh: Mesh, *, is_cut: bool = False, **keys: str) -> Run:
     """Build the run, on counted tokens, in a precision; `keys` are those of [run] to change."""
     table = run_file.model_copy(
         update={
@@ -156,7 +167,8 @@ def build(run_file: RunFile, precision: Precision, mesh: Mesh, **keys: str) -> R
     ramp = (entry.global_batch_size for entry in table.train.batch_ramp)
     fewest = min([table.train.global_batch_size, *ramp])
     store = counted_store(table.data.seq_len, table.model.vocab_size, table.run.seed, fewest=fewest)
-    return build_run(with_vocab_of(table, store), store, mesh, torch.device("cpu"))
+    table = with_vocab_of(table, store)
+    return build_run(table, store, mesh, torch.device("cpu"), narrow_limits(table) if is_cut else USUAL)
 
 
 def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankRecord:

@@ -212,7 +212,7 @@ class Judge:
         saves = "checkpoint" in wanted
         names = {"exact" if name == "checkpoint" else name for name in wanted}
         passes = [one for one in passes_of(table.train.precision) if one.name in names]
-        work = partial(run_passes, table, passes, self.choices, folder if saves else None)
+        work = partial(run_passes, table, passes, self.choices, folder if saves else None, is_cut=True)
         ranks: list[dict[str, RankRecord]] = self._answers(result.sizes.world, work)
         of_pass = {one.name: [rank[one.name] for rank in ranks] for one in passes}
         if "exact" in wanted:

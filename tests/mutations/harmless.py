@@ -21,15 +21,15 @@ HARMLESS = [
     ),
     Fault(
         "smaller buckets",
-        "parallel/zero/buckets.py",
-        "_BUCKET_BYTES = 32 << 20",
-        "_BUCKET_BYTES = 1 << 10",
+        "kernels/limits.py",
+        "bucket_bytes: int = 32 << 20",
+        "bucket_bytes: int = 1 << 10",
         layout={"dp_shard": 2},
     ),
     Fault(
         "the sum of squares in pieces of another size",
-        "parallel/grad_norm.py",
-        "_PIECE = 1 << 14",
-        "_PIECE = 1 << 5",
+        "kernels/limits.py",
+        "squares: int = 1 << 14",
+        "squares: int = 1 << 5",
     ),
 ]

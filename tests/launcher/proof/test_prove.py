@@ -73,8 +73,8 @@ def test_a_difference_is_told_with_its_tensor_step_and_axis(monkeypatch: pytest.
     plan = plan_of("moe_tiny.toml", passes=("exact",))
     real = proof.run_passes
 
-    def one_number_off(*args: object) -> dict[str, RankRecord]:
-        records: dict[str, RankRecord] = real(*args)  # type: ignore[arg-type]
+    def one_number_off(*args: object, **named: object) -> dict[str, RankRecord]:
+        records: dict[str, RankRecord] = real(*args, **named)  # type: ignore[arg-type]
         run_file, rank = args[0], args[-1]
         if run_file.parallel.ep == 2 and rank == 1:  # type: ignore[attr-defined]
             records["exact"].steps[1].gradients["layers.1.feedforward.part.experts.up"].values[0, 0, 0] += 1e-3
@@ -99,10 +99,10 @@ def test_ranks_that_fail_are_a_difference_with_their_words(monkeypatch: pytest.M
     plan = plan_of("dense_tiny.toml", passes=("exact",))
     real = proof.run_passes
 
-    def failing(*args: object) -> dict[str, RankRecord]:
+    def failing(*args: object, **named: object) -> dict[str, RankRecord]:
         if args[-1] == 1:
             raise AssertionError("output.weight got no gradient in this step")
-        return real(*args)  # type: ignore[arg-type]
+        return real(*args, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(proof, "run_passes", failing)
     done = proof.prove(plan)
@@ -190,10 +190,10 @@ def test_each_rank_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [record.work for record in seen[0]] == [EVERY_WORK - {"experts"}, EVERY_WORK]
     slow_run = proof.run_passes
 
-    def slow_on_rank_1(*args: object) -> dict[str, RankRecord]:
+    def slow_on_rank_1(*args: object, **named: object) -> dict[str, RankRecord]:
         if args[-1] == 1:
             monkeypatch.setattr(grouped, "slower_than_grouped", lambda *_given: "is left out here")
-        return slow_run(*args)  # type: ignore[arg-type]
+        return slow_run(*args, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(proof, "run_passes", slow_on_rank_1)
     judged = proof.Judge(plan_of("moe_tiny.toml").narrowed.run_file, ("fast",)).judge(Sizes(dp_shard=2, ep=2))
