@@ -18,7 +18,7 @@ that is gathered, send buffers and the library's own memory come on top.
 Muon has one moment where AdamW has two: of what it updates m*N and m*N/d.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -57,34 +57,37 @@ def state_bytes(run_file: RunFile, world_size: int) -> StateBytes:
 
 
 def _state_of(run_file: RunFile, world_size: int, pp_rank: int) -> StateBytes:
-    parallel = run_file.parallel
-    dense, experts = held_weights(run_file, pp_rank)
-    cut = ((dense, parallel.dp_shard_in(world_size) * parallel.cp), (experts, parallel.edp_in(world_size)))
-    muon, stage, precision = muon_weights(run_file, pp_rank), run_file.zero.stage, run_file.train.precision
-    parts = [_bytes_of(float(n), float(m), d, stage, precision) for (n, d), m in zip(cut, muon, strict=True)]
+    parallel, stage, precision = run_file.parallel, run_file.zero.stage, run_file.train.precision
+    held = held_weights(run_file, pp_rank)
+    parts = [
+        _bytes_of(held.dense, held.dense_of_muon, parallel.dp_shard_in(world_size) * parallel.cp, stage, precision),
+        _bytes_of(held.experts, held.experts_of_muon, parallel.edp_in(world_size), stage, precision),
+    ]
     return StateBytes(*(sum(column) for column in zip(*parts, strict=True)))
 
 
-def held_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[int, int]:
-    """Return how many weights a rank computes with, at one place in the pipeline: dense ones, and its experts'."""
-    return _count(_held(run_file, pp_rank))
+class HeldWeights(NamedTuple):
+    """How many weights a rank computes with."""
+
+    dense: int
+    experts: int
+    dense_of_muon: int
+    """Those of the dense ones that Muon updates."""
+    experts_of_muon: int
 
 
-def muon_weights(run_file: RunFile, pp_rank: int = 0) -> tuple[int, int]:
-    """Return how many of the weights that a rank computes with Muon updates: dense ones, and its experts'."""
-    found = _held(run_file, pp_rank)
-    return _count(each for each in found if settings_of(each[0], each[1].shape, run_file.optimizer).kind == "muon")
+def held_weights(run_file: RunFile, pp_rank: int = 0) -> HeldWeights:
+    """Count the weights that a rank computes with, at one place in the pipeline."""
+    counts = dict.fromkeys([(of_experts, of_muon) for of_experts in (False, True) for of_muon in (False, True)], 0)
+    for name, weight, number in _held(run_file, pp_rank):
+        of_muon = settings_of(name, weight.shape, run_file.optimizer).kind == "muon"
+        counts[weight.is_of_experts, of_muon] += number
+    dense, experts = (counts[of_experts, False] + counts[of_experts, True] for of_experts in (False, True))
+    return HeldWeights(dense, experts, counts[False, True], counts[True, True])
 
 
 HeldWeight = tuple[str, Weight, int]
 """A parameter's name, what it is, and how many of its numbers a rank computes with."""
-
-
-def _count(found: Iterable[HeldWeight]) -> tuple[int, int]:
-    counts = {False: 0, True: 0}
-    for _, weight, number in found:
-        counts[weight.is_of_experts] += number
-    return counts[False], counts[True]
 
 
 def _held(run_file: RunFile, pp_rank: int) -> Iterator[HeldWeight]:
@@ -150,9 +153,9 @@ def _activations_of(run_file: RunFile, world_size: int, pp_rank: int) -> Activat
     return activation_bytes(run_file.model, tokens, spread, types, here, logits=logits)
 
 
-def _bytes_of(number: float, muon: float, shards: int, stage: int, precision: str) -> StateBytes:
+def _bytes_of(number: int, muon: int, shards: int, stage: int, precision: str) -> StateBytes:
     """Return the bytes of so many weights, some of them Muon's, whose state is cut over `shards` ranks."""
-    compute, update = COMPUTE_BYTES[precision], UPDATE_BYTES[precision]
+    compute, update = float(COMPUTE_BYTES[precision]), float(UPDATE_BYTES[precision])
     stage = stage if shards > 1 else 0
     part = number / shards
     has_masters = compute < update or stage >= 2

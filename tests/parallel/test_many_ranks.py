@@ -101,7 +101,7 @@ def test_a_rank_of_many_holds_what_the_run_file_predicts(name: str) -> None:
     for rank in ranks if name != "1024, moe" else ranks[::3]:
         seen = seen_by(tables, world, rank)
         assert_axes(seen.axes, tables, world, rank)
-        assert seen.weights == held_weights(tables, rank // stage_ranks)
+        assert seen.weights == held_weights(tables, rank // stage_ranks)[:2]
         totals.append(seen.state)
         print(f"{name}, rank {rank}: {seen.seconds:.2f} s of CPU, {seen.peak_mib:.0f} MiB")
         assert seen.seconds < 60
