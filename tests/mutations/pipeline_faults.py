@@ -37,8 +37,8 @@ PIPELINE = [
     Fault(
         "S8: gradients taken by hooks under a schedule that splits the backward",
         "parallel/zero/engine.py",
-        'take_at_end=schedule == "split backward"',
-        "take_at_end=False",
+        'at_end = reductions.schedule == "split backward"',
+        "at_end = False",
         named="got no gradient in this step",
         axis="pp",
         model=DENSE | {"num_layers": 4},
