@@ -4,10 +4,15 @@ bash tests/run.sh -m slow              every slow test
 bash tests/run.sh -m slow --share 2    half of them; the next commit draws another half
 """
 
+import os
 from typing import Any
 
 import pytest
 from commit_slice import commit, is_drawn, seed_of
+
+# Before torch is loaded, and for every process that a test starts: many ranks share few cores, and a rank that is forked
+# from a process whose products have run on several threads would wait for those, which a fork does not have.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LONGEST_FILE = "tests/slurm/test_pretrain_moe.py"  # the main job, four times
 

@@ -22,12 +22,11 @@ reason = why_not()
 print("tests/slurm:", f"its tests of a real Slurm will be skipped: {reason}" if reason else "with a Slurm of its own")
 PYTHON
 
-# The tests start many ranks on few cores; each process uses one thread unless a test says otherwise. Files are shared out
-# over as many workers as there are cores, up to four: a test is often one process that waits for another. In order, with
-# the longest first (tests/conftest.py): by the number of their tests, files with few long ones would come last.
+# Files are shared out over as many workers as there are cores, up to four: a test is often one process that waits for
+# another. In order, with the longest first (tests/conftest.py, where threads are limited too): by the number of their
+# tests, files with few long ones would come last.
 workers=$(nproc 2>/dev/null || echo 2)
 workers=$((workers < 4 ? workers : 4))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ $# -eq 0 ]; then
     set -- -m "not slow and not gpu" --durations=15 -n "$workers" --dist loadfile --no-loadscope-reorder
 fi
