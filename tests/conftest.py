@@ -1,5 +1,7 @@
 """`--share N` runs one in N of the chosen tests, drawn by the commit's hash: a long suite fits, and all of it comes up.
 
+Those that draw a slice of their own by that hash (`commit_slice.py`) run each time.
+
 bash tests/run.sh -m slow              every slow test
 bash tests/run.sh -m slow --share 2    half of them; the next commit draws another half
 """
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 from commit_slice import commit, is_drawn, seed_of
 
-# Before torch is loaded, and for every process that a test starts: many ranks share few cores, and a rank that is forked
-# from a process whose products have run on several threads would wait for those, which a fork does not have.
+# Before torch is loaded, and for every process that a test starts: many ranks share few cores, and a rank that is
+# forked from a process whose products ran on several threads would wait for those, which a fork does not have.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+_SLICE = "::test_sampled_"
+"""Of a test that takes a slice of its own cases for each commit (`commit_slice.py`): it is always drawn."""
 LONGEST_FILE = "tests/slurm/test_pretrain_moe.py"  # the main job, four times
 
 
@@ -38,6 +42,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if share == 1:
         return
     seed = seed_of(commit())
-    drawn = [item for item in items if is_drawn(item.nodeid, seed, share)]
+    drawn = [item for item in items if _SLICE in item.nodeid or is_drawn(item.nodeid, seed, share)]
     config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
     items[:] = drawn

@@ -159,7 +159,7 @@ def _serve(rank: int, size: int, log: Path, pipe: Connection) -> None:
             case, args = pipe.recv()
         except EOFError:
             os._exit(0)
-        # Types and shapes are checked on one of the ranks, another one from case to case: it takes a quarter of the time.
+        # Types and shapes are checked on one rank, another one from case to case: checks take a quarter of the time.
         jaxtyping.config.update("jaxtyping_disable", rank != number % size)
         number += 1
         try:

@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.launcher.proof.compare import EXACT, NOTHING, box_of, by_name, largest, on_no_rank, worst_error
+from meshwright.launcher.proof.compare import (
+    EXACT,
+    NOTHING,
+    box_of,
+    by_name,
+    largest,
+    on_no_rank,
+    same_bits,
+    worst_error,
+)
 from meshwright.launcher.proof.record import Array, Piece
 
 Held = dict[str, Piece]
@@ -33,7 +42,7 @@ def compare_bits(expected: Sequence[Held], found: Sequence[Held]) -> list[str]:
         for name in theirs | ours:
             if name not in ours or name not in theirs:
                 differences.append(_AT_THE_END + _of_one_run(name, is_unbroken=name in theirs))
-            elif not np.array_equal(ours[name].values, theirs[name].values):
+            elif not same_bits(ours[name].values, theirs[name].values):
                 differences.append(f"{_AT_THE_END}{name} has other bits on rank {rank}")
     return differences
 

@@ -129,11 +129,13 @@ def _model(model: ModelConfig, target: Sizes, needs: Needs) -> ModelConfig:
         hidden = _ALIGNED * (heads * head_dim // _ALIGNED + 1) + model.hidden_size % _ALIGNED
     ffn = _inner(model.ffn_hidden_size, target.tp, needs.tp, above=max(hidden, heads * head_dim))
     pattern, period = _pattern(model.pattern)
+    layers = period * ceil(max(needs.stages, 2) / period)
     divides = model.vocab_size % target.tp == 0
     sizes: dict[str, Any] = {
         "preset": "",
         "pattern": pattern,
-        "num_layers": min(period * ceil(max(needs.stages, 2) / period), model.num_layers),
+        # Five layers of a period of five, which became one of two, are six where there are five stages.
+        "num_layers": min(layers, model.num_layers) if pattern == model.pattern else layers,
         "hidden_size": hidden,
         "num_heads": heads,
         "num_kv_heads": kv_heads,

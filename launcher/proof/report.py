@@ -142,7 +142,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     return {
         "worst": verdict.worst if np.isfinite(verdict.worst) else None,
         "num_ties": len(verdict.ties),
-        "ties": [asdict(tie) for tie in verdict.ties[:_TIES]],
+        "ties": [asdict(tie) for tie in verdict.ties],
         "num_differences": len(verdict.differences),
         "differences": differences,
     }

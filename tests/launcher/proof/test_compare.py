@@ -64,6 +64,48 @@ def test_ranks_that_hold_it_all_together_are_the_same() -> None:
     assert compare_exactly(record(), two_ranks()) == Verdict([])
 
 
+def piece(values: object) -> Piece:
+    array = np.asarray(values, np.float64)
+    return Piece(array.shape, (0,) * array.ndim, array)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["sums", "gradients", "weights", "at_tokens", "loss", "norm"])
+def test_what_is_no_number_on_one_rank_is_a_difference(kind: str, rank: int) -> None:
+    ranks = two_ranks()
+    step = ranks[rank].steps[1]
+    if kind == "sums":
+        step.sums["layers.0.balance"] = np.array([np.nan])
+    elif kind == "gradients":
+        step.gradients["zero"] = piece([np.nan])  # where one process has a zero
+    elif kind == "weights":
+        step.weights["a"].values[0, 0] = np.nan
+    elif kind == "at_tokens":
+        step.at_tokens["layers.0.mixer output"].values[0] = np.nan
+    else:
+        setattr(step, kind, np.nan)
+    verdict = compare_exactly(record(), ranks)
+    assert first(verdict)[2] == 1
+    assert len(verdict.differences) == 1
+
+
+def test_what_one_side_alone_has_is_a_difference() -> None:
+    ranks = two_ranks()
+    del ranks[1].steps[0].sums["layers.0.balance"]
+    ranks[0].steps[0].sums["layers.1.balance"] = np.array([1.0])
+    ranks[0].steps[0].gradients["b2"] = piece([1.0])
+    ranks[1].steps[0].weights["b2"] = piece([1.0])
+    ranks[1].steps[0].evaluation = None
+    found = [str(each) for each in compare_exactly(record(), ranks).differences]
+    assert found == [
+        "step 1, sum of layers.0.balance: off by inf",
+        "step 1, sum of layers.1.balance: one process has none",
+        "step 1, gradient of b2: one process has none",
+        "step 1, weight of b2: one process has none",
+        "step 1, evaluation: rank 1 evaluates, or one process does, and not both",
+    ]
+
+
 def edit(path: str) -> Callable[[RankRecord], None]:
     """Return a change to the second step of a rank's record."""
     kind, _, name = path.partition("/")

@@ -42,6 +42,10 @@ def test_what_is_on_no_rank_or_in_one_run_only_is_told() -> None:
     assert compare_bits(before, [{}]) == ["at the end: w is held by the unbroken run only"]
     assert compare_bits(before, [{"w": piece(0, 4, off=1e-15)}]) == ["at the end: w has other bits on rank 0"]
     assert compare_bits(before, before) == []
+    zero, minus = ([{"w": Piece((1,), (0,), np.array([value]))}] for value in (0.0, -0.0))
+    assert compare_bits(zero, minus) == ["at the end: w has other bits on rank 0"]
+    narrow = [{"w": Piece((1,), (0,), np.zeros(1, np.float32))}]
+    assert compare_bits(zero, narrow) == ["at the end: w has other bits on rank 0"]
 
 
 def test_values_beside_tensors_are_compared_wherever_they_stand() -> None:

@@ -100,6 +100,16 @@ def test_what_divides_goes_on_dividing_and_what_does_not_does_not(seed: int) -> 
     assert small.moe.expert_hidden_size % (8 * (2 if etp > 1 else 1)) == 0
 
 
+@pytest.mark.parametrize(("pattern", "layers", "pp"), [("*-*-*-*-*E", 5, 5), ("*-*-*-*-*E*-*-", 7, 7)])
+def test_a_long_period_becomes_a_short_one_that_still_fills_the_stages(pattern: str, layers: int, pp: int) -> None:
+    moe = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 64}
+    run_file = run_file_of({"pattern": pattern, "num_layers": layers, "moe": moe}, parallel={"pp": pp})
+    assert check(run_file, pp) == []
+    small = plan_proof(run_file, pp).narrowed.run_file.model
+    assert pp <= small.num_layers <= pp + 1
+    assert set(small.layers) == set(run_file.model.layers)
+
+
 def test_one_kv_head_on_two_ranks_and_two_on_four() -> None:
     assert narrowed({"num_kv_heads": 1}, Sizes(tp=2)).num_kv_heads == 1
     of_four = narrowed({"num_kv_heads": 2}, Sizes(tp=4))
