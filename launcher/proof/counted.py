@@ -23,7 +23,6 @@ _DOCUMENTS = np.cumsum([0, 5, 9, 13, 6])
 _PERIOD = int(_DOCUMENTS[-1])
 _LEFT_OUT = 7  # every seventh token, roughly, is no target
 _SHORTEST = 8  # tokens of a sample in which some are left out: a shorter one could be left without any
-_WINDOWS = 512  # more than the samples of a proof: each of them is of the first epoch
 _EMPTY, _FEW_EMPTY = (3, 6, 7), (3, 7)  # of eight samples
 _FEW = 2  # samples of a step of which two neighbours would be all
 
@@ -37,8 +36,9 @@ class CountedSplit(Split):
         self.num_documents = num_tokens // _PERIOD * (len(_DOCUMENTS) - 1)
         self._seq_len, self._num_ids = order.seq_len, num_ids
         empty = _EMPTY if fewest > _FEW else _FEW_EMPTY
-        samples = (sample for sample in range(order.samples_per_epoch) if sample % 8 in empty)
-        self._without_targets = [order.window(sample) // order.seq_len for sample in samples]
+        self._is_empty = np.zeros(order.samples_per_epoch + 1, bool)  # the last is of the token before all windows
+        for sample in range(order.samples_per_epoch):
+            self._is_empty[order.window(sample) // order.seq_len] = sample % 8 in empty
 
     def read(self, start: int, length: int) -> Int64[np.ndarray, "length"]:
         """Return tokens from a position on; what is not counted as a target has the id that says so."""
@@ -50,7 +50,7 @@ class CountedSplit(Split):
         window = (at.astype(np.int64) - 1) // self._seq_len
         left_out = (mixed >> np.uint64(7)) % np.uint64(_LEFT_OUT) == 0
         left_out &= self._seq_len >= _SHORTEST
-        tokens[left_out | np.isin(window, self._without_targets)] = NOT_COUNTED
+        tokens[left_out | self._is_empty[window]] = NOT_COUNTED
         return tokens
 
     def documents_of(self, start: int, length: int) -> Int64[np.ndarray, "length"]:
@@ -72,13 +72,14 @@ class CountedStore(TokenStore):
         self.path, self.meta, self.splits = Path("counted"), meta, splits
 
 
-def counted_store(seq_len: int, vocab_size: int, seed: int, *, fewest: int = 4) -> TokenStore:
-    """Return a store for windows of `seq_len`, whose steps have at least `fewest` samples.
+def counted_store(seq_len: int, vocab_size: int, seed: int, *, fewest: int = 4, samples: int = 64) -> TokenStore:
+    """Return a store for so many samples of `seq_len`, whose steps have at least `fewest` of them.
 
-    A few ids of the vocabulary are never seen, as in most models. What is evaluated is the other split, in the order
-    that no seed changes.
+    They are of one epoch: in the next one, which has another order, some step could be left without a target. A few ids
+    of the vocabulary are never seen, as in most models. What is evaluated is the other split, in the order that no seed
+    changes.
     """
-    num_tokens = _WINDOWS * seq_len + 1
+    num_tokens = samples * seq_len + 1
     ids = (vocab_size or 64) - 3
     splits = {"train": seed, "validation": 0}
     meta = StoreMeta(

@@ -22,7 +22,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from meshwright.launcher.proof.compare import Verdict, box_of, by_name, errors_of
+from meshwright.launcher.proof.compare import NOTHING, Verdict, box_of, by_name, errors_of, largest
 from meshwright.launcher.proof.record import Array, RankRecord
 
 TOGETHER, TIMES = 2.0, 4.0
@@ -55,12 +55,12 @@ def compare_own(exact: RankRecord, one: RankRecord, ranks: Sequence[RankRecord])
     return verdict
 
 
-def compare_sums(verdict: Verdict, ranks: Sequence[RankRecord], summands: int) -> None:
+def compare_sums(verdict: Verdict, exact: RankRecord, ranks: Sequence[RankRecord], summands: int) -> None:
     """Add a difference for each gradient of several summands whose numbers are all of bf16: it was summed so.
 
     And for sums over samples that are sent in bf16, and for a loss whose tokens are summed in bf16. Such a sum is
     within the error that the products have anyway, so that the errors do not tell. The steps are taken together: in one
-    of them all summands but one may have no target.
+    of them all summands but one may have no target. What is zero in fp64 but for rounding shows nothing.
     """
     for rank, record in enumerate(ranks):
         for words in sorted(record.narrow_sums):
@@ -72,6 +72,8 @@ def compare_sums(verdict: Verdict, ranks: Sequence[RankRecord], summands: int) -
         return
     steps = range(len(ranks[0].steps))
     for name, pieces in by_name(record.steps[step].gradients for record in ranks for step in steps).items():
+        if all(largest(step.gradients[name].values) <= NOTHING * step.norm for step in exact.steps):
+            continue
         values = np.concatenate([piece.values.reshape(-1) for _, piece in pieces])
         values = values[values != 0]
         if len(values) >= _ENOUGH and np.array_equal(values, _rounded(values, "bf16")):

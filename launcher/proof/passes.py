@@ -164,9 +164,10 @@ def build(run_file: RunFile, precision: Precision, mesh: Mesh, *, is_cut: bool =
             "run": run_file.run.model_copy(update=keys),
         }
     )
-    ramp = (entry.global_batch_size for entry in table.train.batch_ramp)
-    fewest = min([table.train.global_batch_size, *ramp])
-    store = counted_store(table.data.seq_len, table.model.vocab_size, table.run.seed, fewest=fewest)
+    batches = [table.train.global_batch_size, *(entry.global_batch_size for entry in table.train.batch_ramp)]
+    samples = max(*batches, table.evaluation.samples) * table.train.steps
+    model, seed = table.model, table.run.seed
+    store = counted_store(table.data.seq_len, model.vocab_size, seed, fewest=min(batches), samples=samples)
     table = with_vocab_of(table, store)
     return build_run(table, store, mesh, torch.device("cpu"), narrow_limits(table) if is_cut else USUAL)
 

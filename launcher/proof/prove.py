@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +185,15 @@ class Judge:
 
         Raises:
             RankLostError: if it fails.
+            ConfigError: if what it computes is no number, to which nothing can be compared.
         """
         self.run_file, self.passes = run_file, tuple(passes)
         wanted = [one for one in reference_passes(run_file.train.precision) if {one.name, one.needed_by} & {*passes}]
         began, self.limit = time.monotonic(), _SECONDS_OF_A_LAYOUT
         (self.one,) = self._answers(1, partial(run_passes, alone(run_file), wanted, {}, None))
         self.limit = max(self.limit, _TIMES_ONE_PROCESS * (time.monotonic() - began))
+        if problems := _no_numbers(self.one):
+            raise ConfigError("the narrowed run file", problems)
         self.choices: Mapping[str, Choices] = {name: choices_in(record) for name, record in self.one.items()}
 
     def judge(self, sizes: Sizes, *, zero_stage: int | None = None, only: str = "") -> LayoutResult:
@@ -224,7 +228,7 @@ class Judge:
             require_fast_paths(result.verdicts["fast"], table, of_pass["fast"], self.one["fast"])
         if "own" in of_pass:
             result.verdicts["own"] = compare_own(self.one["start"], self.one["own"], of_pass["own"])
-            compare_sums(result.verdicts["own"], of_pass["own"], summands(table))
+            compare_sums(result.verdicts["own"], self.one["start"], of_pass["own"], summands(table))
             compare_computed(result.verdicts["own"], of_pass["own"], table.train.precision)
         if saves:
             result.verdicts["checkpoint"] = self._checkpoint(table, folder, of_pass["exact"])
@@ -255,6 +259,17 @@ def summands(run_file: RunFile) -> int:
     """
     micro_batches = run_file.train.global_batch_size // run_file.train.micro_batch_size
     return micro_batches // run_file.parallel.ep
+
+
+def _no_numbers(one: Mapping[str, RankRecord]) -> list[str]:
+    """Return for each pass in which step one process' loss or norm was no number, and what would help."""
+    return [
+        f"learning_rate.peak, optimizer, model: with these one process has loss = {step.loss:.3g} and norm ="
+        f" {step.norm:.3g} in step {number} ({name}), to which nothing can be compared; values that train would fit"
+        for name, record in one.items()
+        for number, step in enumerate(record.steps, 1)
+        if not isfinite(step.loss + step.norm)
+    ][:1]
 
 
 def unclipped(run_file: RunFile, one: RankRecord) -> list[str]:

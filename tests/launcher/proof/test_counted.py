@@ -38,7 +38,7 @@ def test_samples_hold_several_documents_and_count_different_numbers_of_targets()
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 8, 32])
 @pytest.mark.parametrize("fewest", [2, 3, 4, 6])
 def test_no_step_is_left_without_a_target(seq_len: int, fewest: int) -> None:
-    split = counted_store(seq_len, 64, 0, fewest=fewest).splits["train"]
+    split = counted_store(seq_len, 64, 0, fewest=fewest, samples=fewest * 60).splits["train"]
     batch = fetch(split, SampleOrder(split.num_tokens, seq_len, seed=0), range(fewest * 60))
     counted = (batch.tokens[:, 1:] >= 0).sum(1).reshape(60, fewest)
     assert counted.sum(1).min() > 0
