@@ -44,6 +44,8 @@ from meshwright.parallel.config import MAX_RANKS
 from meshwright.parallel.fits import divisors, nearest
 from meshwright.parallel.mesh import Sizes
 
+TokenIds = list[tuple[tuple[int, int], int]]
+"""What a rank has: (sample, position), and the id there."""
 _SECONDS = 150.0
 _MOST_TRIED = 64  # numbers of ranks that are tried for one that would fit
 
@@ -254,11 +256,7 @@ def compare_steps(
     for at, theirs in enumerate(expected[0].steps):
         step = first_step + at + 1
         for what in ("tokens", "targets"):
-            before, after = (_ids(records, at, what) for records in (expected, found))
-            result.tokens += len(before)
-            if before != after:
-                others = sum(before.get(place) != after.get(place) for place in before | after)
-                result.differences.append(f"step {step}: {others} of {len(before | after)} {what} are others")
+            _compare_ids(result, step, what, *([_ids(each.steps[at], what) for each in run] for run in (expected, found)))
         for rank, ours in enumerate(record.steps[at] for record in found):
             of_rank = f"step {step}, rank {rank}"
             if ours.learning_rate != theirs.learning_rate:
@@ -283,13 +281,26 @@ def _compare_numbers(result: ResumeResult, of_rank: str, ours: StepRecord, their
             result.differences.append(f"{of_rank}: {what} {one!r}, not {other!r}: off by {error:.2g}")
 
 
-def _ids(records: Sequence[RankRecord], step: int, what: str) -> dict[tuple[int, int], int]:
-    """Return the id at each (sample, position), from all ranks."""
-    tables = [record.steps[step].at_tokens[what] for record in records if what in record.steps[step].at_tokens]
-    return {
-        (sample, position): token
-        for table in tables
-        for sample, position, token in zip(
-            table.sample.tolist(), table.position.tolist(), table.values.tolist(), strict=True
-        )
-    }
+def _compare_ids(
+    result: ResumeResult, step: int, what: str, expected: Sequence[TokenIds], found: Sequence[TokenIds]
+) -> None:
+    """Hold each rank's ids, copies too, against the unbroken run's; together the ranks must leave none out."""
+    whole = {place: token for of_rank in expected for place, token in of_rank}
+    result.tokens += len(whole)
+    for run, ranks in (("unbroken, ", expected), ("", found)):
+        for rank, of_rank in enumerate(ranks):
+            if others := sum(whole.get(place) != token for place, token in of_rank):
+                line = f"step {step}, {run}rank {rank}: {others} of {len(of_rank)} {what} are others"
+                result.differences.append(line)
+    seen = {place for of_rank in found for place, _ in of_rank}
+    if left_out := len(whole.keys() - seen):
+        result.differences.append(f"step {step}: {left_out} of {len(whole)} {what} are on no rank")
+
+
+def _ids(step: StepRecord, what: str) -> TokenIds:
+    """Return what a rank has at each (sample, position); a stage of a pipeline may have none."""
+    table = step.at_tokens.get(what)
+    if table is None:
+        return []
+    places = zip(table.sample.tolist(), table.position.tolist(), strict=True)
+    return list(zip(places, table.values.tolist(), strict=True))

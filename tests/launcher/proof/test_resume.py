@@ -12,7 +12,7 @@ from meshwright.data import batches
 from meshwright.launcher.commands.verify_resume import verify_resume as command
 from meshwright.launcher.proof import resume, resume_report, trained
 from meshwright.launcher.proof.forked import NoAnswerError
-from meshwright.launcher.proof.record import RankRecord, StepRecord
+from meshwright.launcher.proof.record import AtTokens, RankRecord, StepRecord
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.training import loop, saving
@@ -73,8 +73,8 @@ def test_a_resume_that_skips_samples_is_caught(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(saving, "progress_of", one_sample_on)
     result = resume.verify_resume(plan_of("dense_tiny.toml", "dp_shard=2"))[0]
     assert not result.is_same
-    assert result.differences[0].startswith("step 3: ")
-    assert "tokens are others" in result.differences[0]
+    assert "step 3, rank 1: 32 of 96 tokens are others" in result.differences
+    assert "step 3: 32 of 192 tokens are on no rank" in result.differences
 
 
 def went_on(plan: resume.ResumePlan) -> resume.ResumeResult:
@@ -170,6 +170,75 @@ def test_a_loss_that_is_no_number_shows_nothing(one: float, other: float, is_bit
     result = resume.ResumeResult(Sizes(), Sizes(), "fp64", is_bitwise)
     resume.compare_steps(result, [record_of(other)], [record_of(one)], first_step=3)
     assert result.differences == [f"step 4, rank 0: loss {one!r}, unbroken {other!r}: that shows nothing"]
+
+
+@pytest.mark.parametrize("is_bitwise", [True, False])
+def test_another_learning_rate_is_told_on_the_rank_that_has_it(is_bitwise: bool) -> None:
+    result = resume.ResumeResult(Sizes(), Sizes(tp=2), "fp64", is_bitwise)
+    before, after = record_of(1.0), [record_of(1.0), record_of(1.0)]
+    after[1].steps[0].learning_rate = float(np.nextafter(1.0, 2.0))
+    resume.compare_steps(result, [before], after, first_step=3)
+    assert result.differences == ["step 4, rank 1: learning rate 1.0000000000000002, not 1.0"]
+
+
+@pytest.mark.slow
+def test_a_learning_rate_of_another_step_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, path = loop.learning_rate_at, trained.resume
+    plan = plan_of("dense_tiny.toml", "dp_shard=1", world=1, steps=1)
+
+    def resumed(*given: Any) -> Any:
+        began = path(*given)
+        if began.checkpoint is not None:
+            monkeypatch.setattr(loop, "learning_rate_at", lambda step, *more: real(step - 1, *more))
+        return began
+
+    monkeypatch.setattr(trained, "resume", resumed)
+    assert went_on(plan).differences[0].startswith("step 2, rank 0: learning rate ")
+
+
+FOUR_PLACES = [(5, 0), (5, 1), (6, 0), (6, 1)]
+
+
+def record_with(ids: dict[tuple[int, int], int], what: str) -> RankRecord:
+    """Return what a rank leaves that has these ids at (sample, position)."""
+    places = np.array(list(ids), int).reshape(-1, 2)
+    record = record_of(1.0)
+    record.steps[0].at_tokens = {what: AtTokens(places[:, 0], places[:, 1], np.array(list(ids.values()), int))}
+    return record
+
+
+@pytest.mark.parametrize("what", ["tokens", "targets"])
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_an_id_that_is_wrong_on_one_of_the_ranks_that_have_the_token_is_told(wrong: int, what: str) -> None:
+    result = resume.ResumeResult(Sizes(), Sizes(tp=3), "fp64", is_bitwise=False)
+    right = dict(zip(FOUR_PLACES, (7, 8, 9, 10), strict=True))
+    found = [record_with(right | ({(6, 1): 11} if rank == wrong else {}), what) for rank in range(3)]
+    resume.compare_steps(result, [record_with(right, what)], found, first_step=3)
+    assert result.differences == [f"step 4, rank {wrong}: 1 of 4 {what} are others"]
+    assert result.tokens == 4
+    again = resume.ResumeResult(Sizes(tp=3), Sizes(), "fp64", is_bitwise=False)
+    resume.compare_steps(again, found, [record_with(right, what)], first_step=3)
+    assert any("step 4, unbroken, rank " in line for line in again.differences)
+
+
+def test_a_token_that_no_rank_has_and_one_that_is_none_of_the_steps_are_told() -> None:
+    result = resume.ResumeResult(Sizes(), Sizes(dp_shard=2), "fp64", is_bitwise=False)
+    whole = dict(zip(FOUR_PLACES, (7, 8, 9, 10), strict=True))
+    found = [record_with({(5, 0): 7, (5, 1): 8}, "tokens"), record_with({(6, 0): 9, (7, 1): 10}, "tokens")]
+    resume.compare_steps(result, [record_with(whole, "tokens")], found, first_step=3)
+    assert result.differences == [
+        "step 4, rank 1: 1 of 2 tokens are others",
+        "step 4: 1 of 4 tokens are on no rank",
+    ]
+
+
+def test_ranks_that_share_the_tokens_or_have_none_of_them_have_the_same() -> None:
+    result = resume.ResumeResult(Sizes(), Sizes(dp_shard=2), "fp64", is_bitwise=False)
+    whole = dict(zip(FOUR_PLACES, (7, 8, 9, 10), strict=True))
+    halves = [record_with(dict(list(whole.items())[part]), "tokens") for part in (slice(2), slice(2, 4))]
+    resume.compare_steps(result, [record_with(whole, "tokens")], [*halves, record_of(1.0)], first_step=3)
+    assert result.differences == []
+    assert result.tokens == 4
 
 
 @pytest.mark.parametrize(
