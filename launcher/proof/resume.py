@@ -214,8 +214,7 @@ def _go_on(plan: ResumePlan, result: ResumeResult) -> None:
     with tempfile.TemporaryDirectory(prefix="meshwright-resume-") as folder:
         unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
         leg = partial(train_rank, precision=result.precision, gathers=result.is_bitwise)
-        with Fork(result.before.world, partial(leg, before, unbroken)) as ranks:
-            expected: list[Trained] = ranks.answers(_SECONDS)
+        expected = _unbroken(result.before.world, partial(leg, before, unbroken))
         with Fork(result.before.world, partial(leg, before, broken, kill_after=plan.steps)) as ranks:
             ranks.kill_when(lambda: marked(broken, result.before.world), _SECONDS)
         with Fork(result.after.world, partial(leg, after, broken)) as ranks:
@@ -231,6 +230,23 @@ def _go_on(plan: ResumePlan, result: ResumeResult) -> None:
     result.differences += compare_states(state, [record.state for record in found], result.allowed)
     if kept[0] != kept[1]:
         result.differences.append(f"at the end: the checkpoints of the steps {kept[1]} are there, not of {kept[0]}")
+
+
+def _unbroken(world: int, leg: Callable[[int], Trained]) -> list[Trained]:
+    """Return what the run that goes on without a kill came to.
+
+    Raises:
+        NoAnswerError: if its ranks were slow, or somebody killed one.
+        ConfigError: if it does not come to its end by itself: then there is nothing to compare with.
+    """
+    try:
+        with Fork(world, leg) as ranks:
+            found: list[Trained] = ranks.answers(_SECONDS)
+            return found
+    except NoAnswerError:
+        raise
+    except RankLostError as error:
+        raise ConfigError("the unbroken run", [f"{error}; there is nothing to compare a resumed one with"]) from None
 
 
 def _compare_ends(result: ResumeResult, expected: Sequence[Trained], found: Sequence[Trained]) -> None:
@@ -256,7 +272,9 @@ def compare_steps(
     for at, theirs in enumerate(expected[0].steps):
         step = first_step + at + 1
         for what in ("tokens", "targets"):
-            _compare_ids(result, step, what, *([_ids(each.steps[at], what) for each in run] for run in (expected, found)))
+            _compare_ids(
+                result, step, what, *([_ids(each.steps[at], what) for each in run] for run in (expected, found))
+            )
         for rank, ours in enumerate(record.steps[at] for record in found):
             of_rank = f"step {step}, rank {rank}"
             if ours.learning_rate != theirs.learning_rate:

@@ -21,9 +21,13 @@ def heading(name: str, plan: ResumePlan) -> Iterator[str]:
 
 def row(result: ResumeResult) -> Iterator[str]:
     """Yield the table's line of one way of going on, and its first differences."""
-    worst = "equal bits" if result.is_bitwise and result.worst == 0 else f"{result.worst:.1e}"
+    if not result.tokens:  # its ranks did not come to an end
+        worst = "-"
+    else:
+        worst = "equal bits" if result.is_bitwise and result.worst == 0 else f"{result.worst:.1e}"
     after = "the same" if result.before == result.after else said(result.after)
-    held = f"{result.worst_held:.1e}" if not result.is_bitwise else "equal bits" if result.is_same else "-"
+    held = f"{result.worst_held:.1e}" if result.tokens and not result.is_bitwise else "-"
+    held = "equal bits" if result.is_bitwise and result.is_same else held
     ids, seconds = f"{result.tokens:,}", f"{result.seconds:.1f}"
     yield _row(said(result.before), after, result.precision, worst, held, ids, seconds)
     for line in result.differences[:_SHOWN]:

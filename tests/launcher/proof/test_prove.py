@@ -240,6 +240,12 @@ def test_what_one_process_does_not_do_either_comes_with_no_axis(monkeypatch: pyt
     assert list(ending(done))[-1].endswith("the fast path was not taken, and one process does not take it either")
 
 
+def test_one_process_whose_loss_is_no_number_shows_nothing() -> None:
+    plan = plan_of("dense_tiny.toml", "learning_rate.peak=1e9", passes=("exact",))
+    with pytest.raises(ConfigError, match="norm = nan in step 2 .exact., to which nothing can be compared"):
+        proof.prove(plan)
+
+
 def test_a_step_that_is_not_clipped_is_told() -> None:
     table, one = plan_of("moe_tiny.toml").narrowed.run_file, RankRecord([StepRecord(norm=0.5), StepRecord(norm=0.005)])
     assert proof.unclipped(table, one) == ["clipping, a step's norm is 0.005, not above 0.01"]
@@ -256,7 +262,7 @@ def test_near_ties_are_listed_and_those_beyond_twenty_counted() -> None:
     assert told[20].endswith("position 19, margin 2.0e-08")
     assert told[21] == "  and 3 more near ties"
     (result,) = as_json("x", done)["results"]
-    assert (result["passes"]["fast"]["num_ties"], len(result["passes"]["fast"]["ties"])) == (23, 20)
+    assert (result["passes"]["fast"]["num_ties"], len(result["passes"]["fast"]["ties"])) == (23, 23)
 
 
 def test_each_precision_has_its_passes() -> None:

@@ -47,6 +47,17 @@ def test_a_run_goes_on_with_tensor_parallelism_and_bit_for_bit_without(
     assert other["tokens"] == 2 * 2 * 6 * 32  # tokens and targets of two steps of six samples
 
 
+def test_a_run_that_fails_without_a_kill_is_no_difference() -> None:
+    with pytest.raises(ConfigError, match="gradient norm = nan.*there is nothing to compare a resumed one with"):
+        resume.verify_resume(plan_of("dense_tiny.toml", "dp_shard=1,tp=2", "learning_rate.peak=1e9"))
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_have_targets_in_each() -> None:
+    results = resume.verify_resume(plan_of("dense_tiny.toml", "dp_shard=2", "data.seq_len=8", steps=60))
+    assert [result.differences for result in results] == [[]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "to", "overrides"),
