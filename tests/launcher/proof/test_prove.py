@@ -242,7 +242,7 @@ def test_what_one_process_does_not_do_either_comes_with_no_axis(monkeypatch: pyt
 
 def test_one_process_whose_loss_is_no_number_shows_nothing() -> None:
     plan = plan_of("dense_tiny.toml", "learning_rate.peak=1e9", passes=("exact",))
-    with pytest.raises(ConfigError, match="norm = nan in step 2 .exact., to which nothing can be compared"):
+    with pytest.raises(ConfigError, match=r"norm = nan in step 2 .exact., to which nothing can be compared"):
         proof.prove(plan)
 
 
