@@ -63,6 +63,14 @@ def layers_of(pattern: str, num_layers: int) -> tuple[LayerKinds, ...]:
     return period * (num_layers // len(period))
 
 
+def kinds_in(pattern: str) -> frozenset[LayerKinds]:
+    """Return the kinds of layers that a pattern has, each once; none where it is no pattern, which is told elsewhere."""
+    try:
+        return frozenset(parse_pattern(pattern))
+    except ValueError:
+        return frozenset()
+
+
 def _expand(pattern: str) -> str:
     """Write out all repeats: `2(*-)E` becomes `*-*-E`."""
     written: list[str] = [""]  # what each open group holds so far; the first is the whole pattern

@@ -9,6 +9,7 @@ from meshwright.launcher.runfile.layout_checks import layout_problems
 from meshwright.launcher.runfile.messages import problem
 from meshwright.launcher.runfile.optimizer_rules import optimizer_problems
 from meshwright.launcher.runfile.pipeline_checks import micro_batch_problems, pipeline_problems
+from meshwright.launcher.runfile.recompute_checks import recompute_problems
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.learning_rate import learning_rate_problems
 from meshwright.model.shapes import parameter_shapes
@@ -40,8 +41,7 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
         *run_file.model.problems(),
         *layout_problems(run_file),
         *pipeline_problems(run_file),
-        *run_file.recompute.problems(run_file.model.num_layers),
-        *_recompute_problems(run_file),
+        *recompute_problems(run_file),
         *_ramp_problems(run_file),
         *_learning_rate_problems(run_file),
         *_optimizer_problems(run_file),
@@ -81,15 +81,6 @@ def _compile_problems(run_file: RunFile) -> list[str]:
         rule = "is not possible with recompute.offload in this version"
         found.append(problem("train.compile", True, rule, "false, or recompute.offload = false, would fit"))
     return found
-
-
-def _recompute_problems(run_file: RunFile) -> list[str]:
-    """Refuse to recompute a part that no layer has."""
-    table = run_file.recompute
-    if table.mode != "modules" or "experts" not in table.modules or run_file.model.moe is not None:
-        return []
-    rule = "names experts, and the model has none (no table [model.moe])"
-    return [problem("recompute.modules", table.modules, rule, '"feedforward" would fit')]
 
 
 def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:

@@ -78,6 +78,11 @@ CASES = {
         ["train.compile=true", "recompute.mode=selective"],
         'train.compile = true: is not possible with recompute.mode = "selective"',
     ),
+    "modules that no layer has": (
+        2,
+        ["model.pattern=E", "recompute.mode=modules", 'recompute.modules=["mixer"]'],
+        'recompute.modules = ["mixer"]: no layer of model.pattern = "E" has "mixer"; one of ["norm", "activation",',
+    ),
     "ranks": (3, ["parallel.tp=2"], "parallel.tp = 2: tp * pp * cp * dp_replicate = 2 must divide the world size 3"),
     # Of several kinds at once, those that another number of ranks would mend among them.
     "heads, experts and batch": (
@@ -136,7 +141,13 @@ def test_every_command_refuses_it_with_the_same_words(
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(2, ["parallel.tp=2", "model.vocab_size=301"]), (2, BACKWARDS_APART), (4, ["parallel.cp=2", "parallel.ep=4"])],
+    [
+        (2, ["parallel.tp=2", "model.vocab_size=301"]),
+        (2, BACKWARDS_APART),
+        (4, ["parallel.cp=2", "parallel.ep=4"]),
+        # Its first stage has no experts; tests/parallel/recompute/test_kept.py builds such a stage.
+        (2, [*FOUR_LAYERS, "model.pattern=*-*E", "recompute.mode=modules", 'recompute.modules=["experts"]']),
+    ],
 )
 def test_what_check_lets_pass_train_begins(
     ranks: int, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

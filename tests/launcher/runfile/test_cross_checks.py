@@ -98,8 +98,17 @@ def test_experts_on_ranks_that_divide_them_have_no_problems() -> None:
         (
             {"recompute": {"mode": "modules", "modules": ["experts"]}},
             1,
-            'recompute.modules = ["experts"]: names experts, and the model has none (no table [model.moe]);'
-            ' "feedforward" would fit',
+            'recompute.modules = ["experts"]: no layer of model.pattern = "*-" has "experts";'
+            ' one of ["norm", "activation", "mixer", "feedforward"] would fit',
+        ),
+        (
+            {
+                "model": {"pattern": "*"},
+                "recompute": {"mode": "modules", "modules": ["norm", "activation", "experts", "mixer"]},
+            },
+            1,
+            'recompute.modules = ["norm", "activation", "experts", "mixer"]: no layer of model.pattern = "*" has'
+            ' "activation" or "experts"; one of ["norm", "mixer"] would fit',
         ),
         (
             {"train": {"compile": True}, "recompute": {"offload": True}},

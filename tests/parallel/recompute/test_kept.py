@@ -13,15 +13,17 @@ from storages import Storages
 from torch import Tensor, nn
 
 from meshwright.launcher.build import recompute_of
+from meshwright.launcher.runfile.recompute_checks import modules_of
 from meshwright.model.block import RECOMPUTED_WHOLE, RUN_AGAIN
 from meshwright.model.parts import build_model
+from meshwright.model.pattern import parse_pattern
 from meshwright.model.stack import LanguageModel
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.config import RecomputeConfig, RecomputedModule
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.recompute.host_copies import SMALLEST, HostCopies
 from meshwright.parallel.recompute.kept import Kept
-from meshwright.parallel.recompute.policy import Recompute, keep_less, recompute_modules
+from meshwright.parallel.recompute.policy import Recompute, keep_less
 from meshwright.parallel.tally import Tally, declared_entries
 
 CPU = torch.device("cpu")
@@ -268,9 +270,22 @@ def test_every_module_that_a_run_file_may_name_is_there() -> None:
     assert dense.get_submodule("feedforward.part.activation")
 
 
-def test_a_module_that_no_layer_has_is_named() -> None:
-    with pytest.raises(ValueError, match=r"any of the modules feedforward\.part\.expert to recompute"):
-        recompute_modules(build_model(CONFIG).layers.values(), Tally({}), ("feedforward.part.expert",), (), Kept())
+def test_a_stage_without_any_of_the_modules_computes_as_if_none_were_recomputed() -> None:
+    """The rule that the model has them is the whole pattern's: `*-*E` on two stages has experts on one of them."""
+    stage = build_model(engine_cases.dense_config())
+    keep_less(list(stage.layers.values()), Tally({}), modules("experts"), CPU)
+    assert not any("forward" in vars(module) for module in stage.modules())
+
+
+@pytest.mark.parametrize("pattern", ["*", "-", "E", "*-", "*E", "**-", "*-*E"])
+def test_the_modules_of_a_pattern_are_those_of_the_model_built_of_it(pattern: str) -> None:
+    moe = CONFIG.moe if "E" in pattern else None
+    period = parse_pattern(pattern)
+    model = build_model(CONFIG.model_copy(update={"pattern": pattern, "num_layers": len(period), "moe": moe}))
+    for kinds, layer in zip(period, model.layers.values(), strict=True):
+        has = dict(layer.named_modules()).keys()
+        named = {**RECOMPUTED_WHOLE, **RUN_AGAIN}
+        assert modules_of(kinds) == {name for name, paths in named.items() if has & set(paths)}
 
 
 @pytest.mark.parametrize("how", [modules("feedforward"), modules("experts"), modules("norm", "mixer", "feedforward")])
