@@ -10,14 +10,17 @@ a `ModelConfig` never meets a 0:
 Only `vocab_size` may stay 0, until the tokenizer is read: `with_vocab` fills it in.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 from pydantic import model_validator as validator
 
 from meshwright.model.pattern import LayerKinds, layers_of, parse_pattern
-from meshwright.parallel.fits import divisors, nearest
+from meshwright.parallel.fits import divisors, nearest, up_to
 
+# Takes a key and the config with each of the sizes that the broken rule allows; returns those that are said to fit.
+Choose = Callable[[str, Mapping[int, "ModelConfig"]], list[int]]
 BiasPlace = Literal["q", "k", "v", "output", "ffn"]
 
 # Sizes are rounded up to this, so that products and their parts stay aligned.
@@ -156,19 +159,24 @@ class ModelConfig(BaseModel):
             f" {round_up(tokenizer_size)} or 0 (the tokenizer's size) would fit"
         ]
 
-    def problems(self) -> list[str]:
-        """Return every reason why these sizes make no model; empty means that they do."""
-        return [*self._pattern_problems(), *self._attention_problems(), *self._moe_problems()]
+    def problems(self, choose: Choose = lambda _key, others: list(others)) -> list[str]:
+        """Return every reason why these sizes make no model; empty means that they do.
 
-    def _pattern_problems(self) -> list[str]:
+        `choose` leaves, of the sizes that would make one, those that also go with what else is known of the run.
+        """
+        return [*self._pattern_problems(choose), *self._attention_problems(choose), *self._moe_problems()]
+
+    def _pattern_problems(self, choose: Choose) -> list[str]:
         try:
             period = parse_pattern(self.pattern)
         except ValueError as error:
             return [f'model.pattern = "{self.pattern}": {error}; "*-" is a dense decoder, "*E" one of experts']
         found = []
         if self.num_layers % len(period) != 0:
-            below = self.num_layers // len(period) * len(period)
-            fits = [size for size in (below, below + len(period)) if size > 0]
+            others = self._with_each("num_layers", _multiples_near(self.num_layers, len(period)))
+            fits = choose("model.num_layers", others)
+            below, above = [size for size in fits if size < self.num_layers], [s for s in fits if s > self.num_layers]
+            fits = [*below[-1:], *above[:1]]
             found.append(
                 f"model.num_layers = {self.num_layers}: must be a multiple of the {len(period)} layers of"
                 f' model.pattern = "{self.pattern}"; one of {fits} would fit'
@@ -180,13 +188,13 @@ class ModelConfig(BaseModel):
             )
         return found
 
-    def _attention_problems(self) -> list[str]:
+    def _attention_problems(self, choose: Choose) -> list[str]:
         found = []
         if self.head_dim == 0:
-            fits = [size for size in divisors(self.hidden_size) if self.hidden_size // size % 2 == 0]
+            fits = choose("model.num_heads", self._with_other_heads())
             found.append(
                 f"model.num_heads = {self.num_heads}: must divide model.hidden_size = {self.hidden_size}, or"
-                f" model.head_dim be given; one of {nearest(fits, self.num_heads)} would fit"
+                f" model.head_dim be given" + (f"; one of {nearest(fits, self.num_heads)} would fit" if fits else "")
             )
         elif self.head_dim % 2 != 0:
             fits = [size for size in (self.head_dim - 1, self.head_dim + 1) if size > 0]
@@ -195,10 +203,24 @@ class ModelConfig(BaseModel):
                 f" {' or '.join(map(str, fits))} would fit"
             )
         if self.num_heads % self.num_kv_heads != 0:
+            fits = choose("model.num_kv_heads", self._with_each("num_kv_heads", divisors(self.num_heads)))
             found.append(
                 f"model.num_kv_heads = {self.num_kv_heads}: must divide model.num_heads = {self.num_heads};"
-                f" one of {nearest(divisors(self.num_heads), self.num_kv_heads)} would fit"
+                f" one of {nearest(fits, self.num_kv_heads)} would fit"
             )
+        return found
+
+    def _with_each(self, key: str, sizes: list[int]) -> dict[int, "ModelConfig"]:
+        return {size: self.model_copy(update={key: size}) for size in sizes}
+
+    def _with_other_heads(self) -> dict[int, "ModelConfig"]:
+        """Return the config with each number of heads of an even width, and what is filled in from it."""
+        found = {}
+        for size in divisors(self.hidden_size):
+            if self.hidden_size // size % 2 == 0:
+                kv_heads = size if self.num_kv_heads == self.num_heads else self.num_kv_heads
+                sizes = {"num_heads": size, "num_kv_heads": kv_heads, "head_dim": self.hidden_size // size}
+                found[size] = self.model_copy(update=sizes)
         return found
 
     def _moe_problems(self) -> list[str]:
@@ -219,7 +241,7 @@ class ModelConfig(BaseModel):
         if self.moe.top_k > self.moe.num_experts:
             found.append(
                 f"model.moe.top_k = {self.moe.top_k}: must not exceed model.moe.num_experts = {self.moe.num_experts};"
-                f" 1 to {self.moe.num_experts} would fit"
+                f" {up_to(self.moe.num_experts)} would fit"
             )
         return found
 
@@ -227,6 +249,12 @@ class ModelConfig(BaseModel):
 def round_up(size: int, multiple: int = ALIGNMENT) -> int:
     """Return the smallest multiple that is not below `size`."""
     return -(-size // multiple) * multiple
+
+
+def _multiples_near(value: int, step: int) -> list[int]:
+    """Return the few multiples below `value`, and some more above it: a pipeline may ask for many layers."""
+    below = value // step
+    return [times * step for times in range(max(1, below - 3), below + 65) if times * step <= MAX_LAYERS]
 
 
 def _is_size(value: object) -> TypeGuard[int]:

@@ -64,7 +64,7 @@ def layers_of(pattern: str, num_layers: int) -> tuple[LayerKinds, ...]:
 
 
 def kinds_in(pattern: str) -> frozenset[LayerKinds]:
-    """Return the kinds of layers that a pattern has, each once; none where it is no pattern, which is told elsewhere."""
+    """Return the kinds of layers that a pattern has, each once; none where it is no pattern (told elsewhere)."""
     try:
         return frozenset(parse_pattern(pattern))
     except ValueError:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from meshwright.parallel.fits import divisors, nearest
+from meshwright.parallel.fits import divisors, nearest, up_to
 
 # More ranks than any cluster has: beyond it is a slip of the keyboard.
 MAX_RANKS = 2**20
@@ -81,7 +81,8 @@ class ParallelConfig(BaseModel):
     def problems(self, world_size: int, suits: Suits = lambda _: True) -> list[str]:
         """Return every reason why this table cannot run on `world_size` ranks; empty means that it can.
 
-        `suits` says whether another table would go with the model, so that only sizes that do are said to fit.
+        `suits` says whether a table, another or this one, goes with the model, so that only sizes that do are said to
+        fit, and another world only where these axes could run on one.
         """
         found = []
         if world_size % self._without_dp_shard != 0:
@@ -96,6 +97,12 @@ class ParallelConfig(BaseModel):
         if world_size % self.pp == 0 and not self._gives_experts_ranks(world_size):
             found.append(self._experts_problem(world_size, suits))
         return found
+
+    def smallest_world(self) -> int | None:
+        """Return the fewest ranks that the axes make up, those of the experts too; None if no number of ranks does."""
+        used = self._without_dp_shard
+        world = used * self.dp_shard or lcm(used, self.pp * self.ep * self.etp)
+        return world if world <= MAX_RANKS and self._gives_experts_ranks(world) else None
 
     def makes_up(self, world_size: int) -> bool:
         """Say whether the axes of the dense layers make up this world."""
@@ -123,7 +130,7 @@ class ParallelConfig(BaseModel):
         below = world_size // step * step
         worlds = [used * self.dp_shard] if self.dp_shard else [below, below + step]
         worlds = [world for world in worlds if 0 < world <= MAX_RANKS and self._gives_experts_ranks(world)]
-        if worlds:
+        if worlds and suits(self):
             ways.append(f"a world size of {worlds}")
         given = ", ".join(f"parallel.{axis} = {size}" for axis, size in axes.items())
         return (
@@ -221,7 +228,7 @@ class RecomputeConfig(BaseModel):
         if self.every > num_layers:
             found.append(
                 f"recompute.every = {self.every}: must not exceed model.num_layers = {num_layers};"
-                f" 1 to {num_layers} would fit"
+                f" {up_to(num_layers)} would fit"
             )
         if self.mode == "selective" and not self.save:
             found.append(

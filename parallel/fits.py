@@ -9,6 +9,11 @@ def divisors(size: int) -> list[int]:
     return sorted({*small, *(size // number for number in small)})
 
 
+def up_to(most: int) -> str:
+    """Return the words for the sizes from 1 to `most`."""
+    return f"1 to {most}" if most > 1 else "1"
+
+
 def nearest(fits: Iterable[int], value: int, most: int = 8) -> list[int]:
     """Return the few of `fits` that are nearest to `value`, in order."""
     return sorted(sorted(fits, key=lambda size: abs(size - value))[:most])

@@ -31,7 +31,7 @@ def check(
     world_size: Annotated[
         int,
         typer.Option(
-            "--world-size", "-n", min=1, max=MAX_RANKS, help="Ranks (processes) the run is meant for: one for each GPU."
+            "--world-size", "-n", max=MAX_RANKS, help="Ranks (processes) the run is meant for: one for each GPU."
         ),
     ] = 1,
 ) -> None:

@@ -5,13 +5,18 @@ wrong with one value alone is found when its table is made; what needs only one 
 (`ModelConfig.problems`, `ParallelConfig.problems`). Nothing here loads torch: it is checked before a rank is started.
 """
 
+from collections.abc import Mapping
+
 from meshwright.launcher.runfile.layout_checks import layout_problems
 from meshwright.launcher.runfile.messages import problem
 from meshwright.launcher.runfile.optimizer_rules import optimizer_problems
 from meshwright.launcher.runfile.pipeline_checks import micro_batch_problems, pipeline_problems
 from meshwright.launcher.runfile.recompute_checks import recompute_problems
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.runfile.would_fit import Choose, all_of, chooser, keys_of
 from meshwright.launcher.training.learning_rate import learning_rate_problems
+from meshwright.model.config import ModelConfig, round_up
+from meshwright.model.pattern import kinds_in, parse_pattern
 from meshwright.model.shapes import parameter_shapes
 from meshwright.parallel.config import ParallelConfig
 
@@ -22,8 +27,10 @@ LONGEST_NAME = 200
 def check(run_file: RunFile, world_size: int) -> list[str]:
     """Return every reason why this run cannot start on `world_size` ranks; empty means that it can."""
     if world_size < 1:
-        return [problem("world size", world_size, "must be at least 1")]
-    found = check_on_any_world(run_file)
+        found = check_on_any_world(run_file)
+        world = run_file.parallel.smallest_world()
+        return [problem("world size", world_size, "must be at least 1", f"{world} would fit" if world else ""), *found]
+    found = _problems(run_file, _chooser(run_file, world_size))
     found += [line for line in _world_problems(run_file, world_size) if line not in found]
     found += _batch_problems(run_file, world_size)
     found += micro_batch_problems(run_file, world_size)
@@ -36,12 +43,13 @@ def check(run_file: RunFile, world_size: int) -> list[str]:
 
 def check_on_any_world(run_file: RunFile) -> list[str]:
     """Return every problem that no number of ranks would mend."""
+    return _problems(run_file, _chooser(run_file, None))
+
+
+def _problems(run_file: RunFile, choose: Choose) -> list[str]:
     return [
         *_name_problems(run_file),
-        *run_file.model.problems(),
-        *layout_problems(run_file),
-        *pipeline_problems(run_file),
-        *recompute_problems(run_file),
+        *_size_problems(run_file, choose),
         *_ramp_problems(run_file),
         *_learning_rate_problems(run_file),
         *_optimizer_problems(run_file),
@@ -51,6 +59,33 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
     ]
 
 
+def _size_problems(run_file: RunFile, choose: Choose = all_of) -> list[str]:
+    """Return what is wrong with the sizes of the model, of the axes and of what hangs on them."""
+
+    def choose_model(key: str, others: Mapping[int, ModelConfig]) -> list[int]:
+        return choose(key, {size: run_file.model_copy(update={"model": other}) for size, other in others.items()})
+
+    return [
+        *run_file.model.problems(choose_model),
+        *layout_problems(run_file, choose),
+        *pipeline_problems(run_file, choose),
+        *recompute_problems(run_file),
+    ]
+
+
+def _chooser(run_file: RunFile, world_size: int | None) -> Choose:
+    """Return how the sizes that a message names are chosen: with them the sizes of the whole file must go."""
+    if world_size is None:
+        return chooser(run_file, _size_problems)
+
+    def problems_with(other: RunFile) -> list[str]:
+        # A dp_shard that was given must change with any other axis; which one would fit is told when it does not.
+        what_remains = other.parallel.model_copy(update={"dp_shard": 0})
+        return [*_size_problems(other), *what_remains.problems(world_size)]
+
+    return chooser(run_file, problems_with)
+
+
 def _world_problems(run_file: RunFile, world_size: int) -> list[str]:
     """Hold [parallel] against the world; a size is said to fit if the model, too, takes it."""
 
@@ -58,8 +93,13 @@ def _world_problems(run_file: RunFile, world_size: int) -> list[str]:
         other = run_file.model_copy(update={"parallel": parallel})
         return {*layout_problems(other), *pipeline_problems(other)}
 
+    def suits(parallel: ParallelConfig) -> bool:
+        if parallel is run_file.parallel:  # as they are, the axes must go with the model themselves
+            return not any(key.startswith("parallel.") for line in known for key in keys_of(line))
+        return problems_with(parallel) <= known
+
     known = problems_with(run_file.parallel)
-    return run_file.parallel.problems(world_size, suits=lambda parallel: problems_with(parallel) <= known)
+    return run_file.parallel.problems(world_size, suits)
 
 
 def _name_problems(run_file: RunFile) -> list[str]:
@@ -117,10 +157,15 @@ def _learning_rate_problems(run_file: RunFile) -> list[str]:
 
 
 def _optimizer_problems(run_file: RunFile) -> list[str]:
-    """Hold [optimizer] against the model's parameters, once it has any."""
-    if run_file.model.problems():
+    """Hold [optimizer] against the model's parameters, if its layers are known; their sizes do not matter."""
+    model = run_file.model
+    kinds = kinds_in(model.pattern)
+    is_known = all(layer.mixer != "mamba2" and (layer.feedforward != "moe" or model.moe) for layer in kinds)
+    if not kinds or not is_known:
         return []
-    return optimizer_problems(parameter_shapes(run_file.model), run_file.optimizer)
+    num_layers = round_up(model.num_layers, len(parse_pattern(model.pattern)))
+    whole = model.model_copy(update={"num_layers": num_layers})
+    return optimizer_problems(parameter_shapes(whole), run_file.optimizer)
 
 
 def _saving_problems(run_file: RunFile) -> list[str]:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from meshwright.data.errors import StoreError
 from meshwright.data.meta import StoreMeta
-from meshwright.launcher.runfile.messages import problem
+from meshwright.launcher.runfile.messages import cut_short, problem
 from meshwright.launcher.runfile.tables import RunFile
+
+ANOTHER = "another would fit"
 
 
 def on_disk_problems(run_file: RunFile, *, is_store_needed: bool) -> list[str]:
@@ -29,10 +31,13 @@ def store_of(run_file: RunFile) -> StoreMeta | None:
     """Return the description of the run's store, or None if it is not on this machine.
 
     Raises:
-        StoreError: if there is a folder, and what is in it is no sound store.
+        StoreError: if there is a folder, and what is in it is no sound store; if the system refuses to look.
     """
     folder = Path(run_file.data.store)
-    return StoreMeta.read(folder) if folder.is_dir() else None
+    try:
+        return StoreMeta.read(folder) if folder.is_dir() else None
+    except OSError as error:
+        raise StoreError(f"{_unseen(error)}; {ANOTHER}") from None
 
 
 def _store_problems(run_file: RunFile, *, is_needed: bool) -> list[str]:
@@ -65,20 +70,33 @@ def _folder_problems(run_file: RunFile) -> list[str]:
         except (FileNotFoundError, NotADirectoryError):
             continue  # to be made, or beneath what is no folder
         except OSError as error:
-            return [problem("run.folder", str(folder), f"{path} cannot be looked at: {error.strerror}")]
+            return [problem("run.folder", str(folder), f"{cut_short(str(path))} {_unseen(error)}", ANOTHER)]
         if not is_folder:
-            return [problem("run.folder", str(folder), f"{path} is there and is no folder", "another would fit")]
+            return [problem("run.folder", str(folder), f"{path} is there and is no folder", ANOTHER)]
         return []
     return []
 
 
 def _init_problems(run_file: RunFile) -> list[str]:
     """Return the problem of a folder to begin from that is not there, unless the run has begun and goes on."""
-    source = run_file.init.source
-    if not source or Path(source).is_dir() or _has_begun(run_file):
+    source, rule = run_file.init.source, "there is no such folder"
+    if not source or _has_begun(run_file):
         return []
-    return [problem("init.from", source, "there is no such folder", "name a checkpoint, a run or an export")]
+    try:
+        if Path(source).is_dir():
+            return []
+    except OSError as error:
+        rule = _unseen(error)
+    return [problem("init.from", source, rule, "name a checkpoint, a run or an export")]
 
 
 def _has_begun(run_file: RunFile) -> bool:
-    return any(Path(run_file.run.output_folder, "checkpoints").glob("step_*"))
+    try:
+        return any(Path(run_file.run.output_folder, "checkpoints").glob("step_*"))
+    except (OSError, ValueError):  # told of run.folder
+        return False
+
+
+def _unseen(error: OSError) -> str:
+    """Return the rule for a path that the system refuses to look at, such as one that is too long."""
+    return f"cannot be looked at: {error.strerror}"

@@ -12,29 +12,38 @@ from collections.abc import Iterator
 
 from meshwright.launcher.runfile.messages import problem, shown
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.runfile.would_fit import Choose, all_of, with_keys
 from meshwright.launcher.stages import stages_of
 from meshwright.parallel.config import ZERO_BUBBLE
+from meshwright.parallel.fits import nearest, up_to
 
 WHOLE_BACKWARD = '"1f1b", "gpipe" or "interleaved_1f1b"'
 
+# Ranks of a pipeline that are looked at one by one for a message.
+_MOST_TRIED = 256
 
-def pipeline_problems(run_file: RunFile) -> list[str]:
+
+def pipeline_problems(run_file: RunFile, choose: Choose = all_of) -> list[str]:
     """Return every reason why the model cannot go through a pipeline, on any number of ranks."""
     if run_file.parallel.pp == 1:
         return []
     found = run_file.pipeline.problems()
-    return found or [*_stage_problems(run_file), *_split_backward_problems(run_file)]
+    return found or [*_stage_problems(run_file, choose), *_split_backward_problems(run_file)]
 
 
-def _stage_problems(run_file: RunFile) -> list[str]:
+def _stage_problems(run_file: RunFile, choose: Choose) -> list[str]:
     pp, layers, stages = run_file.parallel.pp, run_file.model.num_layers, stages_of(run_file)
     if stages.count <= layers:
         return []
     each = f" ({stages.per_rank} on each rank)" if stages.per_rank > 1 else ""
-    fits = [f"1 to {layers // stages.per_rank}"] if layers >= stages.per_rank else []
-    fits += ['pipeline.schedule = "1f1b"'] if stages.per_rank > 1 and pp <= layers else []
+    most = max(1, layers // stages.per_rank)
+    allowed = range(1, min(most, _MOST_TRIED) + 1)
+    fits = choose("parallel.pp", {size: with_keys(run_file, "parallel", pp=size) for size in allowed})
+    way_out = up_to(most) if len(fits) == len(allowed) else f"one of {nearest(fits, pp)}"
+    if stages.per_rank > 1 and pp <= layers and run_file.pipeline.stages_per_rank == 0:
+        way_out += ', or pipeline.schedule = "1f1b",'
     rule = f"makes {stages.count} stages{each}, and model.num_layers = {layers} gives each at least one layer"
-    return [problem("parallel.pp", pp, rule, f"{', or '.join(fits) or '1'} would fit")]
+    return [problem("parallel.pp", pp, rule, f"{way_out} would fit")]
 
 
 def _split_backward_problems(run_file: RunFile) -> list[str]:

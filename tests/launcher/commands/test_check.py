@@ -51,6 +51,22 @@ def test_a_large_run_is_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert said["state"].startswith("7.1 GiB on each rank: weights 0 B, masters 1.8 GiB, gradients 1.8 GiB")
 
 
+def test_no_ranks_are_refused_with_a_number_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(RUNS / "dense_tiny.toml", ["parallel.tp=2"], world_size=0)
+    assert refused.value.problems == ("world size = 0: must be at least 1; 2 would fit",)
+
+
+@pytest.mark.parametrize(("key", "begins"), [("data.store", ""), ("init.from", ""), ("run.folder", "/tmp/")])
+def test_a_path_that_the_system_refuses_is_told_beside_the_rest(key: str, begins: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(RUNS / "dense_tiny.toml", [f"{key}={begins}{'a' * 300}", "parallel.tp=77"], world_size=77)
+    tp, *_, path = refused.value.problems
+    assert tp.startswith("parallel.tp = 77: must divide")
+    assert path.startswith(f'{key} = "{begins}aaa')
+    assert ": File name too long; " in path
+
+
 @pytest.mark.parametrize(
     ("name", "override", "told"),
     [

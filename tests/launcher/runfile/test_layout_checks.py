@@ -17,20 +17,17 @@ WIDE = {**MOE, "moe": {"num_experts": 12, "expert_hidden_size": 40, "num_shared_
         (
             {"parallel": {"tp": 3}, "data": {"seq_len": 66}, "train": {"global_batch_size": 24}},
             3,
-            ["parallel.tp = 3: must divide model.num_heads = 4; one of [1, 2, 4] would fit"],
+            ["parallel.tp = 3: must divide model.num_heads = 4; one of [1] would fit"],
         ),
         (
             {"parallel": {"tp": 4}, "model": {"num_heads": 12, "num_kv_heads": 6, "head_dim": 8}},
             4,
-            [
-                "parallel.tp = 4: must divide model.num_kv_heads = 6, or be a multiple of it;"
-                " one of [1, 2, 3, 6, 12] would fit"
-            ],
+            ["parallel.tp = 4: must divide model.num_kv_heads = 6, or be a multiple of it; one of [1, 2] would fit"],
         ),
         (
             {"parallel": {"tp": 4}, "model": {"ffn_hidden_size": 106}},
             4,
-            ["parallel.tp = 4: must divide model.ffn_hidden_size = 106; one of [1, 2, 53, 106] would fit"],
+            ["parallel.tp = 4: must divide model.ffn_hidden_size = 106; one of [1, 2] would fit"],
         ),
         (
             {"parallel": {"tp": 4}, "data": {"seq_len": 66}},
@@ -60,8 +57,7 @@ WIDE = {**MOE, "moe": {"num_experts": 12, "expert_hidden_size": 40, "num_shared_
             {"parallel": {"etp": 3}, "model": WIDE},
             3,
             [
-                "parallel.etp = 3: must divide model.moe.expert_hidden_size = 40;"
-                " one of [1, 2, 4, 5, 8, 10, 20, 40] would fit"
+                "parallel.etp = 3: must divide model.moe.expert_hidden_size = 40; one of [1] would fit",
             ],
         ),
         (

@@ -43,12 +43,12 @@ def test_a_pipeline_table_without_a_pipeline_is_left_alone() -> None:
         (
             ["parallel.pp=16"],
             "parallel.pp = 16: makes 16 stages, and model.num_layers = 8 gives each at least one layer;"
-            " 1 to 8 would fit",
+            " one of [1, 2, 4, 8] would fit",
         ),
         (
             ["parallel.pp=8", "pipeline.schedule=interleaved_1f1b"],
             "parallel.pp = 8: makes 16 stages (2 on each rank), and model.num_layers = 8 gives each at least one"
-            ' layer; 1 to 4, or pipeline.schedule = "1f1b" would fit',
+            ' layer; one of [1, 2, 4], or pipeline.schedule = "1f1b", would fit',
         ),
         (
             ["parallel.pp=2", "pipeline.stages_per_rank=2"],
