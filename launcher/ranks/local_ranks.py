@@ -9,7 +9,9 @@
                       one line names the first that died and how, unless it said so itself
     an error          is left in a file by each rank, and said once when all have ended (launcher/last_words.py)
     SIGTERM, Ctrl-C   SIGTERM to every rank, once; then as long as it takes until they have saved
-    Ctrl-C again      SIGKILL to every rank
+                      a rank that still starts does not hear them yet and is ended by them: nothing is lost, but no
+                      checkpoint is written either, so that the status is 1 and a job script does not go on to export
+    Ctrl-C again      SIGKILL to every rank; said so, with status 1
     SIGUSR1, SIGUSR2  passed on
     parent killed     the kernel sends SIGTERM to every rank (Linux)
     exit status       0; 2 if the rank that failed first ended with 2 (the user's input); otherwise 1
@@ -161,6 +163,10 @@ class _Watch:
         self.running = {rank: each.process for rank, each in enumerate(started)}
         self.interrupts = 0
         self.ended_by_us = False
+        self.was_killed = False
+        """Whether the user would not wait any longer."""
+        self.passed_on: dict[int, int] = {}
+        """Each signal that the ranks were sent for one that came from outside, with the one that came."""
 
     def until_all_ended(self) -> int:
         """Wait for every rank, forward signals, end the others when one dies; return the exit status."""
@@ -211,7 +217,13 @@ class _Watch:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
-        self._send(signal.SIGKILL if self.interrupts > 1 else _PASSED_ON[signal.Signals(number)])
+        if self.interrupts > 1:
+            self.was_killed = True
+            self._send(signal.SIGKILL)
+        else:
+            sent = _PASSED_ON[signal.Signals(number)]
+            self.passed_on[sent] = number
+            self._send(sent)
 
     def _status(self) -> int:
         if not self.failed:
@@ -220,6 +232,9 @@ class _Watch:
         for line in lines_of(words, len(self.started)):
             print(line, file=sys.stderr)
         causes = [one for one in self.failed if not is_consequence(words[one[0]])] or self.failed
+        if line := self._ended_from_outside({-code for _, code in causes}):
+            print(f"meshwright: {line}", file=sys.stderr)
+            return 1
         silent = [one for one in causes if words[one[0]] is None]
         # Ranks that all ended with 2 and left no words have said it on stderr themselves.
         if self.ended_by_us or (silent and any(code != 2 for _, code in self.failed)):
@@ -227,6 +242,20 @@ class _Watch:
             others = " The others were ended." if self.ended_by_us else ""
             print(f"meshwright: rank {rank} of {len(self.started)} {_how_it_ended(code)}.{others}", file=sys.stderr)
         return 2 if causes[0][1] == 2 else 1
+
+    def _ended_from_outside(self, ended_by: set[int]) -> str:
+        """Say what the user did, if that alone ended the ranks; `ended_by` are the signals that did."""
+        if self.was_killed and ended_by <= {signal.SIGKILL, *self.passed_on}:
+            return "ended at once, at the second Ctrl-C; the checkpoints that are finished stay"
+        if not ended_by <= self.passed_on.keys():  # after its start a rank that is told to stop ends by itself
+            return ""
+        sent = max(ended_by)
+        told = "asked for a checkpoint" if sent == signal.SIGUSR2 else "told to stop"
+        came = signal.Signals(self.passed_on[sent]).name
+        return (
+            f"the run was {told} ({came}) before its first step, while its ranks were starting, and ended. Nothing was"
+            " lost: the same command starts it again, from the newest checkpoint if there is one"
+        )
 
 
 def _is_heard(number: int) -> bool:

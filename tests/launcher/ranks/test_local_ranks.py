@@ -166,7 +166,44 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     parent.process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     parent.process.send_signal(signal.SIGINT)
-    assert parent.end(10)[0] == 1
+    told = "meshwright: ended at once, at the second Ctrl-C; the checkpoints that are finished stay\n"
+    assert parent.end(10) == (1, told)
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        ("SIGTERM", "told to stop (SIGTERM)"),
+        ("SIGINT", "told to stop (SIGINT)"),
+        ("SIGUSR1", "told to stop (SIGUSR1)"),
+        ("SIGUSR2", "asked for a checkpoint (SIGUSR2)"),
+    ],
+)
+def test_a_signal_while_ranks_start_is_told_as_what_it_is(tmp_path: Path, sent: str, told: str) -> None:
+    """Rank 0 hears signals already and rank 1 does not yet, as if it were still loading torch."""
+    deaf = "for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2): signal.signal(number, signal.SIG_DFL)\n"
+    body = f"if rank == 1:\n    {deaf}    open(f'{{folder}}/deaf', 'w')\nwhile True: time.sleep(0.05)"
+    parent = Parent(tmp_path, body.replace("{folder}", str(tmp_path)))
+    parent.wait_until_up()
+    until = time.monotonic() + 30
+    while not (tmp_path / "deaf").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    parent.process.send_signal(signal.Signals[sent])
+    status, said = parent.end(20)
+    assert status == 1  # no checkpoint was written, and 0 says that one was
+    assert said == (
+        f"meshwright: the run was {told} before its first step, while its ranks were starting, and ended. Nothing was"
+        " lost: the same command starts it again, from the newest checkpoint if there is one\n"
+    )
+
+
+def test_a_rank_that_fails_by_itself_after_a_signal_is_named(tmp_path: Path) -> None:
+    parent = Parent(tmp_path, "wait_for(lambda: heard)\nos.kill(os.getpid(), signal.SIGKILL if rank else 0)")
+    parent.wait_until_up()
+    parent.process.send_signal(signal.SIGTERM)
+    status, said = parent.end(20)
+    assert status == 1
+    assert "rank 1 of 2 was killed by SIGKILL (the system does this when memory runs out)" in said
 
 
 def test_ranks_whose_parent_is_killed_are_told_to_save(tmp_path: Path) -> None:
