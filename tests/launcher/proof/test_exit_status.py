@@ -2,8 +2,8 @@
 
     0    the same        1    a difference, or no answer        2    a mistake        130, 143    stopped
 
-Ranks are forked, killed and compared as always; what they leave is made here, so that nothing is trained. The last three
-are told in test_answer.py, test_prove.py and commands/test_refusals.py.
+Ranks are forked, killed and compared as always; what they leave is made here, so that nothing is trained. The last
+three are told in test_answer.py, test_prove.py and commands/test_refusals.py.
 """
 
 import json
