@@ -20,6 +20,7 @@ CHECKPOINT = [
         "tensors, state = {n: type(t)(t.tensor * 2, t.global_shape, t.offset) if n.startswith('optimizer') else t "
         "for n, t in held_tensors(self.run).items()}, state_of(self.run, progress)",
         named="checkpoint of optimizer.exp_avg.",
+        is_alone=True,
         layout={"dp_shard": 2},
         passes=("checkpoint",),
     ),
@@ -50,6 +51,7 @@ CHECKPOINT = [
         "written = os.write(self._fd, piece)",
         "written = os.write(self._fd, bytes([piece[0] ^ 1]) + bytes(piece[1:]))",
         named="is damaged",
+        is_alone=True,
         layout={"dp_shard": 2},
         passes=("checkpoint",),
     ),

@@ -1,4 +1,7 @@
-"""What is planted and changes nothing: the proof must pass."""
+"""What is planted and changes nothing: the proof must pass.
+
+Each is at work on the ranks, and not on the one process that they are compared with, or not as there.
+"""
 
 from mutations.fault import MOE, Fault
 
@@ -20,16 +23,38 @@ HARMLESS = [
         layout={"dp_shard": 2, "etp": 2},
     ),
     Fault(
-        "smaller buckets",
-        "kernels/limits.py",
-        "bucket_bytes: int = 32 << 20",
-        "bucket_bytes: int = 1 << 10",
+        "buckets filled in the parameters' order, not in that of the backward",
+        "parallel/zero/buckets.py",
+        "for name, parameter in reversed(parameters.items()):",
+        "for name, parameter in parameters.items():",
         layout={"dp_shard": 2},
     ),
     Fault(
-        "the sum of squares in pieces of another size",
-        "kernels/limits.py",
-        "squares: int = 1 << 14",
-        "squares: int = 1 << 5",
+        "buckets of one parameter each",
+        "launcher/proof/cutting.py",
+        "bucket_bytes=_BUCKET_BYTES,",
+        "bucket_bytes=1,",
+        layout={"dp_shard": 2, "dp_replicate": 2},
+    ),
+    Fault(
+        "the squares of the norm summed from the last gradient to the first, in stretches of another size",
+        "parallel/grad_norm.py",
+        "norms = torch.stack(torch._foreach_norm(_pieces(gradients, at_once)))",
+        "norms = torch.stack(torch._foreach_norm(_pieces(gradients[::-1], 1 + at_once // 3)))",
+    ),
+    Fault(
+        "what a rank of the ring has so far is merged into what it meets",
+        "parallel/context/ring.py",
+        "out[at], lse[at] = merge_parts(out[at], lse[at], *part)",
+        "out[at], lse[at] = merge_parts(*part, out[at], lse[at])",
+        layout={"cp": 4, "dp_shard": 1},
+        mask_documents=True,
+    ),
+    Fault(
+        "a sum of the ranks' parts is made from the last rank to the first",
+        "parallel/collectives.py",
+        "    reduce_scatter_flat(out, x.contiguous(), group=axis.group)",
+        "    out.copy_(sum(gather_rows(x, axis).chunk(axis.size)[::-1]).chunk(axis.size)[axis.rank])",
+        layout={"tp": 4, "dp_shard": 1},
     ),
 ]

@@ -9,6 +9,7 @@ SUMS = [
         "move = torch._foreach_add_ if slot.arrived else torch._foreach_copy_",
         "move = torch._foreach_add_ if slot.arrived == 1 else torch._foreach_copy_",
         named="gradient of",
+        is_alone=True,
         layout={"dp_shard": 2},
     ),
     Fault(

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK = {
     "router gradient not summed under sequence parallelism",
     "norm that clips leaves the other ranks' experts out",
-    "smaller buckets",
+    "buckets filled in the parameters' order, not in that of the backward",
 }
 
 
@@ -72,3 +72,5 @@ def test_every_fault_is_one_line_of_product_source() -> None:
         assert source.count(fault.old) == 1, fault.name
         assert "\n" not in fault.old + fault.new
         assert bool(fault.named or fault.quantity) == (fault in FAULTS)
+        # Of each it is said whether an axis is to be blamed, and which.
+        assert bool(fault.axis) + fault.is_alone == (fault in FAULTS), fault.name

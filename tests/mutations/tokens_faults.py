@@ -2,6 +2,8 @@
 
 from mutations.fault import DENSE, EP, MOE, Fault
 
+EVALUATED = {"evaluation": {"every": 5, "samples": 64}}
+
 TOKENS = [
     Fault(
         "each micro-batch's loss divided by whether it has a target",
@@ -9,16 +11,28 @@ TOKENS = [
         "loss = run.model(each.tokens, each.targets, each.where, run.tally)",
         "loss = run.model(each.tokens, each.targets, each.where, run.tally) / (each.targets >= 0).any()",
         quantity="loss",
+        is_alone=True,
         layout={"dp_shard": 2},
     ),
     Fault(
-        "each rank evaluates by the mean of its own tokens",
+        "an evaluation is the mean of the micro-batches' means",
         "launcher/training/evaluation.py",
         "sums += torch.stack((loss.to(sums), each.where.counted.sum().to(sums)))",
         "sums += torch.stack(((loss / each.where.counted.sum().clamp(min=1)).to(sums), torch.ones(()).to(sums)))",
         quantity="evaluation",
+        is_alone=True,
         layout={"dp_shard": 2},
-        tables={"evaluation": {"every": 5, "samples": 64}},
+        tables=EVALUATED,
+    ),
+    Fault(
+        "each rank evaluates its own samples alone",
+        "launcher/training/evaluation.py",
+        "all_reduce(sums, run.mesh.world)",
+        "sums.mul_(1)",
+        quantity="evaluation",
+        axis="dp_shard",
+        layout={"dp_shard": 2},
+        tables=EVALUATED,
     ),
     Fault(
         "a KV head assigned to the wrong rank",
@@ -165,6 +179,7 @@ TOKENS = [
         "if x.shape[0] == 0 or x.dtype != weight.dtype or widen or uses_own_products(x, x.dtype):",
         "if x.shape[0] >= 0:",
         named="aten::_grouped_mm",
+        is_alone=True,
         model=MOE,
         layout=EP,
         passes=("fast",),
