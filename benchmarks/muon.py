@@ -36,10 +36,10 @@ from meshwright.kernels.newton_schulz import multiplications
 from meshwright.launcher.runfile.tables import OptimizerConfig
 from meshwright.launcher.training import muon as our_muon
 from meshwright.launcher.training.optimizer import Optimizer
+from meshwright.parallel.collectives import gather_rows
 from meshwright.parallel.mesh import Mesh, Sizes, build_mesh, single_process_mesh
 from meshwright.parallel.placement import Placement
 from meshwright.parallel.whole.shared_work import Matrix, SharedWork
-from meshwright.parallel.whole.tensors import part_of_whole, whole_tensors
 from meshwright.parallel.zero.part import Part, make_part
 
 Rounds = dict[str, list[tuple[float, float]]]
@@ -106,11 +106,11 @@ def on_two_ranks(rank: int, folder: str, layers: int, hidden_size: int, rounds: 
     work = SharedWork(parts, [Matrix(name, 0) for name in parts], mesh, partial(multiplications, steps=STEPS))
     orthogonal = partial(our_muon.orthogonal, steps=STEPS)
     shared = work.on_wholes(list(held.values()), orthogonal)
-    for one, other in zip(shared, _everyone_all(parts, held, mesh), strict=True):
+    for one, other in zip(shared, _everyone_all(held, mesh), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     ways: dict[str, Callable[[], object]] = {
         "shared": lambda: work.on_wholes(list(held.values()), orthogonal),
-        "everyone all": lambda: _everyone_all(parts, held, mesh),
+        "everyone all": lambda: _everyone_all(held, mesh),
     }
     taken = in_turns(ways, rounds, "cpu", meet=dist.barrier)
     if rank == 0:
@@ -119,10 +119,12 @@ def on_two_ranks(rank: int, folder: str, layers: int, hidden_size: int, rounds: 
     dist.destroy_process_group()
 
 
-def _everyone_all(parts: dict[str, Part], held: dict[str, Tensor], mesh: Mesh) -> list[Tensor]:
-    wholes = whole_tensors(parts, held, mesh)
-    results = our_muon.orthogonal(list(wholes.values()), STEPS)
-    return [part_of_whole(part, whole, mesh).clone() for part, whole in zip(parts.values(), results, strict=True)]
+def _everyone_all(held: dict[str, Tensor], mesh: Mesh) -> list[Tensor]:
+    """Return this rank's halves of what every rank computes of all matrices, which one collective puts together."""
+    halves = gather_rows(torch.cat([piece.reshape(1, -1) for piece in held.values()], dim=1), mesh.zero)
+    both = halves.split([piece.numel() for piece in held.values()], dim=1)
+    wholes = [two.reshape(-1, piece.shape[1]) for two, piece in zip(both, held.values(), strict=True)]
+    return [whole.chunk(2)[mesh.zero.rank].clone() for whole in our_muon.orthogonal(wholes, STEPS)]
 
 
 def in_turns(

@@ -1,16 +1,17 @@
 """Tiny models of every family, a tokenizer, runs and exports of them, for the tests of exporting."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
 
 from meshwright.data.prepare import PrepareOptions, prepare
 from meshwright.data.store import TokenStore
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import write_resolved
 from meshwright.launcher.weights.hf_writer import ExportSettings, write_hf_folder
-from meshwright.launcher.weights.read_weights import ModelWeights
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
@@ -35,6 +36,21 @@ SIZES = {
     "init_std": 0.2,
 }
 ALL_ATTENTION = ("q", "k", "v", "output")
+
+
+class ModelWeights:
+    """The weights of a model in this process, which holds all of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take a model that was built without a mesh; a tied embedding stands under its first name."""
+        self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Return a whole weight, or its rows from the first to before the second."""
+        return self._tensors[name] if rows is None else self._tensors[name][slice(*rows)]
 
 
 def tiny_config(**changes: object) -> ModelConfig:

@@ -49,24 +49,6 @@ MOST_JSON_BYTES = 2**28
 MOST_NAMED, MOST_TOLD = 100_000, 40
 
 
-class ModelWeights:
-    """The weights of a model in this process, which holds all of them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Take a model that was built without a mesh; a tied embedding stands under its first name."""
-        self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Return every weight's shape."""
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """Return a whole weight, or its rows from the first to before the second."""
-        tensor = self._tensors[name]
-        first, end = _checked_rows(name, tuple(tensor.shape), rows)
-        return tensor[first:end]
-
-
 class CheckpointWeights:
     """The weights of one checkpoint folder, verified when it is opened."""
 

@@ -109,11 +109,6 @@ class AsyncSaver:
         if not self._writes_late:
             self._thread.start()
 
-    @property
-    def is_saving(self) -> bool:
-        """Say whether a save is under way on this rank."""
-        return self._thread is not None and self._thread.is_alive()
-
     def wait(self) -> Path | None:
         """Wait for the save under way and return the path of the checkpoint; None if there was none."""
         if self._thread is None:

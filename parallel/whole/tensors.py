@@ -1,24 +1,19 @@
-"""Whole global tensors from the parts that ranks hold, by their placement.
+"""Which box of its global tensor each rank holds of a part, by its placement.
 
 A part is cut from its global tensor by the placement's splits, outermost first, then by ZeRO along dim 0. Every rank
-can say what any other one holds, and undoes one cut after the other, innermost first, with one collective each:
+can say what any other one holds:
 
     global [7, 3]   Split(0, tp = 2), padded      rows 0 1 2 3 | 4 5 6 x
                     then ZeRO over zero = 2       rows 0 1, 2 3 | 4 5, 6 x       x: padding, belongs to nobody
-    back            over zero, then over tp
 
-`shared_work.py` does the same for matrices, each to the one rank that works on it.
+`shared_work.py` undoes one cut after the other, innermost first, and brings a matrix to the one rank that works on it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from meshwright.parallel.collectives import all_gather
 from meshwright.parallel.mesh import Axis, Mesh
 from meshwright.parallel.placement import chunk_bounds
 from meshwright.parallel.zero.part import Part
@@ -99,47 +94,3 @@ def held_box(part: Part, mesh: Mesh) -> Box:
     assert box.size == held, f"{box} is not of the size {held}"
     assert not box.numel or box.begin == part.offset, f"{box} does not begin at {part.offset}"
     return box
-
-
-def whole_tensors(parts: Mapping[str, Part], held: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """Return each global tensor of which `held` has this rank's part; every rank of the parts' axes calls this.
-
-    Tensors that were cut over the same axes go together, one collective for each axis.
-    """
-    alike: dict[tuple[object, ...], list[str]] = {}
-    for name in held:
-        ranks = [cut.axis.ranks for cut in cuts_of(parts[name], mesh)]
-        alike.setdefault((*ranks, held[name].dtype), []).append(name)
-    wholes: dict[str, Tensor] = {}
-    for names in alike.values():
-        left = {name: cuts_of(parts[name], mesh) for name in names}
-        tensors = {name: parts[name].real(held[name]) for name in names}
-        while left[names[0]]:
-            axis = left[names[0]][-1].axis
-            boxes = {name: boxes_along(parts[name].global_shape, cuts) for name, cuts in left.items()}
-            left = {name: cuts[:-1] for name, cuts in left.items()}
-            outer = {name: box_of(parts[name].global_shape, cuts) for name, cuts in left.items()}
-            tensors = _gather_to_all(tensors, boxes, outer, axis)
-        wholes |= tensors
-    return {name: wholes[name] for name in held}
-
-
-def _gather_to_all(
-    tensors: dict[str, Tensor], boxes: dict[str, list[Box]], outer: dict[str, Box], axis: Axis
-) -> dict[str, Tensor]:
-    """Put together what the ranks of one axis hold of some tensors; short ranks send padding behind their pieces."""
-    like = next(iter(tensors.values()))
-    longest = max(sum(of_one[rank].numel for of_one in boxes.values()) for rank in range(axis.size))
-    sent = like.new_zeros(longest)
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-    sent[: flat.numel()] = flat
-    received = like.new_empty(axis.size * longest)
-    all_gather(received, sent, axis).wait()
-    wholes = {name: like.new_empty(box.size) for name, box in outer.items()}
-    for rank, row in enumerate(received.view(axis.size, longest)):
-        begin = 0
-        for name, of_one in boxes.items():
-            box = of_one[rank]
-            wholes[name][box.within(outer[name])] = row[begin : begin + box.numel].view(box.size)
-            begin += box.numel
-    return wholes

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_pool import run_mesh
+from tiny_exports import ModelWeights
 from tiny_run import EP2, build, numbers, start, start_on, tiny_store
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from meshwright.launcher.ranks.one_outcome import one_outcome
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.training.branching import begin_from
 from meshwright.launcher.weights.hf_writer import ExportSettings, write_hf_folder
-from meshwright.launcher.weights.read_weights import ModelWeights
 from meshwright.parallel.checkpoint import durable, verify
 from meshwright.parallel.checkpoint.durable import FileSeal
 from meshwright.parallel.checkpoint.folder import read_manifest

@@ -6,10 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_exports import CONFIGS, END, TEXT, tiny_config, tiny_model, tiny_tokenizer, tiny_tokens, write_tiny_export
+from tiny_exports import (
+    CONFIGS,
+    END,
+    TEXT,
+    ModelWeights,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+    tiny_tokens,
+    write_tiny_export,
+)
 from tokenizers import Tokenizer
 
-from meshwright.launcher.weights.read_weights import ExportWeights, ModelWeights
+from meshwright.launcher.weights.read_weights import ExportWeights
 from meshwright.launcher.weights.verify_export import VerificationText, verify_export
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.choose import choose_family

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from tiny_exports import CONFIGS, END, MOE, tiny_config, tiny_model, tiny_tokenizer, write_tiny_export
+from tiny_exports import CONFIGS, END, MOE, ModelWeights, tiny_config, tiny_model, tiny_tokenizer, write_tiny_export
 from torch import Tensor
 
 from meshwright.launcher.weights.hf_tokenizer import token_id
@@ -15,7 +15,6 @@ from meshwright.launcher.weights.hf_writer import (
     partial_folder,
     write_hf_folder,
 )
-from meshwright.launcher.weights.read_weights import ModelWeights
 from meshwright.model.families.choose import NotRepresentableError
 
 SETTINGS = ExportSettings(tiny_tokenizer(), END, max_positions=32)

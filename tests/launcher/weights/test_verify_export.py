@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_exports import CONFIGS, tiny_model, tiny_tokenizer, tiny_tokens, write_tiny_export
+from tiny_exports import CONFIGS, ModelWeights, tiny_model, tiny_tokenizer, tiny_tokens, write_tiny_export
 from torch import Tensor
 
 from meshwright.launcher.weights.export_report import ExportReport, write_report
-from meshwright.launcher.weights.read_weights import ModelWeights
 from meshwright.launcher.weights.verify_export import (
     Choice,
     VerificationText,
