@@ -11,7 +11,7 @@ gradients, the contestants in turns:
 Two ranks (gloo, ZeRO-1: every matrix is cut in rows) then make whole matrices, work on them and take their parts back:
 
     shared         each rank works on half of the matrices (parallel/whole/shared_work.py)
-    everyone all   each gathers all of them and computes all (parallel/whole/tensors.py)
+    everyone all   each gathers all of them and computes all
 
 Prints one JSON line for each: medians with quartiles over the rounds of wall and CPU milliseconds (of one process, or
 of rank 0), after checking that the ways of one type agree.

@@ -1,4 +1,4 @@
-"""What parts hold of whole tensors, over every kind of cut: uneven, nested, copied, padded; shared work on the wholes."""
+"""What parts hold of whole tensors, over every kind of cut: uneven, nested, copied, padded; shared work on wholes."""
 
 from dataclasses import replace
 
