@@ -54,6 +54,7 @@ def hold_their_boxes(mesh: Mesh) -> None:
         held = part.parameter[tuple(slice(0, size) for size in box.size)]
         assert torch.equal(whole[box.within(Box((0,) * whole.dim(), tuple(whole.shape)))], held), name
         assert -1.0 not in held
+        assert int((part.parameter != -1.0).sum()) == box.numel, name  # what is left out is padding
 
 
 def test_a_box_says_what_a_part_holds_of_its_whole() -> None:
