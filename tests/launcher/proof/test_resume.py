@@ -284,7 +284,7 @@ def test_ranks_that_give_no_answer_are_no_difference(monkeypatch: pytest.MonkeyP
 
 
 def test_a_rank_that_is_not_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "train_rank", lambda *args, **keys: RankRecord())
+    monkeypatch.setattr(resume, "train_rank", lambda *args, **keys: trained.Trained())
     result = resume.verify_resume(plan_of("dense_tiny.toml", "dp_shard=2"))[0]
     assert result.differences == ["a rank of 2 came to its end before it could be killed"]
 
