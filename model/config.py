@@ -179,7 +179,8 @@ class ModelConfig(BaseModel):
             fits = [*below[-1:], *above[:1]]
             found.append(
                 f"model.num_layers = {self.num_layers}: must be a multiple of the {len(period)} layers of"
-                f' model.pattern = "{self.pattern}"; one of {fits} would fit'
+                f' model.pattern = "{self.pattern}"; '
+                + (f"one of {fits} would fit" if fits else f"a pattern of at most {MAX_LAYERS} layers would fit")
             )
         if any(layer.mixer == "mamba2" for layer in period):
             found.append(

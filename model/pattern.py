@@ -17,6 +17,7 @@ feed-forward letter joins the mixer before it, or makes a layer without a mixer 
 The period is repeated until the stack has its number of layers. This file knows no sizes.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 MIXERS = {"*": "attention", "M": "mamba2"}
@@ -34,6 +35,7 @@ class LayerKinds(NamedTuple):
     feedforward: str | None
 
 
+@lru_cache(maxsize=16)  # the checks of a run file ask again and again, and a pattern may be long
 def parse_pattern(pattern: str) -> tuple[LayerKinds, ...]:
     """Return the layers of one period.
 
@@ -63,6 +65,7 @@ def layers_of(pattern: str, num_layers: int) -> tuple[LayerKinds, ...]:
     return period * (num_layers // len(period))
 
 
+@lru_cache(maxsize=16)
 def kinds_in(pattern: str) -> frozenset[LayerKinds]:
     """Return the kinds of layers that a pattern has, each once; none where it is no pattern (told elsewhere)."""
     try:

@@ -15,7 +15,7 @@ from meshwright.launcher.runfile.recompute_checks import recompute_problems
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.would_fit import Choose, all_of, chooser, keys_of
 from meshwright.launcher.training.learning_rate import learning_rate_problems
-from meshwright.model.config import ModelConfig, round_up
+from meshwright.model.config import MAX_LAYERS, ModelConfig, round_up
 from meshwright.model.pattern import kinds_in, parse_pattern
 from meshwright.model.shapes import parameter_shapes
 from meshwright.parallel.config import ParallelConfig
@@ -164,6 +164,8 @@ def _optimizer_problems(run_file: RunFile) -> list[str]:
     if not kinds or not is_known:
         return []
     num_layers = round_up(model.num_layers, len(parse_pattern(model.pattern)))
+    if num_layers > MAX_LAYERS:
+        return []
     whole = model.model_copy(update={"num_layers": num_layers})
     return optimizer_problems(parameter_shapes(whole), run_file.optimizer)
 

@@ -77,6 +77,11 @@ def test_sizes_that_are_said_to_fit_go_with_the_rest(
             " 1 would fit",
         ),
         (
+            {"model": {"pattern": "20000(*-)"}},
+            'model.num_layers = 2: must be a multiple of the 20000 layers of model.pattern = "20000(*-)"; a pattern'
+            " of at most 16384 layers would fit",
+        ),
+        (
             {"model": {**MOE, "moe": {"num_experts": 1, "top_k": 2}}},
             "model.moe.top_k = 2: must not exceed model.moe.num_experts = 1; 1 would fit",
         ),
