@@ -29,7 +29,10 @@ class GradientBytes(TorchDispatchMode):
         self.parameters, self.parts = list(model.parameters()), list(engine.parts.values())
         self.buckets = [bucket for inner in engine._engines for bucket in getattr(inner, "buckets", [])]
         units = [unit for inner in engine._engines for unit in getattr(inner, "wrapped", [])]
-        self.sharded = [one for unit in units for one in unit._get_fsdp_state()._fsdp_param_group.fsdp_params]
+        groups = [unit._get_fsdp_state()._fsdp_param_group for unit in units]
+        self.sharded = [one for group in groups for one in group.fsdp_params]
+        for group in groups:
+            group.post_backward = self._seen_before(group.post_backward)
         for inner in engine._engines:
             for reduction in getattr(inner, "_reductions", []):
                 reduction.allocate = self._seen_by(reduction.allocate)
@@ -42,6 +45,13 @@ class GradientBytes(TorchDispatchMode):
             self._see(made)
             self._count()
             return made
+
+        return seen
+
+    def _seen_before(self, reduce: Callable[..., None]) -> Callable[..., None]:
+        def seen(*args: Any) -> None:
+            self._count()  # from here on no parameter names them
+            reduce(*args)
 
         return seen
 
@@ -71,7 +81,11 @@ class GradientBytes(TorchDispatchMode):
         gathered = 0
         for one in self.sharded:
             whole = getattr(one, "_unsharded_param", None)
-            for tensor in (one.sharded_param.grad, one.unsharded_accumulated_grad, whole if whole is None else whole.grad):
+            for tensor in (
+                one.sharded_param.grad,
+                one.unsharded_accumulated_grad,
+                whole if whole is None else whole.grad,
+            ):
                 self._see(tensor)
             gathered += 0 if whole is None else whole.untyped_storage().nbytes()
         for held in (*self.parameters, *(part.parameter for part in self.parts)):

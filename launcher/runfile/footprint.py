@@ -23,7 +23,10 @@ largest bucket (buckets.py), U the largest unit that FSDP2 reduces (a layer, its
                 moved when the schedule is through, each bucket made while the gradients that fill it are still there.
     (c+m)*U     FSDP2 copies a unit's gradients into what it sends, and keeps that until the next unit is copied. H is
                 what is open from the begin of a backward to its end: the gradients of the output and the last norm.
-    m*N + m*U   under a pipeline it keeps whole gradients until a stage's last backward, then reduces unit by unit.
+                While a unit's sums land it has let go of all of its gradients but the last: where that is more, the
+                unit counts as c*P + m*U + m*U/d, with the largest of its parameters.
+    m*N + m*U   under a pipeline it keeps whole gradients until a stage's last backward, then reduces unit by unit;
+                as above c*P + m*U/d where that is more than m*U.
 
 With copies (dp_replicate) stages 2 and 3 sum the parts over them in m*N/d more, after the reduction. Stage 3 under a
 pipeline holds c*N weights as well: torch's schedules leave what a backward gathered until the next forward.
@@ -199,23 +202,32 @@ def _gradients_at_most(run_file: RunFile, shards: Mapping[bool, int], pp_rank: i
         (cut if stage >= 1 and shards[held[1].is_of_experts] > 1 else whole).append(held)
     is_apart = stages_of(run_file).splits_backward
     n_whole, n_cut = _number(whole), _number(cut)
-    parts = sum(number / shards[weight.is_of_experts] for _, weight, number in cut)
+    parts = _number_of_part(cut, shards)
     if stage <= 1:
         largest, sums = _largest([*whole, *cut]), update * (n_whole + parts)
         if not is_apart:
             return sums + update * n_cut + compute * largest
         in_backward = compute * (n_whole + n_cut + largest)
         return sums + max(in_backward, update * n_cut + compute * _largest_bucket(cut, update, limits))
-    of_whole = update * n_whole + compute * (_largest(whole) + (n_whole if is_apart else 0))
+    sums = update * n_whole + (compute * n_whole if is_apart else 0.0)
+    on_its_way = compute * _largest(whole)
     if run_file.parallel.pp > 1:
-        return of_whole + update * (n_cut + max(_units(cut, is_pipelined=True).values(), default=0))
-    copied = sum(number for _, weight, number in cut if not weight.is_of_experts) / shards[False]
-    over_copies = update * copied if run_file.parallel.dp_replicate > 1 else 0.0
-    return of_whole + update * parts + max(over_copies, _in_one_reduction(run_file, cut, compute, update))
+        units = _units(cut, is_pipelined=True).values()
+        sent = (update * max(_number(unit), _number_of_part(unit, shards) + _largest(unit)) for unit in units)
+        return sums + update * n_cut + max([on_its_way, *sent])
+    over_copies = 0.0
+    if run_file.parallel.dp_replicate > 1:
+        over_copies = update * _number_of_part([held for held in cut if not held[1].is_of_experts], shards)
+    reduced = _in_one_reduction(run_file, cut, shards, on_its_way)
+    return sums + update * parts + max(over_copies, reduced)
 
 
 def _number(held: list[HeldWeight]) -> int:
     return sum(number for _, _, number in held)
+
+
+def _number_of_part(held: list[HeldWeight], shards: Mapping[bool, int]) -> float:
+    return sum((number / shards[weight.is_of_experts] for _, weight, number in held), start=0.0)
 
 
 def _largest(held: list[HeldWeight]) -> int:
@@ -225,28 +237,40 @@ def _largest(held: list[HeldWeight]) -> int:
 def _largest_bucket(cut: list[HeldWeight], update: float, limits: Limits) -> float:
     """Return how many numbers are in a bucket at most: one that is not yet full takes a parameter more."""
     kinds = [[held for held in cut if held[1].is_of_experts is of_experts] for of_experts in (False, True)]
-    return max(min(_number(kind), limits.bucket_bytes / update + _largest(kind)) for kind in kinds)
+    return float(max(min(_number(kind), limits.bucket_bytes / update + _largest(kind)) for kind in kinds))
 
 
-def _units(cut: list[HeldWeight], *, is_pipelined: bool) -> dict[tuple[str, bool], int]:
-    """Return the numbers that FSDP2 reduces at a time: by layer ("" is around them), and whether they are experts'."""
-    units: dict[tuple[str, bool], int] = {}
-    for name, weight, number in cut:
+def _units(cut: list[HeldWeight], *, is_pipelined: bool) -> dict[tuple[str, bool], list[HeldWeight]]:
+    """Return what FSDP2 reduces at a time: by layer ("" is around them), and whether it is the experts of one."""
+    units: dict[tuple[str, bool], list[HeldWeight]] = {}
+    for held in cut:
+        name, weight, _ = held
         layer = name.split(".")[1] if name.startswith("layers.") else ""
         if is_pipelined and name == EMBEDDING:
             layer = EMBEDDING  # the first stage's, which is not the last
-        units[layer, weight.is_of_experts] = units.get((layer, weight.is_of_experts), 0) + number
+        units.setdefault((layer, weight.is_of_experts), []).append(held)
     return units
 
 
-def _in_one_reduction(run_file: RunFile, cut: list[HeldWeight], compute: float, update: float) -> float:
-    """Return the bytes of whole gradients, and of what is sent, while FSDP2 reduces one unit after the other."""
+def _in_one_reduction(run_file: RunFile, cut: list[HeldWeight], shards: Mapping[bool, int], on_its_way: float) -> float:
+    """Return the bytes of whole gradients, and of what is sent, while FSDP2 reduces one unit after the other.
+
+    `on_its_way` is what a gradient that FSDP2 does not know takes, at most.
+    """
+    precision, is_tied = run_file.train.precision, run_file.model.tie_embeddings
+    compute, update = float(COMPUTE_BYTES[precision]), float(UPDATE_BYTES[precision])
     units = _units(cut, is_pipelined=False)
-    around = units.pop(("", False), 0)
-    of_layers: dict[str, int] = {}
-    for (layer, _), number in units.items():
-        of_layers[layer] = of_layers.get(layer, 0) + number
-    embedding = 0 if run_file.model.tie_embeddings else sum(number for name, _, number in cut if name == EMBEDDING)
-    unit, layer_whole = max(units.values(), default=0), max(of_layers.values(), default=0)
-    in_a_layer = compute * (around - embedding + layer_whole) + update * unit
-    return max(in_a_layer, compute * around + update * max(around, unit))
+    around = units.pop(("", False), [])
+    head = compute * _number([held for held in around if is_tied or held[0] != EMBEDDING])
+    sent_before = update * max(map(_number, units.values()), default=0)
+    found = [0.0]
+    for (layer, of_experts), unit in [(("", False), around), *units.items()]:
+        number, open_around = _number(unit), head if layer else 0.0
+        if of_experts:  # the rest of the feed-forward part is open around them
+            rest = units.get((layer, False), [])
+            open_around += compute * _number([held for held in rest if ".feedforward." in held[0]])
+        sent = update * number
+        landing = sent + update * _number_of_part(unit, shards) + compute * _largest(unit)
+        copied = compute * number + max(sent_before, sent)
+        found += [open_around + max(copied, landing), open_around + sent_before + on_its_way]
+    return max(found)
