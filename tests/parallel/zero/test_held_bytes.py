@@ -230,7 +230,7 @@ def held_by_optimizer(mesh: Mesh, drawn: Sample) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_optimizer_holds_its_moments_and_counts_and_nothing_else(stage: int, kind: str) -> None:
     """Among all bytes that it made and that live between steps: a whole copy anywhere would be among them."""
     drawn = sample("moe", dp_shard=2, zero__stage=stage, optimizer__kind=kind, micro_batch=4)
