@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from meshwright.launcher.runfile.cross_checks import check
 from meshwright.launcher.runfile.footprint import state_bytes
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import RunFile
@@ -21,7 +22,7 @@ def check_memory(run_file: RunFile, device: torch.device, world_size: int, local
     """Refuse a run of which one rank's state is larger than the memory that it has.
 
     Raises:
-        ConfigError: with both sizes and the ZeRO stages that would fit.
+        ConfigError: with both sizes and the ZeRO stages that would fit, of those that the run's schedule takes.
     """
     if device.type == "cuda":
         limit, where = float(torch.cuda.get_device_properties(device).total_memory), "on its GPU"
@@ -32,8 +33,11 @@ def check_memory(run_file: RunFile, device: torch.device, world_size: int, local
     needs = state_bytes(run_file, world_size).total
     if needs <= limit:
         return
-    stages = [stage for stage in (1, 2, 3) if _needs_under(run_file, stage, world_size) <= limit]
-    fits = f"zero.stage = {stages[0]}" if stages else "more ranks with zero.stage = 3, or a smaller model,"
+    others = {stage: _with_stage(run_file, stage) for stage in (1, 2, 3)}
+    sound = {stage: other for stage, other in others.items() if not check(other, world_size)}
+    stages = [stage for stage, other in sound.items() if state_bytes(other, world_size).total <= limit]
+    most = max(sound, default=run_file.zero.stage)
+    fits = f"zero.stage = {stages[0]}" if stages else f"more ranks with zero.stage = {most}, or a smaller model,"
     raise ConfigError(
         "[model]",
         [
@@ -49,9 +53,9 @@ def host_bytes() -> int:
     return min([machine, *_cgroup_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
 
 
-def _needs_under(run_file: RunFile, stage: int, world_size: int) -> float:
+def _with_stage(run_file: RunFile, stage: int) -> RunFile:
     zero = run_file.zero.model_copy(update={"stage": stage})
-    return state_bytes(run_file.model_copy(update={"zero": zero}), world_size).total
+    return run_file.model_copy(update={"zero": zero})
 
 
 def _cgroup_limits(root: Path, own: Path) -> Iterator[int]:

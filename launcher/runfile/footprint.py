@@ -2,18 +2,41 @@
 
     N weights over d ranks that shard state; c bytes in the type computed with, m in the type updated in (at least fp32)
 
-    stage   weights   masters             gradients     moments
-    0       c*N       m*N if c < m        m*N           2*m*N
-    1       c*N       m*N/d if c < m      m*N + m*N/d   2*m*N/d      sums land beside what is sent, let go then
-    2       c*N       m*N/d               m*N/d         2*m*N/d      the weights are gathered for each pass
-    3       -         m*N/d               m*N/d         2*m*N/d      one layer at a time is gathered, not counted
+    stage   weights   masters             moments
+    0       c*N       m*N if c < m        2*m*N
+    1       c*N       m*N/d if c < m      2*m*N/d
+    2       c*N       m*N/d               2*m*N/d      the weights are gathered for each pass
+    3       -         m*N/d               2*m*N/d      one layer at a time is gathered, not counted; see below
+
+Gradients at most, which is in the last backward of a step or in its reduction. P is the largest parameter, B the
+largest bucket (buckets.py), U the largest unit that FSDP2 reduces (a layer, its experts, or what is around the layers):
+
+    stage   no pipeline                whole backwards        backwards taken apart
+    0       m*N + c*P                  m*N + c*P              m*N + c*N + c*P
+    1       m*N + m*N/d + c*P          m*N + m*N/d + c*P      m*N + m*N/d + c*B    c*N + m*N/d + c*P, if that is more
+    2       m*N/d + c*H + (c+m)*U      m*N + m*U              m*N + m*U
+    3       m*N/d + c*H + (c+m)*U      m*N + m*U              refused
+
+    m*N + c*P   all buckets are open, and the last gradient is on its way into one.
+    m*N/d       where sums land, beside what is sent. Stage 0 sums in place.
+    c*N         backwards taken apart call no hooks: gradients add up in `.grad` (c*P: the one that is added) and are
+                moved when the schedule is through, each bucket made while the gradients that fill it are still there.
+    (c+m)*U     FSDP2 copies a unit's gradients into what it sends, and keeps that until the next unit is copied. H is
+                what is open from the begin of a backward to its end: the gradients of the output and the last norm.
+                While a unit's sums land it has let go of all of its gradients but the last: where that is more, the
+                unit counts as c*P + m*U + m*U/d, with the largest of its parameters.
+    m*N + m*U   under a pipeline it keeps whole gradients until a stage's last backward, then reduces unit by unit;
+                as above c*P + m*U/d where that is more than m*U.
+
+With copies (dp_replicate) stages 2 and 3 sum the parts over them in m*N/d more, after the reduction. Stage 3 under a
+pipeline holds c*N weights as well: torch's schedules leave what a backward gathered until the next forward.
 
 Dense weights have d = dp_shard * cp, and N is what tp leaves of them: matrices are cut, key and value heads as far as
 there are heads, a vocabulary in equal rows with padding; norms and routers are whole. Routed experts are cut by ep and
 etp, and d = edp. With d = 1 stages 1 to 3 are stage 0. Dims that do not divide by d are cut like torch.chunk: the first
 ranks hold up to a row more of each than these averages say. With a pipeline N are the weights of a rank's stages, and
 what the rank with most holds is returned. What a micro-batch keeps for its backward is counted beside it; the layer
-that is gathered, send buffers and the library's own memory come on top.
+that is gathered and the library's own memory come on top.
 
 Muon has one moment where AdamW has two: of what it updates m*N and m*N/d.
 """
@@ -22,7 +45,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
-from meshwright.kernels.limits import USUAL
+from meshwright.kernels.limits import USUAL, Limits
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
@@ -31,10 +54,11 @@ from meshwright.model.shapes import Weight, embedding_weights, head_weights, lay
 
 COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "fp64": 8}
 UPDATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 4, "fp64": 8}
+EMBEDDING = "embedding.weight"
 
 
 class StateBytes(NamedTuple):
-    """Bytes on one rank, by what they hold."""
+    """Bytes on one rank, by what they hold; gradients at the moment of a step when there are most."""
 
     weights: float
     masters: float
@@ -47,23 +71,38 @@ class StateBytes(NamedTuple):
         return sum(self)
 
 
-def state_bytes(run_file: RunFile, world_size: int) -> StateBytes:
+def state_bytes(run_file: RunFile, world_size: int, limits: Limits = USUAL) -> StateBytes:
     """Return what one rank of `world_size` holds, the one that holds most; the run file must have passed its checks.
 
     With `model.vocab_size` = 0 the embedding is not counted: nobody knows its size yet.
     """
-    of_ranks = [_state_of(run_file, world_size, pp_rank) for pp_rank in range(run_file.parallel.pp)]
+    of_ranks = [state_of_rank(run_file, world_size, pp_rank, limits) for pp_rank in range(run_file.parallel.pp)]
     return max(of_ranks, key=lambda state: state.total)
 
 
-def _state_of(run_file: RunFile, world_size: int, pp_rank: int) -> StateBytes:
-    parallel, stage, precision = run_file.parallel, run_file.zero.stage, run_file.train.precision
-    held = held_weights(run_file, pp_rank)
-    parts = [
-        _bytes_of(held.dense, held.dense_of_muon, parallel.dp_shard_in(world_size) * parallel.cp, stage, precision),
-        _bytes_of(held.experts, held.experts_of_muon, parallel.edp_in(world_size), stage, precision),
-    ]
-    return StateBytes(*(sum(column) for column in zip(*parts, strict=True)))
+def state_of_rank(run_file: RunFile, world_size: int, pp_rank: int, limits: Limits = USUAL) -> StateBytes:
+    """Return what a rank at one place in the pipeline holds."""
+    precision, stage = run_file.train.precision, run_file.zero.stage
+    compute, update = float(COMPUTE_BYTES[precision]), float(UPDATE_BYTES[precision])
+    held, shards = held_weights(run_file, pp_rank), _shards(run_file, world_size)
+    keeps_weights = run_file.parallel.pp > 1
+    weights = masters = moments = 0.0
+    for number, muon, d in (
+        (held.dense, held.dense_of_muon, shards[False]),
+        (held.experts, held.experts_of_muon, shards[True]),
+    ):
+        of_kind = stage if d > 1 else 0
+        weights += 0.0 if of_kind == 3 and not keeps_weights else compute * number
+        if compute < update or of_kind >= 2:
+            masters += update * number / (d if of_kind >= 1 else 1)
+        moments += update * (2 * number - muon) / (d if of_kind >= 1 else 1)
+    return StateBytes(weights, masters, _gradients_at_most(run_file, shards, pp_rank, limits), moments)
+
+
+def _shards(run_file: RunFile, world_size: int) -> dict[bool, int]:
+    """Return over how many ranks state is cut: by whether it is that of experts."""
+    parallel = run_file.parallel
+    return {False: parallel.dp_shard_in(world_size) * parallel.cp, True: parallel.edp_in(world_size)}
 
 
 class HeldWeights(NamedTuple):
@@ -153,15 +192,85 @@ def _activations_of(run_file: RunFile, world_size: int, pp_rank: int) -> Activat
     return activation_bytes(run_file.model, tokens, spread, types, here, logits=logits)
 
 
-def _bytes_of(number: int, muon: int, shards: int, stage: int, precision: str) -> StateBytes:
-    """Return the bytes of so many weights, some of them Muon's, whose state is cut over `shards` ranks."""
+def _gradients_at_most(run_file: RunFile, shards: Mapping[bool, int], pp_rank: int, limits: Limits) -> float:
+    """Return the most bytes of gradients that live at once in a step: the tables above, kind by kind of weight."""
+    stage, precision = run_file.zero.stage, run_file.train.precision
     compute, update = float(COMPUTE_BYTES[precision]), float(UPDATE_BYTES[precision])
-    stage = stage if shards > 1 else 0
-    part = number / shards
-    has_masters = compute < update or stage >= 2
-    return StateBytes(
-        weights=0.0 if stage == 3 else compute * number,
-        masters=update * (part if stage >= 1 else number) if has_masters else 0.0,
-        gradients=update * ((0 if stage >= 2 else number) + (0 if stage == 0 else part)),
-        moments=update * (2 * number - muon) / (shards if stage >= 1 else 1),
-    )
+    whole: list[HeldWeight] = []
+    cut: list[HeldWeight] = []
+    for held in _held(run_file, pp_rank):
+        (cut if stage >= 1 and shards[held[1].is_of_experts] > 1 else whole).append(held)
+    is_apart = stages_of(run_file).splits_backward
+    n_whole, n_cut = _number(whole), _number(cut)
+    parts = _number_of_part(cut, shards)
+    if stage <= 1:
+        largest, sums = _largest([*whole, *cut]), update * (n_whole + parts)
+        if not is_apart:
+            return sums + update * n_cut + compute * largest
+        in_backward = compute * (n_whole + n_cut + largest)
+        return sums + max(in_backward, update * n_cut + compute * _largest_bucket(cut, update, limits))
+    sums = update * n_whole + (compute * n_whole if is_apart else 0.0)
+    on_its_way = compute * _largest(whole)
+    if run_file.parallel.pp > 1:
+        units = _units(cut, is_pipelined=True).values()
+        sent = (update * max(_number(unit), _number_of_part(unit, shards) + _largest(unit)) for unit in units)
+        return sums + update * n_cut + max([on_its_way, *sent])
+    over_copies = 0.0
+    if run_file.parallel.dp_replicate > 1:
+        over_copies = update * _number_of_part([held for held in cut if not held[1].is_of_experts], shards)
+    reduced = _in_one_reduction(run_file, cut, shards, on_its_way)
+    return sums + update * parts + max(over_copies, reduced)
+
+
+def _number(held: list[HeldWeight]) -> int:
+    return sum(number for _, _, number in held)
+
+
+def _number_of_part(held: list[HeldWeight], shards: Mapping[bool, int]) -> float:
+    return sum((number / shards[weight.is_of_experts] for _, weight, number in held), start=0.0)
+
+
+def _largest(held: list[HeldWeight]) -> int:
+    return max((number for _, _, number in held), default=0)
+
+
+def _largest_bucket(cut: list[HeldWeight], update: float, limits: Limits) -> float:
+    """Return how many numbers are in a bucket at most: one that is not yet full takes a parameter more."""
+    kinds = [[held for held in cut if held[1].is_of_experts is of_experts] for of_experts in (False, True)]
+    return float(max(min(_number(kind), limits.bucket_bytes / update + _largest(kind)) for kind in kinds))
+
+
+def _units(cut: list[HeldWeight], *, is_pipelined: bool) -> dict[tuple[str, bool], list[HeldWeight]]:
+    """Return what FSDP2 reduces at a time: by layer ("" is around them), and whether it is the experts of one."""
+    units: dict[tuple[str, bool], list[HeldWeight]] = {}
+    for held in cut:
+        name, weight, _ = held
+        layer = name.split(".")[1] if name.startswith("layers.") else ""
+        if is_pipelined and name == EMBEDDING:
+            layer = EMBEDDING  # the first stage's, which is not the last
+        units.setdefault((layer, weight.is_of_experts), []).append(held)
+    return units
+
+
+def _in_one_reduction(run_file: RunFile, cut: list[HeldWeight], shards: Mapping[bool, int], on_its_way: float) -> float:
+    """Return the bytes of whole gradients, and of what is sent, while FSDP2 reduces one unit after the other.
+
+    `on_its_way` is what a gradient that FSDP2 does not know takes, at most.
+    """
+    precision, is_tied = run_file.train.precision, run_file.model.tie_embeddings
+    compute, update = float(COMPUTE_BYTES[precision]), float(UPDATE_BYTES[precision])
+    units = _units(cut, is_pipelined=False)
+    around = units.pop(("", False), [])
+    head = compute * _number([held for held in around if is_tied or held[0] != EMBEDDING])
+    sent_before = update * max(map(_number, units.values()), default=0)
+    found = [0.0]
+    for (layer, of_experts), unit in [(("", False), around), *units.items()]:
+        number, open_around = _number(unit), head if layer else 0.0
+        if of_experts:  # the rest of the feed-forward part is open around them
+            rest = units.get((layer, False), [])
+            open_around += compute * _number([held for held in rest if ".feedforward." in held[0]])
+        sent = update * number
+        landing = sent + update * _number_of_part(unit, shards) + compute * _largest(unit)
+        copied = compute * number + max(sent_before, sent)
+        found += [open_around + max(copied, landing), open_around + sent_before + on_its_way]
+    return max(found)

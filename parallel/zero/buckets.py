@@ -228,7 +228,8 @@ class BucketEngine:
     def finish_gradients(self) -> None:
         """Wait for every bucket; each part's `grad` then holds the sum over all ranks that had a share in it."""
         if self._take_at_end:
-            for bucket in self.buckets:
+            # First those that need no new memory: what they take lets go of the gradients that it was.
+            for bucket in sorted(self.buckets, key=lambda bucket: bucket.num_rows > 1):
                 for slot in bucket.slots:
                     self._take(bucket, slot)
                 bucket.launch()

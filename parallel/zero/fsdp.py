@@ -126,8 +126,9 @@ class FsdpEngine:
         self._micro_batches = num_micro_batches
         for reduction in self._reductions:
             reduction.calls = 0
-        for parameter in self.parameters.values():
+        for name, parameter in self.parameters.items():
             parameter.grad = None
+            self.parts[name].parameter.grad = None  # the same memory: held on to, it would lie beside the new sums
 
     def finish_gradients(self) -> None:
         """Give each part its gradient; FSDP2 waited for its reductions when the backward pass ended."""

@@ -34,6 +34,23 @@ def test_what_fits_passes_and_what_does_not_names_the_stage_that_would(
         check_memory(sharded, CPU, 4, 64)
 
 
+def test_no_stage_is_named_that_the_schedule_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 loses gradients where backwards are taken apart, and so it would not fit, however small."""
+    pipeline = (
+        "parallel.pp=2",
+        "pipeline.schedule=interleaved_zero_bubble",
+        "train.micro_batch_size=1",
+        "model.num_layers=4",
+    )
+    whole, cut = (run_file(tmp_path, *pipeline, f"zero.stage={stage}") for stage in (0, 2))
+    monkeypatch.setattr(memory_limit, "host_bytes", lambda: int(state_bytes(cut, 8).total * 2) - 2)
+    with pytest.raises(ConfigError, match=r"zero\.stage = 1 would fit|more ranks with zero\.stage = 2, or a smaller"):
+        check_memory(whole, CPU, 8, 2)
+    monkeypatch.setattr(memory_limit, "host_bytes", lambda: 2)
+    with pytest.raises(ConfigError, match=r"more ranks with zero\.stage = 2, or a smaller model, would fit"):
+        check_memory(whole, CPU, 8, 2)
+
+
 def test_the_command_refuses_a_model_larger_than_the_machine(tmp_path: Path) -> None:
     refused = run("train", write_run_file(tmp_path), "model.hidden_size=4000000")
     refused.told(2, "weights, gradients and moments take ", " GiB on each rank, and it has ", "would fit")

@@ -69,6 +69,7 @@ def look(tables: RunFile, world: int, rank: int, pipe: Connection) -> None:
 
     buckets = [bucket for inner in engine._engines for bucket in inner.buckets]
     gradients = sum(bucket.mine.nbytes * (bucket.num_rows + (bucket.num_rows > 1)) for bucket in buckets)
+    gradients += 4 * max(p.numel() for p in model.parameters())  # the one on its way into a bucket
     held_numbers = sum(part.parameter.numel() for part in engine.parts.values())
     state = StateBytes(4 * sum(weights), 0, gradients, 8 * held_numbers)
     axes = {name: axis.ranks for name, axis in mesh.axes.items()}

@@ -55,13 +55,29 @@ HELD = ALL - EXPERTS + EXPERTS / 2
 PART = (ALL - EXPERTS) / 8 + EXPERTS / 2 / 4
 
 
+SIZES = {
+    name: weight.number // (2 if weight.is_of_experts else 1) for name, weight in weights(run_file().model).items()
+}
+LARGEST = max(SIZES.values())
+
+
+def of(*marks: str) -> int:
+    """Return how many numbers a rank holds of the weights whose names have all of these in them."""
+    return sum(number for name, number in SIZES.items() if all(mark in name for mark in marks))
+
+
+# What FSDP2 reduces: a layer's experts, while the output's gradients are open, and those of the experts beside them.
+OPEN = of("output.weight") - of("mixer", "output.weight") + of("final_norm") + of("layers.0.feedforward")
+UNIT = of("layers.0.feedforward.part.experts")
+
+
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
-        (0, StateBytes(4 * HELD, 0, 4 * HELD, 8 * HELD)),
-        (1, StateBytes(4 * HELD, 0, 4 * HELD + 4 * PART, 8 * PART)),
-        (2, StateBytes(4 * HELD, 4 * PART, 4 * PART, 8 * PART)),
-        (3, StateBytes(0, 4 * PART, 4 * PART, 8 * PART)),
+        (0, StateBytes(4 * HELD, 0, 4 * HELD + 4 * LARGEST, 8 * HELD)),
+        (1, StateBytes(4 * HELD, 0, 4 * HELD + 4 * PART + 4 * LARGEST, 8 * PART)),
+        (2, StateBytes(4 * HELD, 4 * PART, 4 * PART + 4 * OPEN + 4 * UNIT, 8 * PART)),
+        (3, StateBytes(0, 4 * PART, 4 * PART + 4 * OPEN + 4 * UNIT, 8 * PART)),
     ],
 )
 def test_each_stage_shares_more(stage: int, expected: StateBytes) -> None:
@@ -69,8 +85,45 @@ def test_each_stage_shares_more(stage: int, expected: StateBytes) -> None:
 
 
 def test_weights_in_bf16_have_masters() -> None:
-    assert state_bytes(run_file("train.precision=bf16"), 1) == StateBytes(2 * ALL, 4 * ALL, 4 * ALL, 8 * ALL)
-    assert state_bytes(run_file("train.precision=fp64"), 1) == StateBytes(8 * ALL, 0, 8 * ALL, 16 * ALL)
+    whole = max(weight.number for weight in weights(run_file().model).values())
+    assert state_bytes(run_file("train.precision=bf16"), 1) == StateBytes(
+        2 * ALL, 4 * ALL, 4 * ALL + 2 * whole, 8 * ALL
+    )
+    assert state_bytes(run_file("train.precision=fp64"), 1) == StateBytes(8 * ALL, 0, 8 * ALL + 8 * whole, 16 * ALL)
+
+
+LLAMA = ("model.preset=llama3-8b", "model.vocab_size=128256", "parallel.pp=4", "train.global_batch_size=64")
+
+
+def gradients_of(schedule: str, stage: int, *more: str) -> float:
+    run = run_file(*LLAMA, f"pipeline.schedule={schedule}", f"zero.stage={stage}", *more)
+    return state_bytes(run, 16).gradients
+
+
+@pytest.mark.parametrize("apart", ["zbv", "dualpipev", "interleaved_zero_bubble"])
+def test_gradients_count_by_schedule(apart: str) -> None:
+    """Backwards taken apart add all of a rank's weights under ZeRO-0, and a bucket under ZeRO-1."""
+    run = run_file(*LLAMA, f"pipeline.schedule={apart}")
+    embedding = 128256 * 4096
+    ranks = [4.0 * sum(held_weights(run, rank)[:2]) for rank in range(4)]
+    # The rank that holds most has the output, and where the pipeline is a V the embedding too.
+    most = max(ranks)
+    assert gradients_of(apart, 0) == 2 * most + 4 * embedding
+    assert gradients_of(apart, 1) == 1.25 * most + 32 * 2**20 + 4 * embedding
+    # Of the largest unit one gradient, the sent ones and a quarter of them: the output with its norm, or the embedding.
+    norm = 0 if apart == "interleaved_zero_bubble" else 4096
+    assert gradients_of(apart, 2) == most + 4 * embedding + (embedding + norm)
+
+
+def test_zero_3_under_a_pipeline_holds_whole_weights_and_gradients() -> None:
+    """PyTorch's schedules keep what a backward gathered; without a pipeline a layer at a time is gathered."""
+    assert (
+        state_bytes(run_file(*LLAMA, "zero.stage=3"), 16)[::2] == state_bytes(run_file(*LLAMA, "zero.stage=2"), 16)[::2]
+    )
+    without = state_bytes(run_file(*LLAMA, "parallel.pp=1", "zero.stage=3"), 16)
+    assert without.weights == 0
+    numbers = parameter_count(run_file(*LLAMA).model)
+    assert without.gradients < 4 * numbers
 
 
 def test_one_rank_has_nobody_to_share_with() -> None:
@@ -81,8 +134,12 @@ def test_experts_without_a_copy_are_held_whole() -> None:
     """With ep = world size each expert lives on one rank: stage 3 shards all else."""
     dense = (ALL - EXPERTS) / 4
     held = EXPERTS / 4
-    expected = StateBytes(4 * held, 4 * dense, 4 * (dense + held), 8 * (dense + held))
-    assert state_bytes(run_file("zero.stage=3", "parallel.ep=4"), 4) == pytest.approx(expected)
+    found = state_bytes(run_file("zero.stage=3", "parallel.ep=4"), 4)
+    assert found[:2] == pytest.approx((4 * held, 4 * dense))
+    assert found.moments == pytest.approx(8 * (dense + held))
+    # Whole for the experts, parts for all else, and what is reduced at a time: the embedding and the output here.
+    around = of("embedding") + of("output.weight") - of("mixer", "output.weight") + of("final_norm")
+    assert found.gradients == pytest.approx(4 * (dense + held) + 8 * around)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from engine_cases import SEQ, forward_backward, start
+from engine_cases import SEQ, Run, forward_backward, start
 from parity_samples import Sample, sample
 from rank_pool import run_mesh
 from storages import Storages
@@ -22,6 +22,7 @@ from meshwright.launcher.build import held_dtype, plan_of, sizes_of
 from meshwright.launcher.runfile.footprint import StateBytes, state_bytes
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import stages_of
+from meshwright.launcher.training.optimizer import Optimizer
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.placement import placement_table
 from meshwright.parallel.zero.engine import ZeroEngine
@@ -35,6 +36,10 @@ class Held(NamedTuple):
     padding: StateBytes
 
 
+COUNT_BYTES = 4
+"""AdamW's count of updates, one for each parameter; no part of these models is one number."""
+
+
 def storages(tensors: list[torch.Tensor]) -> dict[int, int]:
     """Return the bytes of each piece of memory that some tensors lie in."""
     local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
@@ -46,23 +51,36 @@ def held_between_steps(mesh: Mesh, drawn: Sample, precision: str) -> StateBytes:
     stage, dtype = run_file.zero.stage, held_dtype(run_file)
     run = start(mesh, run_file.model, plan_of(run_file), dtype=dtype, stages=stages_of(run_file))
     parts = run.engine.parts
-    optimizer = torch.optim.AdamW([part.parameter for part in parts.values() if part.parameter.numel()])
-    forward_backward(run, 0, drawn.micro_batch)
-    optimizer.step()
-    run.engine.publish_weights()
+    moments, _ = bytes_of_optimizer(run, run_file, drawn.micro_batch)
 
     table = placement_table(run.model)
     split = {name for name in parts if table[name].zero_axis(mesh).is_split}
     parameters = dict(run.model.named_parameters())
     computed = storages([p for name, p in parameters.items() if stage < 2 or name not in split])
     updated = storages([part.parameter for part in parts.values()])
-    moments = sum(s[kind].nbytes for s in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq"))
     return StateBytes(
         weights=sum(computed.values()),
         masters=sum(size for at, size in updated.items() if at not in computed),
         gradients=gradient_bytes(run.engine, parts),
         moments=moments,
     )
+
+
+def bytes_of_optimizer(run: Run, run_file: RunFile, micro_batch: int) -> tuple[int, int]:
+    """Take two steps of the product's; return what it made that lives after them, and of that the counts of updates."""
+    forward_backward(run, 0, micro_batch)
+    parts = [part.parameter for part in run.engine.parts.values()]
+    there = storages([*parts, *(held.grad for held in parts)])  # what is changed in place is seen too
+    with Storages() as seen:
+        optimizer = Optimizer(run.engine.parts, run_file.optimizer, run.mesh)
+        for _ in range(2):
+            optimizer.step(0.01)
+    run.engine.publish_weights()
+    gc.collect()
+    living = [storage.nbytes() for storage in seen.living() if storage.data_ptr() not in there]
+    counts = [nbytes for nbytes in living if nbytes == COUNT_BYTES]
+    del optimizer  # not before: it is what holds them
+    return sum(living) - sum(counts), sum(counts)
 
 
 def gradient_bytes(engine: ZeroEngine, parts: dict[str, Part]) -> int:
@@ -152,10 +170,10 @@ def test_each_rank_holds_what_its_shapes_make_and_the_average_is_the_footprint(d
     assert ranks == [held.found for held in by_hand]
 
     expected = state_bytes(run_file, drawn.world)
-    if run_file.zero.stage == 1:  # it counts the buckets too, which live while gradients are collected
-        parts = state_bytes(drawn.run_file(precision=precision, stage=2), drawn.world)
-        expected = expected._replace(gradients=parts.gradients)
-    if run_file.zero.stage == 2:  # gathered for each pass; between steps FSDP2 holds none of what it shards
+    # Between steps no gradients are left but the sums, one number where AdamW has two moments, and FSDP2 holds no
+    # gathered weights; `check` counts what there is at most.
+    expected = expected._replace(gradients=expected.moments / 2)
+    if run_file.zero.stage == 2:
         expected = expected._replace(
             weights=state_bytes(drawn.run_file(precision=precision, stage=3), drawn.world).weights
         )
@@ -203,3 +221,25 @@ def test_a_step_leaves_no_gathered_weights_behind(drawn: Sample) -> None:
         # A schedule of torch's keeps the activations that it sends and receives, of two micro-batches at most.
         kept_by_schedule = 4 * SEQ * drawn.micro_batch * 22 * 8 if drawn.has("pp") else 0
         assert 0 < gradients <= made <= gradients + kept_by_schedule
+
+
+def held_by_optimizer(mesh: Mesh, drawn: Sample) -> tuple[int, int]:
+    run_file = drawn.run_file(precision="fp32")
+    run = start(mesh, run_file.model, plan_of(run_file), dtype=torch.float32, stages=stages_of(run_file))
+    return bytes_of_optimizer(run, run_file, drawn.micro_batch)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_the_optimizer_holds_its_moments_and_counts_and_nothing_else(stage: int, kind: str) -> None:
+    """Among all bytes that it made and that live between steps: a whole copy anywhere would be among them."""
+    drawn = sample("moe", dp_shard=2, zero__stage=stage, optimizer__kind=kind, micro_batch=4)
+    matrices = [shape for shape, _ in (*ATTENTION.values(), *(SHARED[name] for name in ("gate", "up", "down")))]
+    matrices += [(6, 20, 22), (6, 20, 22), (6, 22, 20)]
+    others = [shape for table in (NORMS, QK_NORMS) for shape, _ in table.values()] + [SHARED["router"][0]]
+    one_moment = matrices * 2 if kind == "muon" else []
+    two_moments = [*others * 2, (37, 22), (22,), (37, 22), *([] if one_moment else matrices * 2)]
+    for rank, found in enumerate(run_mesh(sizes_of(drawn.run_file(), 2), held_by_optimizer, drawn)):
+        both = [bytes_of_one(shape, 2, rank, stage, (4, 4)).found.moments for shape in two_moments]
+        one = [bytes_of_one(shape, 2, rank, stage, (4, 4)).found.moments / 2 for shape in one_moment]
+        assert found == (sum(both) + sum(one), COUNT_BYTES * len(both)), f"rank {rank}"

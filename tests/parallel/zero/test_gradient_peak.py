@@ -1,0 +1,159 @@
+"""The most gradients that live at once in a step are, to the byte, those that `check` counts.
+
+The second of two steps is looked at, which finds what the first left. The models' sizes divide by two, so that averages
+are exact. Less is found only where a stage of a pipeline is reduced unit by unit: when the largest is copied, of those
+before it only parts are left. They are written down by hand, in numbers; the order is that in which FSDP2 knows them:
+around the layers first, then layers, each before its experts.
+"""
+
+import gc
+from typing import NamedTuple
+
+import pytest
+import torch
+from engine_cases import forward_backward, start
+from gradient_bytes import GradientBytes
+from parity_samples import Sample, sample
+from rank_pool import run_mesh
+
+from meshwright.kernels.limits import USUAL, Limits
+from meshwright.launcher.build import held_dtype, plan_of, sizes_of
+from meshwright.launcher.runfile.footprint import StateBytes, state_of_rank
+from meshwright.launcher.stages import stages_of
+from meshwright.parallel.mesh import Mesh
+
+EMBEDDING, HEAD, DENSE_OF_MOE_LAYER = 38 * 22, 38 * 22 + 22, 3136
+
+
+class Found(NamedTuple):
+    """The most bytes that lived on one rank, and what is counted for it."""
+
+    gradients: int
+    gathered: int
+    counted: StateBytes
+
+
+def at_most(mesh: Mesh, drawn: Sample, precision: str, limits: Limits) -> Found:
+    run_file = drawn.run_file(precision=precision)
+    run = start(mesh, run_file.model, plan_of(run_file, limits), dtype=held_dtype(run_file), stages=stages_of(run_file))
+    forward_backward(run, 0, drawn.micro_batch)
+    run.engine.publish_weights()
+    gc.disable()
+    try:
+        with GradientBytes(run.model, run.engine) as seen:
+            forward_backward(run, 1, drawn.micro_batch)
+    finally:
+        gc.enable()
+    counted = state_of_rank(run_file, drawn.world, mesh.pp.rank, limits)
+    return Found(seen.most, seen.gathered, counted)
+
+
+def found_on(drawn: Sample, precision: str, limits: Limits = USUAL) -> list[Found]:
+    assert drawn.problems() == []
+    return run_mesh(sizes_of(drawn.run_file(), drawn.world), at_most, drawn, precision, limits)
+
+
+def drawn_as(model: str, stage: int, schedule: str, **changes: int) -> Sample:
+    """Return a layout of two ranks that share state; "none" is no pipeline."""
+    if schedule != "none":
+        # As many micro-batches as fill it: with fewer a stage is reduced before another has all of its gradients.
+        few = schedule in ("1f1b", "gpipe")
+        return sample(
+            model,
+            dp_shard=2,
+            zero__stage=stage,
+            micro_batch=2 if few else 1,
+            pp=2,
+            pipeline__schedule=schedule,
+            **changes,
+        )
+    return sample(model, dp_shard=2, zero__stage=stage, micro_batch=2, **changes)
+
+
+def reduced_before(drawn: Sample, schedule: str) -> list[int]:
+    """Return how many numbers each stage's ranks have reduced when the largest unit is copied, at stages 2 and 3."""
+    with_experts = drawn.model.startswith("moe") and not drawn.has("ep")
+    dense = DENSE_OF_MOE_LAYER if with_experts else 0
+    if schedule in ("1f1b", "gpipe"):
+        return [EMBEDDING + dense, HEAD + dense]
+    return [HEAD + dense, dense]  # the last stage is reduced first, which in a V is the first rank's
+
+
+def assert_counted(drawn: Sample, schedule: str, precision: str) -> None:
+    found = found_on(drawn, precision)
+    stage = drawn.run_file().zero.stage
+    gone = [0, 0] if stage < 2 or schedule == "none" else reduced_before(drawn, schedule)
+    pairs = len(found) // 2 if schedule != "none" else 1
+    for rank, (gradients, gathered, counted) in enumerate(found):
+        # Half of what is reduced is a part that stays: 4 bytes, over two ranks.
+        before = gone[rank // 2] * 4 // 2 if pairs > 1 else 0
+        assert gradients + before == counted.gradients, f"rank {rank}"
+        if stage == 3 and schedule != "none" and not drawn.has("ep"):
+            assert gathered == counted.weights, f"rank {rank}: a pipeline leaves weights gathered"
+
+
+QUICK = [
+    (1, "none"), (3, "none"), (1, "1f1b"), (2, "1f1b"), (0, "zbv"), (1, "zbv"), (2, "zbv"),
+]  # fmt: skip
+SLOW = [(0, "none"), (2, "none"), (0, "1f1b"), (3, "1f1b"), (2, "gpipe"), (1, "interleaved_zero_bubble")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "schedule"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
+)
+def test_a_step_holds_the_gradients_that_are_counted(stage: int, schedule: str) -> None:
+    assert_counted(drawn_as("dense-by-two", stage, schedule), schedule, "fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["none", "gpipe"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_in_bf16_count_half(stage: int, schedule: str) -> None:
+    assert_counted(drawn_as("dense-by-two", stage, schedule), schedule, "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_of_experts_are_counted_where_they_lie(stage: int, ep: int, precision: str) -> None:
+    """With ep = 2 each expert lives on one rank: its gradients are in buckets whatever the stage."""
+    drawn = drawn_as("moe-by-two", stage, "none", **({"ep": ep} if ep > 1 else {}))
+    for rank, (gradients, _, counted) in enumerate(found_on(drawn, precision)):
+        # Counted, and not there yet when the experts' gradients are all there: those of the router and of its norm.
+        late = (8 * 22 + 22) * 4 if stage >= 2 else 0
+        assert counted.gradients - late <= gradients <= counted.gradients, f"rank {rank}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize(("stage", "schedule"), [(1, "gpipe"), (2, "gpipe"), (0, "zbv"), (1, "zbv"), (2, "zbv")])
+def test_gradients_of_experts_are_counted_under_a_pipeline(stage: int, schedule: str, ep: int) -> None:
+    assert_counted(drawn_as("moe-by-two", stage, schedule, **({"ep": ep} if ep > 1 else {})), schedule, "fp32")
+
+
+def test_of_several_buckets_one_is_made_beside_the_gradients_that_fill_it() -> None:
+    """Not all of them, which is what one bucket takes; a bucket is full at its limit or up to a parameter later."""
+    limits, drawn = Limits(bucket_bytes=10_000), drawn_as("dense-by-two", 1, "zbv")
+    largest = 52 * 22 * 4
+    for several, one in zip(found_on(drawn, "fp32", limits), found_on(drawn, "fp32"), strict=True):
+        assert several.counted.gradients - largest <= several.gradients <= several.counted.gradients
+        assert several.gradients < one.gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_summed_over_copies_is_counted(stage: int) -> None:
+    drawn = sample("dense-by-two", dp_replicate=2, dp_shard=2, zero__stage=stage, micro_batch=1)
+    for gradients, _, counted in found_on(drawn, "fp32"):
+        assert gradients == counted.gradients
+
+
+def test_autocast_counts_as_fp32() -> None:
+    """Weights, and so gradients, are in fp32 whatever products are computed in."""
+    drawn = drawn_as("dense-by-two", 1, "none")
+    as_fp32, cast = (
+        state_of_rank(drawn.run_file(precision=precision), 2, 0) for precision in ("fp32", "bf16_autocast")
+    )
+    assert cast == as_fp32
+    assert torch.promote_types(held_dtype(drawn.run_file(precision="bf16_autocast")), torch.bfloat16) == torch.float32
