@@ -130,6 +130,7 @@ def test_a_set_up_that_was_killed_is_begun_anew(clone: Path, bare: dict[str, str
     assert (clone / ".venv" / "complete").exists()
 
 
+@pytest.mark.slow
 def test_two_at_once_set_up_one_environment(clone: Path, bare: dict[str, str]) -> None:
     both = [
         subprocess.Popen(["bash", "-c", USE], cwd=clone, env=bare, stderr=subprocess.PIPE, text=True) for _ in range(2)

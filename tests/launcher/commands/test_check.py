@@ -47,8 +47,8 @@ def test_a_large_run_is_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert said["step"] == "512 samples x 4096 = 2,097,152 tokens; on each rank 4 micro-batches of 2"
     assert said["length"].startswith("200,000 steps, 419,430,400,000 tokens in all, 125 for each active weight")
     assert said["schedule"] == "wsd, peak 0.0004 after 2000 steps, end 4e-05"
-    # 16 bytes for each of 30.5 B weights over 64 ranks
-    assert said["state"].startswith("7.1 GiB on each rank: weights 0 B, masters 1.8 GiB, gradients 1.8 GiB")
+    # 16 bytes for each of 30.5 B weights over 64 ranks, and 8 for each of the embedding and the output together
+    assert said["state"].startswith("11.7 GiB on each rank: weights 0 B, masters 1.8 GiB, gradients 6.4 GiB")
 
 
 def test_no_ranks_are_refused_with_a_number_that_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,7 @@ def test_larger_layouts_compute_what_one_process_computes(name: str, world: int,
     assert done.blame is None
 
 
+@pytest.mark.slow
 def test_a_difference_is_told_with_its_tensor_step_and_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of("moe_tiny.toml", passes=("exact",))
     real = proof.run_passes
