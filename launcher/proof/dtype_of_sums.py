@@ -3,6 +3,8 @@
     over tp, etp         activations too, in the type that they have      not looked at
     over data, copies    gradients, the loss, counts                      in fp32 at least, whatever the precision
 
+Where the ranks of the data are those of etp too, they have one group, and nothing is looked at.
+
 The error of a gradient does not tell: rounding its sum to bf16 adds less than the products were off by anyway.
 """
 

@@ -22,7 +22,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from meshwright.launcher.proof.compare import NOTHING, Verdict, box_of, by_name, errors_of, largest
+from meshwright.launcher.proof.compare import Verdict, box_of, by_name, errors_of, is_nothing
 from meshwright.launcher.proof.record import Array, RankRecord
 
 TOGETHER, TIMES = 2.0, 4.0
@@ -49,7 +49,7 @@ def compare_own(exact: RankRecord, one: RankRecord, ranks: Sequence[RankRecord])
             _add(verdict, "all together", step, together**0.5)
         for name in (*ROUNDED, *reversed(tensors)):
             allowed = numbers[name] if name in ROUNDED else max(of_one[step, name], typical)
-            times = of_ranks[step, name] / allowed
+            times = of_ranks.get((step, name), np.inf) / allowed
             if not times <= TIMES:
                 _add(verdict, name, step, times)
     return verdict
@@ -72,7 +72,7 @@ def compare_sums(verdict: Verdict, exact: RankRecord, ranks: Sequence[RankRecord
         return
     steps = range(len(ranks[0].steps))
     for name, pieces in by_name(record.steps[step].gradients for record in ranks for step in steps).items():
-        if all(largest(step.gradients[name].values) <= NOTHING * step.norm for step in exact.steps):
+        if all(is_nothing(step, name) for step in exact.steps):
             continue
         values = np.concatenate([piece.values.reshape(-1) for _, piece in pieces])
         values = values[values != 0]
@@ -130,7 +130,7 @@ def _rounded(whole: Array, precision: str) -> Array:
 
 def mean_square(errors: Mapping[tuple[int, str], float], step: int, tensors: Sequence[str]) -> float:
     """Return the mean of the squared errors of these tensors in a step."""
-    return sum(errors[step, name] ** 2 for name in tensors) / len(tensors)
+    return sum(errors.get((step, name), np.inf) ** 2 for name in tensors) / len(tensors)
 
 
 def _add(verdict: Verdict, name: str, step: int, times: float) -> None:

@@ -165,7 +165,7 @@ def build(run_file: RunFile, precision: Precision, mesh: Mesh, *, is_cut: bool =
         }
     )
     batches = [table.train.global_batch_size, *(entry.global_batch_size for entry in table.train.batch_ramp)]
-    samples = max(*batches, table.evaluation.samples) * table.train.steps
+    samples = max(*batches, table.evaluation.samples) * (table.train.steps + 1)  # a run may begin with a past
     model, seed = table.model, table.run.seed
     store = counted_store(table.data.seq_len, model.vocab_size, seed, fewest=min(batches), samples=samples)
     table = with_vocab_of(table, store)

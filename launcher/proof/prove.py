@@ -255,10 +255,10 @@ class Judge:
 def summands(run_file: RunFile) -> int:
     """Return of how many products, by micro-batch and rank, any gradient is at least the sum.
 
-    An expert multiplies the tokens of all ranks of ep at once.
+    An expert multiplies the tokens of all ranks of ep and etp at once.
     """
     micro_batches = run_file.train.global_batch_size // run_file.train.micro_batch_size
-    return micro_batches // run_file.parallel.ep
+    return micro_batches // (run_file.parallel.ep * run_file.parallel.etp)
 
 
 def _no_numbers(one: Mapping[str, RankRecord]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from math import inf
 from typing import Any
 
 from meshwright.launcher.proof.resume import ResumePlan, ResumeResult
@@ -57,8 +58,14 @@ def as_json(name: str, plan: ResumePlan, results: Sequence[ResumeResult]) -> dic
         "is_same": all(result.is_same for result in results),
         "steps": plan.steps,
         "changes": [{"key": c.key, "before": c.before, "after": c.after} for c in plan.narrowed.changes],
-        "results": [asdict(result) | {"is_same": result.is_same} for result in results],
+        "results": [_plain(result) for result in results],
     }
+
+
+def _plain(result: ResumeResult) -> dict[str, Any]:
+    """Return a result without the numbers that JSON has not."""
+    values = asdict(result) | {"is_same": result.is_same}
+    return {name: None if value in (inf, -inf) or value != value else value for name, value in values.items()}
 
 
 def _row(*cells: str) -> str:

@@ -277,6 +277,22 @@ def test_what_is_computed_with_is_held_against_the_masters_as_they_are_rounded()
     assert list(other_than_masters(ranks, masters_after(ranks, -1, "bf16"))) == [("a", "no rank has it")]
 
 
+def test_a_weight_that_rounding_alone_moved_may_be_off_by_a_few_learning_rates() -> None:
+    def told(gradient: float, off: float) -> list[str]:
+        one, other = record(), record()
+        for each in (one, other):
+            for step in each.steps:
+                step.learning_rate = 1e-3
+                step.gradients["zero"] = piece([gradient])
+                step.weights["zero"] = piece([1e-3])
+        other.steps[1].weights["zero"] = piece([1e-3 + off])
+        return [str(found) for found in compare_exactly(one, [other]).differences]
+
+    assert told(1e-14, 3e-3) == []
+    assert told(1e-14, 5e-3) != []
+    assert told(1e-3, 3e-3) != []
+
+
 def test_a_sum_that_holds_no_more_than_bf16_is_told() -> None:
     def told(values: np.ndarray, summands: int, exact: float = 1.0) -> list[str]:
         ranks, verdict, one = two_ranks(), Verdict([]), record()
