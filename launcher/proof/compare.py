@@ -314,6 +314,14 @@ def _matched(
         verdict.miss(layer, f"{int((~seen).sum())} of {len(seen)} tokens are on no rank", what=what, step=step)
 
 
+def whole_of(pieces: Sequence[tuple[int, Piece]]) -> Array:
+    """Return what the pieces of a tensor make up together, in fp64, which holds them exactly; nan where none lies."""
+    whole = np.full(pieces[0][1].shape, np.nan)
+    for _, piece in pieces:
+        whole[box_of(piece)] = piece.values
+    return whole
+
+
 def by_name(ranks: Iterable[Mapping[str, Piece]]) -> dict[str, list[tuple[int, Piece]]]:
     """Return what the ranks hold of each tensor, with the rank."""
     found: dict[str, list[tuple[int, Piece]]] = {}

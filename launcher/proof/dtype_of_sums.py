@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshwright.launcher.build import Run
+from meshwright.parallel.rank_names import named
 
 _SUMS = ("allreduce_", "reduce_scatter_", "_reduce_scatter_base_", "reduce_")
 
@@ -51,4 +52,4 @@ class DtypeOfSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         for tensor in tensors:
             if tensor.is_floating_point() and tensor.itemsize < torch.float32.itemsize:
-                self.found.add(f"{str(tensor.dtype).removeprefix('torch.')} over ranks {', '.join(map(str, ranks))}")
+                self.found.add(f"{str(tensor.dtype).removeprefix('torch.')} over {named(ranks)}")

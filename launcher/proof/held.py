@@ -12,19 +12,17 @@ other run's must be so too, and nothing more is asked. exp_avg_sq is of squares.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from meshwright.launcher.proof.compare import (
     EXACT,
     NOTHING,
-    box_of,
     by_name,
     largest,
     on_no_rank,
     same_bits,
+    whole_of,
     worst_error,
 )
-from meshwright.launcher.proof.record import Array, Piece
+from meshwright.launcher.proof.record import Piece
 
 Held = dict[str, Piece]
 """What a rank holds, by the names that a checkpoint has."""
@@ -64,7 +62,7 @@ def compare_held(expected: Sequence[Held], found: Sequence[Held], *, norm: float
             numbers = f"{left_out} of its numbers are on no rank, and {missing} were on none of the unbroken run"
             differences.append(f"{_AT_THE_END}{name}: {numbers}")
             continue
-        whole = _whole(theirs[name])
+        whole = whole_of(theirs[name])
         if max(largest(whole), *(largest(piece.values) for _, piece in ours[name])) <= _nothing(name, norm):
             continue
         error, rank = worst_error(whole, ours[name], largest)
@@ -106,14 +104,6 @@ def _other_values(name: str, theirs: Any, ours: Any, allowed: float) -> Iterator
             yield f"{name} is {ours!r}, not {theirs!r}"
     elif theirs != ours:
         yield f"{name} is {ours!r}, not {theirs!r}"
-
-
-def _whole(pieces: Sequence[tuple[int, Piece]]) -> Array:
-    """Return what pieces make up together, in fp64."""
-    whole = np.zeros(pieces[0][1].shape)
-    for _, piece in pieces:
-        whole[box_of(piece)] = piece.values
-    return whole
 
 
 def _nothing(name: str, norm: float) -> float:

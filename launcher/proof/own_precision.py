@@ -22,7 +22,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from meshwright.launcher.proof.compare import Verdict, box_of, by_name, errors_of, is_nothing
+from meshwright.launcher.proof.compare import Verdict, box_of, by_name, errors_of, is_nothing, whole_of
 from meshwright.launcher.proof.record import Array, RankRecord
 
 TOGETHER, TIMES = 2.0, 4.0
@@ -112,12 +112,8 @@ def masters_after(ranks: Sequence[RankRecord], step: int, precision: str) -> dic
 
 def _masters(ranks: Sequence[RankRecord], step: int) -> dict[str, Array]:
     """Return the global weights that the ranks' pieces make up after a step."""
-    wholes: dict[str, Array] = {}
-    for name, pieces in by_name(record.steps[step].weights for record in ranks).items():
-        wholes[name] = np.full(pieces[0][1].shape, np.nan, pieces[0][1].values.dtype)
-        for _, piece in pieces:
-            wholes[name][box_of(piece)] = piece.values
-    return wholes
+    held = by_name(record.steps[step].weights for record in ranks)
+    return {name: whole_of(pieces) for name, pieces in held.items()}
 
 
 def _rounded(whole: Array, precision: str) -> Array:

@@ -262,7 +262,7 @@ def summands(run_file: RunFile) -> int:
 
 
 def _no_numbers(one: Mapping[str, RankRecord]) -> list[str]:
-    """Return for each pass in which step one process' loss or norm was no number, and what would help."""
+    """Return the first step in which one process' loss or norm was no number, and what would help."""
     return [
         f"learning_rate.peak, optimizer, model: with these one process has loss = {step.loss:.3g} and norm ="
         f" {step.norm:.3g} in step {number} ({name}), to which nothing can be compared; values that train would fit"

@@ -135,17 +135,19 @@ def _result(result: LayoutResult) -> dict[str, Any]:
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
-    differences = [asdict(difference) for difference in verdict.differences[:_LISTED]]
-    for difference in differences:
-        if not np.isfinite(difference["error"]):  # JSON has no such numbers
-            difference["error"] = None
+    differences = verdict.differences[:_LISTED]
     return {
-        "worst": verdict.worst if np.isfinite(verdict.worst) else None,
+        "worst": number(verdict.worst),
         "num_ties": len(verdict.ties),
         "ties": [asdict(tie) for tie in verdict.ties],
         "num_differences": len(verdict.differences),
-        "differences": differences,
+        "differences": [asdict(difference) | {"error": number(difference.error)} for difference in differences],
     }
+
+
+def number(value: float) -> float | None:
+    """Return a number as JSON has it, which knows no nan and nothing infinite."""
+    return value if np.isfinite(value) else None
 
 
 def _own(plan: Plan) -> str:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from math import inf
 from typing import Any
 
+from meshwright.launcher.proof.report import number
 from meshwright.launcher.proof.resume import ResumePlan, ResumeResult
 from meshwright.launcher.proof.sublayouts import said
 
@@ -22,19 +22,24 @@ def heading(name: str, plan: ResumePlan) -> Iterator[str]:
 
 def row(result: ResumeResult) -> Iterator[str]:
     """Yield the table's line of one way of going on, and its first differences."""
-    if not result.tokens:  # its ranks did not come to an end
-        worst = "-"
-    else:
-        worst = "equal bits" if result.is_bitwise and result.worst == 0 else f"{result.worst:.1e}"
+    worst, held = _cells(result)
     after = "the same" if result.before == result.after else said(result.after)
-    held = f"{result.worst_held:.1e}" if result.tokens and not result.is_bitwise else "-"
-    held = "equal bits" if result.is_bitwise and result.is_same else held
     ids, seconds = f"{result.tokens:,}", f"{result.seconds:.1f}"
     yield _row(said(result.before), after, result.precision, worst, held, ids, seconds)
     for line in result.differences[:_SHOWN]:
         yield f"    {line}"
     if len(result.differences) > _SHOWN:
         yield f"    and {len(result.differences) - _SHOWN} more differences"
+
+
+def _cells(result: ResumeResult) -> tuple[str, str]:
+    """Return what is told of losses and norms, and of what is held at the end."""
+    if not result.tokens:  # its ranks did not come to an end
+        return "-", "-"
+    if not result.is_bitwise:
+        return f"{result.worst:.1e}", f"{result.worst_held:.1e}"
+    worst = "equal bits" if result.worst == 0 else f"{result.worst:.1e}"
+    return worst, "equal bits" if result.is_same else "-"
 
 
 def ending(results: Sequence[ResumeResult]) -> Iterator[str]:
@@ -58,14 +63,12 @@ def as_json(name: str, plan: ResumePlan, results: Sequence[ResumeResult]) -> dic
         "is_same": all(result.is_same for result in results),
         "steps": plan.steps,
         "changes": [{"key": c.key, "before": c.before, "after": c.after} for c in plan.narrowed.changes],
-        "results": [_plain(result) for result in results],
+        "results": [
+            asdict(result)
+            | {"is_same": result.is_same, "worst": number(result.worst), "worst_held": number(result.worst_held)}
+            for result in results
+        ],
     }
-
-
-def _plain(result: ResumeResult) -> dict[str, Any]:
-    """Return a result without the numbers that JSON has not."""
-    values = asdict(result) | {"is_same": result.is_same}
-    return {name: None if value in (inf, -inf) or value != value else value for name, value in values.items()}
 
 
 def _row(*cells: str) -> str:

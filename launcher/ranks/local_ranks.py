@@ -163,8 +163,6 @@ class _Watch:
         self.running = {rank: each.process for rank, each in enumerate(started)}
         self.interrupts = 0
         self.ended_by_us = False
-        self.was_killed = False
-        """Whether the user would not wait any longer."""
         self.passed_on: dict[int, int] = {}
         """Each signal that the ranks were sent for one that came from outside, with the one that came."""
 
@@ -217,8 +215,7 @@ class _Watch:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
-        if self.interrupts > 1:
-            self.was_killed = True
+        if self.interrupts > 1:  # the user will not wait any longer
             self._send(signal.SIGKILL)
         else:
             sent = _PASSED_ON[signal.Signals(number)]
@@ -245,7 +242,7 @@ class _Watch:
 
     def _ended_from_outside(self, ended_by: set[int]) -> str:
         """Say what the user did, if that alone ended the ranks; `ended_by` are the signals that did."""
-        if self.was_killed and ended_by <= {signal.SIGKILL, *self.passed_on}:
+        if self.interrupts > 1 and ended_by <= {signal.SIGKILL, *self.passed_on}:
             return "ended at once, at the second Ctrl-C; the checkpoints that are finished stay"
         if not ended_by <= self.passed_on.keys():  # after its start a rank that is told to stop ends by itself
             return ""
