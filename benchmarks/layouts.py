@@ -4,7 +4,7 @@
     overhead   our layers on one process beside plain nn modules, forward and backward, pairs taking turns
     ranks      one process on two threads beside two ranks of one thread: DP, TP, PP, EP, CP
     zero       ZeRO-1 beside torch's DDP, DDP with ZeroRedundancyOptimizer, and FSDP2, on two ranks
-    peak       bytes of gradients while a step runs, by ZeRO stage and schedule
+    peak       bytes of gradients that live at once in a step, by ZeRO stage and schedule
 
 `--width` is the hidden size of the model of `ranks` and `zero` (docs/measured/layouts.md has 128): heads of 32, half as
 many of keys and values, feed-forwards of three widths, experts of one and a half.
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
 import torch.distributed as dist
-from layouts_ranks import CONTESTANTS, LAYOUTS_OF_TWO, peak_gradients, time_contestants, time_layout
+from layouts_ranks import CONTESTANTS, LAYOUTS_OF_TWO, time_contestants, time_layout
 from torch import nn
 
 from meshwright.model.feedforward.mlp import Mlp
@@ -166,25 +166,29 @@ def zero_table(turns: int, width: int) -> None:
 
 
 def peak_table() -> None:
-    """Print how many bytes of gradients a rank holds at most, over the bytes of its weights."""
+    """Print how many bytes of gradients live at once on rank 0, and what `check` counts."""
+    from gradient_bytes import most_in_a_step
     from parity_samples import sample
     from rank_pool import run_mesh
 
     from meshwright.launcher.build import sizes_of
 
-    print("| layout | weights, bytes | gradients at most, bytes | in weights |\n|---|---|---|---|")
-    drawn = [sample("dense", dp_shard=2, zero__stage=stage) for stage in range(4)]
-    drawn += [sample("dense", pp=2, dp_shard=2, zero__stage=stage, pipeline__schedule="gpipe") for stage in (0, 1, 2)]
-    drawn += [sample("dense", pp=2, dp_shard=2, zero__stage=stage) for stage in (1, 2)]
+    print("| layout | weights, bytes | gradients at most, bytes | in weights | as `check` counts |")
+    print("|---|---|---|---|---|")
+    drawn = [sample("dense-by-two", dp_shard=2, zero__stage=stage) for stage in range(4)]
     drawn += [
-        sample("dense", pp=2, dp_shard=2, zero__stage=stage, pipeline__schedule=schedule)
-        for schedule in ("interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
+        sample("dense-by-two", pp=2, dp_shard=2, zero__stage=stage, pipeline__schedule="gpipe") for stage in range(4)
+    ]
+    drawn += [
+        sample("dense-by-two", pp=2, dp_shard=2, zero__stage=stage, pipeline__schedule=schedule)
+        for schedule in ("1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
         for stage in (1, 2)
     ]
     for each in drawn:
         assert each.problems() == [], f"{each}: {each.problems()}"
-        weights, most = run_mesh(sizes_of(each.run_file(), each.world), peak_gradients, each)[0]
-        print(f"| {each} | {weights:,} | {most:,} | {most / weights:.2f} |", flush=True)
+        found = run_mesh(sizes_of(each.run_file(), each.world), most_in_a_step, each)[0]
+        counts = f"{found.weights:,} | {found.gradients:,} | {found.gradients / found.weights:.2f}"
+        print(f"| {each} | {counts} | {found.counted.gradients:,.0f} |", flush=True)
 
 
 def main() -> None:

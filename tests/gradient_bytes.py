@@ -7,14 +7,22 @@ A gradient that nothing names any more counts for as long as its memory lives. L
 into one of these places, which is when two of them live.
 """
 
+import gc
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from engine_cases import forward_backward, start
+from parity_samples import Sample
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from meshwright.kernels.limits import USUAL, Limits
+from meshwright.launcher.build import held_dtype, plan_of
+from meshwright.launcher.runfile.footprint import StateBytes, state_of_rank
+from meshwright.launcher.stages import stages_of
+from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.zero.engine import ZeroEngine
 
 WRITES = ("add_", "copy_", "_foreach_add_", "_foreach_copy_", "chunk_cat")
@@ -93,3 +101,29 @@ class GradientBytes(TorchDispatchMode):
         self._seen = {key: known for key, known in self._seen.items() if not known[0].expired()}
         self.most = max(self.most, sum(nbytes for _, nbytes in self._seen.values()))
         self.gathered = max(self.gathered, gathered)
+
+
+class Found(NamedTuple):
+    """The most bytes that lived on one rank in a step, what is counted for it, and its weights."""
+
+    gradients: int
+    gathered: int
+    counted: StateBytes
+    weights: int
+
+
+def most_in_a_step(mesh: Mesh, drawn: Sample, precision: str = "fp32", limits: Limits = USUAL) -> Found:
+    """Look at the second of two steps of this sample on this rank, which finds what the first left."""
+    run_file = drawn.run_file(precision=precision)
+    run = start(mesh, run_file.model, plan_of(run_file, limits), dtype=held_dtype(run_file), stages=stages_of(run_file))
+    forward_backward(run, 0, drawn.micro_batch)
+    run.engine.publish_weights()
+    gc.disable()
+    try:
+        with GradientBytes(run.model, run.engine) as seen:
+            forward_backward(run, 1, drawn.micro_batch)
+    finally:
+        gc.enable()
+    counted = state_of_rank(run_file, drawn.world, mesh.pp.rank, limits)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in run.model.parameters())
+    return Found(seen.most, seen.gathered, counted, weights)

@@ -6,51 +6,21 @@ before it only parts are left. They are written down by hand, in numbers; the or
 around the layers first, then layers, each before its experts.
 """
 
-import gc
-from typing import NamedTuple
-
 import pytest
 import torch
-from engine_cases import forward_backward, start
-from gradient_bytes import GradientBytes
+from gradient_bytes import Found, most_in_a_step
 from parity_samples import Sample, sample
 from rank_pool import run_mesh
 
 from meshwright.kernels.limits import USUAL, Limits
-from meshwright.launcher.build import held_dtype, plan_of, sizes_of
-from meshwright.launcher.runfile.footprint import StateBytes, state_of_rank
-from meshwright.launcher.stages import stages_of
-from meshwright.parallel.mesh import Mesh
+from meshwright.launcher.build import sizes_of
 
 EMBEDDING, HEAD, DENSE_OF_MOE_LAYER = 38 * 22, 38 * 22 + 22, 3136
 
 
-class Found(NamedTuple):
-    """The most bytes that lived on one rank, and what is counted for it."""
-
-    gradients: int
-    gathered: int
-    counted: StateBytes
-
-
-def at_most(mesh: Mesh, drawn: Sample, precision: str, limits: Limits) -> Found:
-    run_file = drawn.run_file(precision=precision)
-    run = start(mesh, run_file.model, plan_of(run_file, limits), dtype=held_dtype(run_file), stages=stages_of(run_file))
-    forward_backward(run, 0, drawn.micro_batch)
-    run.engine.publish_weights()
-    gc.disable()
-    try:
-        with GradientBytes(run.model, run.engine) as seen:
-            forward_backward(run, 1, drawn.micro_batch)
-    finally:
-        gc.enable()
-    counted = state_of_rank(run_file, drawn.world, mesh.pp.rank, limits)
-    return Found(seen.most, seen.gathered, counted)
-
-
 def found_on(drawn: Sample, precision: str, limits: Limits = USUAL) -> list[Found]:
     assert drawn.problems() == []
-    return run_mesh(sizes_of(drawn.run_file(), drawn.world), at_most, drawn, precision, limits)
+    return run_mesh(sizes_of(drawn.run_file(), drawn.world), most_in_a_step, drawn, precision, limits)
 
 
 def drawn_as(model: str, stage: int, schedule: str, **changes: int) -> Sample:
