@@ -5,8 +5,8 @@ split, h hidden_size; N weights of this rank, P the same with dims cut in n part
 
     dp    ZeRO-0   all_reduce 2 (n-1)/n N, once over all copies and shards: n is all ranks of the data
           ZeRO-1   reduce_scatter (n-1)/n P, all_gather (n-1)/n P
-          ZeRO-2   m times both: FSDP2 gathers and reduces for every micro-batch, and adds up parts
-          ZeRO-3   the same, and gathers once more for each backward pass
+          ZeRO-2   reduce_scatter m times: FSDP2 reduces for every micro-batch, and adds up parts
+          ZeRO-3   the same, and all_gather 2 m times, for each pass forward and backward
     HSDP           from ZeRO-1 on each rank's part again over r of dp_replicate: all_reduce 2 (r-1)/r P/n
     tp + sp        attention, feed-forward, and each end of the model gather and scatter tokens once forward and once
                    backward: m (2 L + 2) times (n-1)/n t h, twice; the former gather once more backward, as each rank
@@ -37,10 +37,11 @@ from parity_samples import Sample, sample
 from torch import Tensor
 
 from meshwright.launcher.build import plan_of
-from meshwright.launcher.stages import stages_of
+from meshwright.launcher.stages import layers_held, stages_of
 from meshwright.model.config import ModelConfig
 from meshwright.model.parts import build_model
 from meshwright.model.routers.topk import TopKRouter
+from meshwright.model.stage import HeldStages
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import chunk_bounds
@@ -86,6 +87,7 @@ def traffic_of_a_step(mesh: Mesh, drawn: Sample) -> Bytes:
     traffic = Traffic(names, Counter(), [])
     if mesh.pp.is_split:
         forward_backward(run, 0, drawn.micro_batch)  # torch's stages say hello in their first step: 4 bytes
+        run.engine.publish_weights()
     with watching(traffic):
         forward_backward(run, 0, drawn.micro_batch)
         run.engine.publish_weights()
@@ -125,9 +127,9 @@ def sums(
         world = n * replicas
         joined = axis if replicas == 1 else "data"
         return Counter({(joined, "all_reduce"): 2 * (world - 1) * numel(shapes) // world})
-    part, times = numel(shapes, n), m if stage >= 2 else 1
-    found = Counter({(axis, "reduce_scatter"): times * (n - 1) * part})
-    found[axis, "all_gather"] = times * (2 if stage == 3 else 1) * (n - 1) * part
+    part = numel(shapes, n)
+    found = Counter({(axis, "reduce_scatter"): (m if stage >= 2 else 1) * (n - 1) * part})
+    found[axis, "all_gather"] = (2 * m if stage == 3 else 1) * (n - 1) * part
     # Buckets are summed with their padding; FSDP2's parts, of which a later rank's are shorter, without.
     held = part if stage == 1 else numel(shapes, n, index)
     found["dp_replicate", "all_reduce"] = 2 * (replicas - 1) * held // replicas
@@ -162,10 +164,19 @@ def cp_bytes(drawn: Sample, n: int) -> Bytes:
 
 
 def pp_bytes(drawn: Sample, n: int, rank: int) -> Bytes:
-    """Return what a rank with one stage sends: activations to the next one, gradients to the one before."""
-    t, borders = SEQ * drawn.micro_batch, (rank < n - 1) + (rank > 0)
-    each = BATCH // drawn.micro_batch * t * drawn.run_file().model.hidden_size
-    return in_bytes(Counter({("pp", "send"): each * borders}))
+    """Return what a rank with one stage sends: activations to the next one, gradients to the one before; ZeRO's sums.
+
+    Ranks count along dp_shard first.
+    """
+    run_file = drawn.run_file()
+    model, shards = run_file.model, drawn.world // n
+    rank, index = divmod(rank, shards)
+    t, m, borders = SEQ * drawn.micro_batch, BATCH // drawn.micro_batch // shards, (rank < n - 1) + (rank > 0)
+    held = HeldStages(layers_held(run_file, rank), stages_of(run_file).count)
+    shapes = [tuple(p.shape) for p in build_model(model, device="meta", held=held).parameters()]
+    found = sums(shapes, run_file.zero.stage, m, "dp_shard", shards, index)
+    found["pp", "send"] = m * t * model.hidden_size * borders
+    return in_bytes(found)
 
 
 def moe_bytes(drawn: Sample, rank: int) -> Bytes:
@@ -231,6 +242,7 @@ def of_zero(name: str, replicas: int) -> dict[str, tuple[Sample, Callable[[int],
 
 
 TP, PP = sample("dense", tp=2, micro_batch=2), sample("dense", pp=2, micro_batch=2)
+PP_AND_DP = [sample("dense", pp=2, dp_shard=2, zero__stage=stage, micro_batch=2) for stage in range(4)]
 # Experts whole on one rank, and in two copies (edp), whose gradients are summed.
 MIXTURES = {
     "ep": sample("moe", dp_shard=2, ep=2),
@@ -248,6 +260,7 @@ LAYOUTS: dict[str, tuple[Sample, Callable[[int], Bytes]]] = {
     **of_zero("HSDP, ", 2),
     "tp + sp": (TP, lambda rank: tp_bytes(TP, 2)),
     "pp": (PP, partial(pp_bytes, PP, 2)),
+    **{f"pp, ZeRO-{stage}": (drawn, partial(pp_bytes, drawn, 2)) for stage, drawn in enumerate(PP_AND_DP) if stage},
     "cp, ring": (RING, lambda rank: cp_bytes(RING, 2)),
     "cp, Ulysses": (ULYSSES, lambda rank: cp_bytes(ULYSSES, 2)),
     **{name: (drawn, partial(moe_bytes, drawn)) for name, drawn in MIXTURES.items()},

@@ -5,17 +5,17 @@
     stage   weights   masters             moments
     0       c*N       m*N if c < m        2*m*N
     1       c*N       m*N/d if c < m      2*m*N/d
-    2       c*N       m*N/d               2*m*N/d      the weights are gathered for each pass
-    3       -         m*N/d               2*m*N/d      one layer at a time is gathered, not counted; see below
+    2       c*N       m*N/d               2*m*N/d      the weights are gathered once a step
+    3       -         m*N/d               2*m*N/d      one layer at a time is gathered, not counted
 
 Gradients at most, which is in the last backward of a step or in its reduction. P is the largest parameter, B the
 largest bucket (buckets.py), U the largest unit that FSDP2 reduces (a layer, its experts, or what is around the layers):
 
-    stage   no pipeline                whole backwards        backwards taken apart
-    0       m*N + c*P                  m*N + c*P              m*N + c*N + c*P
-    1       m*N + m*N/d + c*P          m*N + m*N/d + c*P      m*N + m*N/d + c*B    c*N + m*N/d + c*P, if that is more
-    2       m*N/d + c*H + (c+m)*U      m*N + m*U              m*N + m*U
-    3       m*N/d + c*H + (c+m)*U      m*N + m*U              refused
+    stage   whole backwards            backwards taken apart (by some schedules of a pipeline)
+    0       m*N + c*P                  m*N + c*N + c*P
+    1       m*N + m*N/d + c*P          m*N + m*N/d + c*B    c*N + m*N/d + c*P, if that is more
+    2       m*N/d + c*H + (c+m)*U      m*N + m*U
+    3       m*N/d + c*H + (c+m)*U      refused
 
     m*N + c*P   all buckets are open, and the last gradient is on its way into one.
     m*N/d       where sums land, beside what is sent. Stage 0 sums in place.
@@ -25,11 +25,10 @@ largest bucket (buckets.py), U the largest unit that FSDP2 reduces (a layer, its
                 what is open from the begin of a backward to its end: the gradients of the output and the last norm.
                 While a unit's sums land it has let go of all of its gradients but the last: where that is more, the
                 unit counts as c*P + m*U + m*U/d, with the largest of its parameters.
-    m*N + m*U   under a pipeline it keeps whole gradients until a stage's last backward, then reduces unit by unit;
-                as above c*P + m*U/d where that is more than m*U.
+    m*N + m*U   there it keeps whole gradients until the schedule is through, then reduces unit by unit; as above
+                c*P + m*U/d where that is more than m*U.
 
-With copies (dp_replicate) stages 2 and 3 sum the parts over them in m*N/d more, after the reduction. Stage 3 under a
-pipeline holds c*N weights as well: torch's schedules leave what a backward gathered until the next forward.
+With copies (dp_replicate) stages 2 and 3 sum the parts over them in m*N/d more, after the reduction.
 
 Dense weights have d = dp_shard * cp, and N is what tp leaves of them: matrices are cut, key and value heads as far as
 there are heads, a vocabulary in equal rows with padding; norms and routers are whole. Routed experts are cut by ep and
@@ -85,14 +84,13 @@ def state_of_rank(run_file: RunFile, world_size: int, pp_rank: int, limits: Limi
     precision, stage = run_file.train.precision, run_file.zero.stage
     compute, update = float(COMPUTE_BYTES[precision]), float(UPDATE_BYTES[precision])
     held, shards = held_weights(run_file, pp_rank), _shards(run_file, world_size)
-    keeps_weights = run_file.parallel.pp > 1
     weights = masters = moments = 0.0
     for number, muon, d in (
         (held.dense, held.dense_of_muon, shards[False]),
         (held.experts, held.experts_of_muon, shards[True]),
     ):
         of_kind = stage if d > 1 else 0
-        weights += 0.0 if of_kind == 3 and not keeps_weights else compute * number
+        weights += 0.0 if of_kind == 3 else compute * number
         if compute < update or of_kind >= 2:
             masters += update * number / (d if of_kind >= 1 else 1)
         moments += update * (2 * number - muon) / (d if of_kind >= 1 else 1)
@@ -211,8 +209,8 @@ def _gradients_at_most(run_file: RunFile, shards: Mapping[bool, int], pp_rank: i
         return sums + max(in_backward, update * n_cut + compute * _largest_bucket(cut, update, limits))
     sums = update * n_whole + (compute * n_whole if is_apart else 0.0)
     on_its_way = compute * _largest(whole)
-    if run_file.parallel.pp > 1:
-        units = _units(cut, is_pipelined=True).values()
+    if is_apart:
+        units = _units(cut, has_both_ends=False).values()
         sent = (update * max(_number(unit), _number_of_part(unit, shards) + _largest(unit)) for unit in units)
         return sums + update * n_cut + max([on_its_way, *sent])
     over_copies = 0.0
@@ -240,13 +238,13 @@ def _largest_bucket(cut: list[HeldWeight], update: float, limits: Limits) -> flo
     return float(max(min(_number(kind), limits.bucket_bytes / update + _largest(kind)) for kind in kinds))
 
 
-def _units(cut: list[HeldWeight], *, is_pipelined: bool) -> dict[tuple[str, bool], list[HeldWeight]]:
+def _units(cut: list[HeldWeight], *, has_both_ends: bool) -> dict[tuple[str, bool], list[HeldWeight]]:
     """Return what FSDP2 reduces at a time: by layer ("" is around them), and whether it is the experts of one."""
     units: dict[tuple[str, bool], list[HeldWeight]] = {}
     for held in cut:
         name, weight, _ = held
         layer = name.split(".")[1] if name.startswith("layers.") else ""
-        if is_pipelined and name == EMBEDDING:
+        if not has_both_ends and name == EMBEDDING:
             layer = EMBEDDING  # the first stage's, which is not the last
         units.setdefault((layer, weight.is_of_experts), []).append(held)
     return units
@@ -259,9 +257,10 @@ def _in_one_reduction(run_file: RunFile, cut: list[HeldWeight], shards: Mapping[
     """
     precision, is_tied = run_file.train.precision, run_file.model.tie_embeddings
     compute, update = float(COMPUTE_BYTES[precision]), float(UPDATE_BYTES[precision])
-    units = _units(cut, is_pipelined=False)
+    units = _units(cut, has_both_ends=True)
     around = units.pop(("", False), [])
-    head = compute * _number([held for held in around if is_tied or held[0] != EMBEDDING])
+    has_output = any(name != EMBEDDING for name, _, _ in around)  # else the first stage's, which begins with a layer
+    head = compute * _number([held for held in around if has_output and (is_tied or held[0] != EMBEDDING)])
     sent_before = update * max(map(_number, units.values()), default=0)
     found = [0.0]
     for (layer, of_experts), unit in [(("", False), around), *units.items()]:

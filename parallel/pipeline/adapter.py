@@ -131,7 +131,7 @@ class Pipeline:
         loss = torch.empty(1, dtype=self.dtype, device="meta", requires_grad=True)
         count = self.stages.count
         return PipelineStage(
-            part,
+            part if self.stages.splits_backward else _Plain(part),
             stage,
             count,
             self.device,
@@ -139,6 +139,25 @@ class Pipeline:
             output_args=(loss if stage == count - 1 else activations,),
             group=self.pp.group,
         )
+
+
+class _Plain(nn.Module):
+    """A stage whose sharding (ZeRO-2, ZeRO-3) torch's schedules do not see.
+
+    Where they see FSDP2 they gather a whole stage and reduce it when they are through: a rank would hold whole weights
+    and whole gradients. Left alone, FSDP2 gathers and reduces unit by unit, as it does without a pipeline. A schedule
+    that takes backwards apart has to see it: hooks are not called there.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        """Take the stage."""
+        super().__init__()
+        self.part = part
+
+    def forward(self, *activations: Tensor, number: Tensor) -> Tensor:
+        """Run the stage."""
+        out: Tensor = self.part(*activations, number=number)
+        return out
 
 
 def _within_a_stage(error: BaseException) -> BaseException:

@@ -4,9 +4,9 @@
     0       whole              whole                           whole
     1       whole              parts                           parts
     2       parts, gathered    parts                           parts
-            once a pass
+            once a step
     3       parts, gathered    parts                           parts
-            twice a pass
+            for each pass
 
 The whole gradients that stage 1 collects are let go when they are reduced (buckets.py).
 
@@ -110,8 +110,8 @@ def shard(
     placed = dict(model.named_parameters())
     engines: list[BucketEngine | FsdpEngine] = []
     plain = {name: parameter for name, parameter in placed.items() if name not in by_fsdp}
+    at_end = reductions.schedule == "split backward"
     if plain:
-        at_end = reductions.schedule == "split backward"
         engines.append(
             BucketEngine(
                 plain, table, mesh, shard_state=stage >= 1, take_at_end=at_end, bucket_bytes=reductions.bucket_bytes
@@ -119,7 +119,5 @@ def shard(
         )
     if by_fsdp:
         sharded = {name: placed[name] for name in placed if name in by_fsdp}
-        engines.append(
-            FsdpEngine(sharded, wrapped, local_shapes, table, mesh, is_pipelined=reductions.schedule != "none")
-        )
+        engines.append(FsdpEngine(sharded, wrapped, local_shapes, table, mesh, at_end=at_end))
     return ZeroEngine(engines, list(placed))

@@ -1,7 +1,7 @@
 """ZeRO-2 and ZeRO-3 through torch's FSDP2, over plain (already split) parameters.
 
-    ZeRO-2   weights gathered for the forward pass and kept until the backward pass is through
-    ZeRO-3   gathered again for the backward pass; never all at once
+    ZeRO-2   weights gathered for a step's first forward pass and kept until they are updated
+    ZeRO-3   gathered for each pass, forward and backward; never all at once
 
 Under both, weights, gradients and moments lie in dim-0 parts between steps. Gradients are summed with a divide
 factor of 1: any other would be applied twice on a shard group of one rank (checked against the source,
@@ -68,6 +68,7 @@ def shard_modules(
             ignored_params={parameter for parameter in inside if parameter not in axes},
         )
         assert isinstance(unit, FSDPModule)
+        unit.set_reshard_after_backward(stage == 3)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         wrapped += [unit] if own else []
@@ -104,15 +105,15 @@ class FsdpEngine:
         table: dict[str, Placement],
         mesh: Mesh,
         *,
-        is_pipelined: bool = False,
+        at_end: bool = False,
     ) -> None:
         """Take the sharded parameters, the modules that gather them, and the shapes that they had before.
 
-        `is_pipelined`: a schedule runs the units and has them reduced after a step's last backward.
+        `at_end`: a schedule that takes backwards apart runs the units, and has them reduced when it is through.
         """
         self.parameters, self.wrapped, self.mesh = parameters, wrapped, mesh
         self._reductions = [CountedReduceScatter() for _ in wrapped]
-        self._micro_batches, self._is_pipelined = 0, is_pipelined
+        self._micro_batches, self._at_end = 0, at_end
         for unit, reduction in zip(wrapped, self._reductions, strict=True):
             unit.set_custom_reduce_scatter(reduction)  # type: ignore[arg-type]  # its base class has no public name
         self.parts: dict[str, Part] = {}
@@ -122,7 +123,7 @@ class FsdpEngine:
             self.parts[name] = make_part(held, local_shapes[name], table[name], mesh, is_zero_part=True)
 
     def start_step(self, num_micro_batches: int) -> None:
-        """Begin with empty gradients; each unit is reduced after every micro-batch, under a pipeline once a step."""
+        """Begin with empty gradients; each unit is reduced after every micro-batch, or at the step's end."""
         self._micro_batches = num_micro_batches
         for reduction in self._reductions:
             reduction.calls = 0
@@ -133,7 +134,7 @@ class FsdpEngine:
     def finish_gradients(self) -> None:
         """Give each part its gradient; FSDP2 waited for its reductions when the backward pass ended."""
         calls = [reduction.calls for reduction in self._reductions]
-        expected = 1 if self._is_pipelined else self._micro_batches
+        expected = 1 if self._at_end else self._micro_batches
         assert calls == [expected] * len(calls), (
             f"in {self._micro_batches} micro-batches the units were reduced {calls} times"
         )
@@ -161,7 +162,7 @@ class FsdpEngine:
         return list(groups.values())
 
     def publish_weights(self) -> None:
-        """Let go of gathered weights, which ZeRO-2 keeps after a forward pass without a backward.
+        """Let go of the gathered weights that ZeRO-2 keeps.
 
         Parts are the parameters' own memory, so what the optimizer wrote is gathered when it is next used.
         """
