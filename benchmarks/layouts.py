@@ -175,12 +175,12 @@ def peak_table() -> None:
 
     print("| layout | weights, bytes | gradients at most, bytes | in weights | as `check` counts |")
     print("|---|---|---|---|---|")
-    drawn = [sample("dense-by-two", dp_shard=2, zero__stage=stage) for stage in range(4)]
+    drawn = [sample("dense-deep", dp_shard=2, zero__stage=stage) for stage in range(4)]
     drawn += [
-        sample("dense-by-two", pp=2, dp_shard=2, zero__stage=stage, pipeline__schedule="gpipe") for stage in range(4)
+        sample("dense-deep", pp=2, dp_shard=2, zero__stage=stage, pipeline__schedule="gpipe") for stage in range(4)
     ]
     drawn += [
-        sample("dense-by-two", pp=2, dp_shard=2, zero__stage=stage, pipeline__schedule=schedule)
+        sample("dense-deep", pp=2, dp_shard=2, zero__stage=stage, pipeline__schedule=schedule)
         for schedule in ("1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
         for stage in (1, 2)
     ]

@@ -31,6 +31,7 @@ MODELS = {
 # Models whose sizes three and four ranks divide: for what is counted by hand, none of them drawn.
 DIVISIBLE = {
     "dense-by-two": dense_config(num_layers=4, vocab_size=38),
+    "dense-deep": dense_config(num_layers=16, vocab_size=38),
     "moe-by-two": moe_config(num_layers=4, num_experts=8, vocab_size=38),
     "dense-by-three": dense_config(num_heads=6, num_kv_heads=3, ffn_hidden_size=54),
     "moe-by-four": moe_config(num_experts=8),

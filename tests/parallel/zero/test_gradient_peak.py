@@ -13,7 +13,7 @@ from parity_samples import Sample, sample
 from rank_pool import run_mesh
 
 from meshwright.kernels.limits import USUAL, Limits
-from meshwright.launcher.build import sizes_of
+from meshwright.launcher.build import held_dtype, sizes_of
 from meshwright.launcher.runfile.footprint import state_of_rank
 from meshwright.launcher.stages import stages_of
 
