@@ -3,8 +3,9 @@
     dist.all_reduce, dist.batch_isend_irecv, FSDP2, pipelining, objects, ...  ->  ProcessGroup.<method>  ->  gloo
 
 `watch(listener)` wraps the methods of `ProcessGroup`, so that it does not matter how a caller imported its function.
-What goes past: functional collectives (`torch.ops._c10d_functional`), which call the group from C++, and whatever a
-compiled graph makes of them. gloo numbers every call that reaches it, so that `missed()` counts those.
+On a CPU `collectives.py` makes a reduce-scatter of an all-to-all and a sum: it is told as the reduce-scatter that it is
+on a GPU. What goes past: functional collectives (`torch.ops._c10d_functional`), which call the group from C++, and
+whatever a compiled graph makes of them. gloo numbers every call that reaches it, so that `missed()` counts those.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+
+from meshwright.parallel import collectives
 
 
 @dataclass
@@ -59,6 +62,7 @@ Describe = Callable[..., Call]
 _listeners: list[Listener] = []
 _originals: list[tuple[Any, str, Any]] = []
 _seen: dict[str, tuple[int, int]] = {}  # by group: gloo's count when it was last asked (a new group: 0), calls since
+_sums: list[tuple[Tensor, Tensor]] = []  # the result and what is summed of a reduce-scatter that is being called
 _batch = [0, 0]  # its number, and how many of its calls are to come
 
 
@@ -78,6 +82,7 @@ def watch(listener: Listener) -> None:
         for name, describe in METHODS.items():
             if hasattr(dist.ProcessGroup, name):
                 _replace(dist.ProcessGroup, name, _told(getattr(dist.ProcessGroup, name), describe))
+        _replace(collectives, "_exchange_pieces", _told_of_pieces(collectives._exchange_pieces))
         _replace(dist.Work, "wait", _told_of_waiting(dist.Work.wait))
         # The first thing that batch_isend_irecv does, by whatever name it was imported.
         _replace(distributed_c10d, "_check_p2p_op_list", _told_of_a_batch(distributed_c10d._check_p2p_op_list))
@@ -104,6 +109,9 @@ def _replace(owner: Any, name: str, by: Any) -> None:
 def _told(original: Any, describe: Describe) -> Any:
     def call_group(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
         call = describe(group, *args, **kwargs)
+        if _sums:
+            out, x = _sums[-1]
+            call = Call(group, "reduce_scatter", [x], [out], reduce_op="SUM")
         if call.op in ("send", "recv", "recv_anysource") and _batch[1]:
             _batch[1] -= 1
             call.batch, call.to_come = _batch
@@ -126,6 +134,17 @@ def _told_of_waiting(original: Any) -> Any:
         return original(work, *args, **kwargs)
 
     return wait
+
+
+def _told_of_pieces(original: Any) -> Any:
+    def exchange(out: Tensor, x: Tensor, group: Any) -> Any:
+        _sums.append((out, x))
+        try:
+            return original(out, x, group)
+        finally:
+            _sums.pop()
+
+    return exchange
 
 
 def _told_of_a_batch(original: Any) -> Any:

@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from meshwright.parallel.collectives import all_reduce, reduce_scatter_flat
+from meshwright.parallel.collectives import all_reduce, start_reduce_scatter
 from meshwright.parallel.mesh import Axis, Mesh
 from meshwright.parallel.placement import Placement
 from meshwright.parallel.zero.part import Part, make_part
@@ -90,8 +91,10 @@ class CountedReduceScatter:
         self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, op: Any, async_op: bool = False
     ) -> Any:
         """Sum everyone's piece for this rank."""
+        assert op == dist.ReduceOp.SUM, f"gradients are summed; asked for was {op}"
         self.calls += 1
-        return reduce_scatter_flat(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+        pending = start_reduce_scatter(output_tensor, input_tensor, group)
+        return pending if async_op else pending.wait()
 
 
 class FsdpEngine:

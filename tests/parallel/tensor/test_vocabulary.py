@@ -97,7 +97,7 @@ def largest_communicated(mesh: Mesh, v: int) -> int:
     rows.weight.data = rows_of(weight, rows)
     held = x.chunk(mesh.tp.size)[mesh.tp.rank].clone().requires_grad_()
     real = {name: getattr(torch.distributed, name) for name in ("all_reduce",)}
-    gathers = collectives._all_gather_flat, collectives.reduce_scatter_flat
+    gathers = collectives._all_gather_flat, collectives.start_reduce_scatter
 
     def seen(collective: object) -> object:
         def call(*tensors: Tensor, **named: object) -> object:
@@ -107,12 +107,12 @@ def largest_communicated(mesh: Mesh, v: int) -> int:
         return call
 
     torch.distributed.all_reduce = seen(real["all_reduce"])
-    collectives._all_gather_flat, collectives.reduce_scatter_flat = (seen(one) for one in gathers)
+    collectives._all_gather_flat, collectives.start_reduce_scatter = (seen(one) for one in gathers)
     try:
         next_token_loss(held, rows, targets, STEP_TOKENS).backward()
     finally:
         torch.distributed.all_reduce = real["all_reduce"]
-        collectives._all_gather_flat, collectives.reduce_scatter_flat = gathers
+        collectives._all_gather_flat, collectives.start_reduce_scatter = gathers
     return max(sizes)
 
 

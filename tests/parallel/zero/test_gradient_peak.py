@@ -70,9 +70,9 @@ def assert_counted(drawn: Sample, precision: str) -> None:
             assert 0 <= one.counted.gradients - one.gradients <= ROUTER_AND_NORM * compute, f"rank {rank}"
             continue
         assert one.gradients + less == one.counted.gradients, f"rank {rank}"
-        if stage == 2:
+        if stage == 2 and not drawn.has("ep"):
             assert one.gathered == one.counted.weights, f"rank {rank}"
-        if stage == 3:
+        if stage == 3 and not drawn.has("ep"):
             around = HEAD + EMBEDDING if not is_pipelined else EMBEDDING if rank < 2 else HEAD
             assert one.gathered == (around + LAYER[drawn.model]) * compute, f"rank {rank}"
 
