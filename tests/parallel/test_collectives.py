@@ -12,6 +12,7 @@ from meshwright.parallel.collectives import (
     exchange_counts,
     exchange_rows,
     reduce_scatter,
+    scatter_sum_of_rows,
 )
 from meshwright.parallel.mesh import Axis
 
@@ -68,6 +69,27 @@ def test_sums_are_sums_and_pieces_come_in_axis_order() -> None:
         assert summed.tolist() == later.tolist() == [7.0] * 4  # 1 + 2 + 4; an average would be 7/3
         assert mine.tolist() == [6.0 * 2 * rank, 6.0 * (2 * rank + 1)]
         assert everyones.tolist() == [0, 1, 10, 11, 20, 21]
+
+
+def narrow_sum(axis: Axis) -> list[float]:
+    """Sum what bf16 cannot add up one after the other: 256 + 1 is 256 there."""
+    mine = torch.empty(1, dtype=torch.bfloat16)
+    pending = reduce_scatter(mine, torch.full((RANKS,), 1.0 if axis.rank else 256.0, dtype=torch.bfloat16), axis)
+    pending.wait()
+    pending.wait()
+    return mine.tolist()
+
+
+def test_narrow_sums_are_rounded_once() -> None:
+    assert run_ranks(RANKS, narrow_sum) == [[258.0]] * RANKS
+
+
+def empty_sum(axis: Axis) -> tuple[int, ...]:
+    return tuple(scatter_sum_of_rows(torch.empty(0, 3), axis).shape)
+
+
+def test_a_sum_of_nothing_is_nothing() -> None:
+    assert run_ranks(2, empty_sum) == [(0, 3)] * 2
 
 
 def an_asynchronous_sum_is_under_way(axis: Axis) -> bool:
