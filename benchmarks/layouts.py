@@ -9,6 +9,9 @@
 `--width` is the hidden size of the model of `ranks` and `zero` (docs/measured/layouts.md has 128): heads of 32, half as
 many of keys and values, feed-forwards of three widths, experts of one and a half.
 
+`--memory`: `kept` starts the process as the launcher starts ranks, told to keep the memory that it frees; `usual` is
+what a process has whose user set nothing.
+
 Prints Markdown tables. Contestants take turns in one run and ratios are taken within a turn; CPU time is the process's
 own, which other work on the machine moves less than the wall's.
 """
@@ -32,6 +35,7 @@ import torch.distributed as dist
 from layouts_ranks import CONTESTANTS, LAYOUTS_OF_TWO, time_contestants, time_layout
 from torch import nn
 
+from meshwright.launcher.kept_memory import KEPT_MEMORY
 from meshwright.model.feedforward.mlp import Mlp
 from meshwright.model.norms import RMSNorm
 from meshwright.parallel.initialise import ZEROS
@@ -191,13 +195,24 @@ def peak_table() -> None:
         print(f"| {each} | {counts} | {found.counted.gradients:,.0f} |", flush=True)
 
 
+def start_again_with(memory: str) -> None:
+    """Start this process again where glibc was told otherwise: it listens only when a process starts."""
+    given = {key: value for key, value in os.environ.items() if key in KEPT_MEMORY}
+    wanted = KEPT_MEMORY if memory == "kept" else {}
+    if given != wanted:
+        environment = {key: value for key, value in os.environ.items() if key not in KEPT_MEMORY} | wanted
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
 def main() -> None:
     """Print the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["bytes", "overhead", "ranks", "zero", "peak"])
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--memory", choices=["kept", "usual"], default="kept")
     asked = parser.parse_args()
+    start_again_with(asked.memory)
     if asked.width <= 0 or asked.width % 128:
         parser.error(
             f"--width {asked.width}: must be a multiple of 128, for two ranks with as many key heads of 32 each"
@@ -211,7 +226,8 @@ def main() -> None:
     }
     for part in asked.parts:
         made = f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}"
-        print(f"\n### {part}{f', width {asked.width}' if part in ('ranks', 'zero') else ''}; {made}\n")
+        how = f", width {asked.width}, memory {asked.memory}" if part in ("ranks", "zero") else ""
+        print(f"\n### {part}{how}; {made}\n")
         tables[part]()
 
 

@@ -50,7 +50,7 @@ class _Slot:
 
     def pieces(self, tensor: Tensor) -> list[Tensor]:
         """Return the pieces of a parameter-shaped tensor, row by row."""
-        return list(torch.split(tensor, self.lengths))
+        return list(tensor.split_with_sizes(self.lengths))
 
     def places_in(self, rows: Tensor) -> list[Tensor]:
         """Return the places of the pieces in bucket-shaped `rows`."""
