@@ -1,9 +1,10 @@
-"""What layouts cost on CPU ranks: `python benchmarks/layouts.py --parts bytes overhead ranks zero peak`.
+"""What layouts cost on CPU ranks: `python benchmarks/layouts.py --parts bytes overhead ranks zero sums peak`.
 
     bytes      what each rank sends in a step, by axis, beside the textbook's number (tests/traffic_cases.py)
     overhead   our layers on one process beside plain nn modules, forward and backward, pairs taking turns
     ranks      one process on two threads beside two ranks of one thread: DP, TP, PP, EP, CP
     zero       ZeRO-1 beside torch's DDP, DDP with ZeroRedundancyOptimizer, and FSDP2, on two ranks
+    sums       gloo's reduce-scatter beside ours, of 2 and 4 ranks
     peak       bytes of gradients that live at once in a step, by ZeRO stage and schedule
 
 `--width` is the hidden size of the model of `ranks` and `zero` (docs/measured/layouts.md has 128): heads of 32, half as
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
 import torch.distributed as dist
-from layouts_ranks import CONTESTANTS, LAYOUTS_OF_TWO, time_contestants, time_layout
+from layouts_ranks import CONTESTANTS, LAYOUTS_OF_TWO, time_contestants, time_layout, time_reduce_scatters
 from torch import nn
 
 from meshwright.launcher.kept_memory import KEPT_MEMORY
@@ -169,6 +170,18 @@ def zero_table(turns: int, width: int) -> None:
         print(f"| {name} | {spread([w for w, _ in rows])} | {spread([c for _, c in rows])} | {spread(ratio)} |")
 
 
+def sums_table(turns: int) -> None:
+    """Print what a reduce-scatter takes on CPU ranks, by size."""
+    print("| ranks | numbers (fp32) | gloo's, ms | ours, ms | gloo's / ours | all-reduce, ms |")
+    print("|---|---|---|---|---|---|")
+    for world in (2, 4):
+        found = on_ranks(world, time_reduce_scatters, turns, (1 << 14, 1 << 18, 1 << 22, 14 << 20))[0]
+        for size, taken in found.items():
+            ratios = [theirs / mine for theirs, mine in zip(taken["gloo"], taken["ours"], strict=True)]
+            gloo, ours, whole = (1e3 * statistics.median(taken[name]) for name in ("gloo", "ours", "all-reduce"))
+            print(f"| {world} | {size:,} | {gloo:.1f} | {ours:.1f} | {spread(ratios, 1)} | {whole:.1f} |", flush=True)
+
+
 def peak_table() -> None:
     """Print how many bytes of gradients live at once on rank 0, and what `check` counts."""
     from gradient_bytes import most_in_a_step
@@ -207,7 +220,7 @@ def start_again_with(memory: str) -> None:
 def main() -> None:
     """Print the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["bytes", "overhead", "ranks", "zero", "peak"])
+    parser.add_argument("--parts", nargs="+", default=["bytes", "overhead", "ranks", "zero", "sums", "peak"])
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--memory", choices=["kept", "usual"], default="kept")
@@ -222,11 +235,13 @@ def main() -> None:
         "overhead": lambda: overhead_table(4 * asked.turns),
         "ranks": lambda: ranks_table(asked.turns, asked.width),
         "zero": lambda: zero_table(asked.turns, asked.width),
+        "sums": lambda: sums_table(4 * asked.turns),
         "peak": peak_table,
     }
     for part in asked.parts:
         made = f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}"
-        how = f", width {asked.width}, memory {asked.memory}" if part in ("ranks", "zero") else ""
+        how = f", width {asked.width}" if part in ("ranks", "zero") else ""
+        how += f", memory {asked.memory}" if part in ("ranks", "zero", "sums") else ""
         print(f"\n### {part}{how}; {made}\n")
         tables[part]()
 

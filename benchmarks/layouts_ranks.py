@@ -1,4 +1,4 @@
-"""What the ranks of benchmarks/layouts.py do: steps of one model, timed, under one layout after the other."""
+"""What the ranks of benchmarks/layouts.py do: steps of one model under one layout after the other, and sums; timed."""
 
 import time
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.parts import build_model, reset_buffers
 from meshwright.model.stage import HeldStages, MicroBatch, stage_parts
+from meshwright.parallel import collectives
 from meshwright.parallel.apply import Plan, apply, fill_initial_weights
 from meshwright.parallel.context.order import zigzag_positions
 from meshwright.parallel.mesh import Mesh, Sizes, build_mesh
@@ -183,3 +184,25 @@ def time_contestants(turns: int, width: int) -> dict[str, list[tuple[float, floa
             dist.barrier()
             taken[name].append(timed(step))
     return taken
+
+
+def time_reduce_scatters(turns: int, sizes: tuple[int, ...]) -> dict[int, dict[str, list[float]]]:
+    """Time by size the ways to give each rank its part of a sum of so many fp32 numbers: seconds of the wall."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for size in sizes:
+        x, out = torch.ones(size), torch.empty(size // dist.get_world_size())
+        ways: dict[str, Callable[[], Any]] = {
+            "gloo": lambda out=out, x=x: collectives._reduce_scatter_flat(out, x),
+            "ours": lambda out=out, x=x: collectives.start_reduce_scatter(out, x, None).wait(),
+            "all-reduce": lambda x=x: dist.all_reduce(x),
+        }
+        found[size] = {name: [] for name in ways}
+        for turn in range(turns + 2):
+            for name, way in ways.items():
+                x.fill_(1.0)
+                dist.barrier()
+                began = time.perf_counter()
+                way()
+                if turn >= 2:
+                    found[size][name].append(time.perf_counter() - began)
+    return found
