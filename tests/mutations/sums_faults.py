@@ -151,6 +151,16 @@ SUMS = [
         zero=3,
     ),
     Fault(
+        "weights that ZeRO-2 has gathered outlive their update",
+        "parallel/zero/fsdp.py",
+        "unit.reshard()",
+        "unit.unshard()",
+        named="output of embedding",
+        axis="ZeRO-2",
+        layout={"pp": 2, "dp_shard": 2},
+        zero=2,
+    ),
+    Fault(
         "copies of the sharded state not summed",
         "parallel/zero/buckets.py",
         "for axis in self.axes[:-1]:",
