@@ -12,8 +12,8 @@ The communication stands where it is called; an axis of size 1 communicates noth
 collectives that differ between the versions we support (2.11 to 2.13) are resolved here and nowhere else.
 
 On a CPU a reduce-scatter is an all-to-all of the pieces, which are then added up: gloo's own is an all-reduce of a
-copy, which takes twice the time and more (docs/measured/layouts.md). The pieces are added in the order of the ranks, in
-fp32 at least, and rounded once.
+copy, which takes twice the time and more (docs/measured/layouts.md). The pieces are added in one order on every rank,
+in fp32 at least, and rounded once; until they are waited for they take as much memory as what was sent.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -75,6 +75,9 @@ def start_reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup | None
 
 
 def _exchange_pieces(out: Tensor, x: Tensor, group: dist.ProcessGroup | None) -> Pending:
+    assert out.dtype == x.dtype, f"the sum of {x.dtype} is {x.dtype}, not {out.dtype}"
+    ranks = dist.get_world_size(group)
+    assert ranks * out.numel() == x.numel(), f"{x.numel()} numbers are no {ranks} pieces of {out.numel()}"
     pieces = torch.empty_like(x)
     return _SumOfPieces(out, pieces, dist.all_to_all_single(pieces, x, group=group, async_op=True))
 

@@ -1,6 +1,6 @@
 """`--share N` runs one in N of the chosen tests, drawn by the commit's hash: a long suite fits, and all of it comes up.
 
-Those that draw a slice of their own by that hash (`commit_slice.py`) run each time.
+Those that draw a slice of their own by that hash (`commit_slice.py`), and the proofs of the run files, run each time.
 
 bash tests/run.sh -m slow              every slow test
 bash tests/run.sh -m slow --share 2    half of them; the next commit draws another half
@@ -16,8 +16,8 @@ from commit_slice import commit, is_drawn, seed_of
 # forked from a process whose products ran on several threads would wait for those, which a fork does not have.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-_SLICE = "::test_sampled_"
-"""Of a test that takes a slice of its own cases for each commit (`commit_slice.py`): it is always drawn."""
+_ALWAYS = ("::test_sampled_", "::test_a_run_file_computes_")
+"""Always drawn: tests that take a slice of their own (`commit_slice.py`), and what is promised of runs/."""
 LONGEST_FILE = "tests/slurm/test_pretrain_moe.py"  # the main job, four times
 
 
@@ -42,6 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if share == 1:
         return
     seed = seed_of(commit())
-    drawn = [item for item in items if _SLICE in item.nodeid or is_drawn(item.nodeid, seed, share)]
+    drawn = [
+        item for item in items if any(name in item.nodeid for name in _ALWAYS) or is_drawn(item.nodeid, seed, share)
+    ]
     config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
     items[:] = drawn

@@ -87,6 +87,10 @@ class _Rules:
                 self.refuse(call, f"NCCL has no {tensor.dtype}")
         if len({tensor.device for tensor in tensors}) > 1:
             self.refuse(call, f"tensors on {sorted({str(tensor.device) for tensor in tensors})}: more than one device")
+        if call.op == "reduce_scatter":
+            (x,), (out,) = call.inputs, call.outputs
+            if out.dtype != x.dtype or out.numel() * call.group.size() != x.numel():
+                self.refuse(call, f"{_shape_of(x)} is summed into {_shape_of(out)}: other types, or no equal pieces")
         if call.reduce_op and call.reduce_op not in REDUCTIONS:
             self.refuse(call, f"NCCL has no reduction {call.reduce_op}")
         if call.reduce_op == "AVG" and tensors[0].dtype == torch.bool:

@@ -43,17 +43,19 @@ def verify_resume(
     meshwright verify-resume runs/moe_tiny.toml --to "tp=2,dp_shard=1"
     """
     from meshwright.launcher.proof.answer import answer_place, leave, stoppable, tell, undisturbed, with_mistakes_of
+    from meshwright.launcher.proof.go_on_with import go_on_with
     from meshwright.launcher.proof.world import read_for_world
 
     with with_mistakes_of(out, "verify_resume.json"):
         config, world = read_for_world(run_file, overrides or [], world_size)
+        said_by = "-n" if world_size else "the run file"
+        go_on_with(to, config, world, said_by=said_by)
     path = answer_place(out, config.run.output_folder, "verify_resume.json", source=str(run_file))
 
     with stoppable("verify-resume", "nothing was verified", path):
         from meshwright.launcher.proof import resume, resume_report
         from meshwright.launcher.proof.report import write_json
 
-        said_by = "-n" if world_size else "the run file"
         plan = resume.plan_resume(config, world, to, steps, said_by=said_by)
         tell(*resume_report.heading(str(run_file), plan))
         results = resume.verify_resume(plan, lambda result: tell(*resume_report.row(result)))

@@ -163,4 +163,6 @@ def _cell(verdict: Verdict | None, form: str, unit: str = "") -> str:
 
 def _row(*cells: str) -> str:
     widths = (44, 7, 16, 16, 16, 12, 0)
-    return "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True) if width == 0 or cell).rstrip()
+    return "".join(
+        f"{cell + '  ':<{width}}" for cell, width in zip(cells, widths, strict=True) if width == 0 or cell
+    ).rstrip()

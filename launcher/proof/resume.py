@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
-from math import lcm
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ import numpy as np
 from meshwright.launcher.build import sizes_of
 from meshwright.launcher.proof.compare import EXACT
 from meshwright.launcher.proof.forked import Fork, NoAnswerError, RankLostError
+from meshwright.launcher.proof.go_on_with import go_on_with
 from meshwright.launcher.proof.held import compare_bits, compare_held, compare_states
 from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
 from meshwright.launcher.proof.own_precision import masters_after, other_than_masters
@@ -34,20 +34,17 @@ from meshwright.launcher.proof.prove import refusals
 from meshwright.launcher.proof.record import RankRecord, StepRecord
 from meshwright.launcher.proof.sublayouts import AXES, cover, said
 from meshwright.launcher.proof.trained import Trained, marked, train_rank
-from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.resume_rules import compare_for_resume
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.saving import checkpoints_of
 from meshwright.parallel.checkpoint.folder import list_checkpoints
-from meshwright.parallel.config import MAX_RANKS
-from meshwright.parallel.fits import divisors, nearest
+from meshwright.parallel.fits import divisors
 from meshwright.parallel.mesh import Sizes
 
 TokenIds = list[tuple[tuple[int, int], int]]
 """What a rank has: (sample, position), and the id there."""
 _SECONDS = 150.0
-_MOST_TRIED = 64  # numbers of ranks that are tried for one that would fit
 
 
 @dataclass(frozen=True)
@@ -95,68 +92,10 @@ class ResumeResult:
 def parse_layout(text: str, run_file: RunFile, world_size: int, *, said_by: str = "the run file") -> Sizes:
     """Return the layout that `tp=2,dp_shard=1` makes of the run file's; axes that are not named stay as they are.
 
-    `said_by` is where the number of ranks comes from, for the message.
-
     Raises:
-        ConfigError: naming what is no axis or no size, or why the run file does not fit on that layout.
+        ConfigError: as `go_on_with` does.
     """
-    given = _given_axes(text)
-    changed = _with_axes(run_file, given)
-    others = changed.parallel.tp * changed.parallel.pp * changed.parallel.cp * changed.parallel.dp_replicate
-    ranks = others * changed.parallel.dp_shard or world_size
-    if not changed.parallel.dp_shard and changed.parallel.problems(ranks):
-        line = _ranks_problem(text, given, run_file, world_size, said_by)
-        raise ConfigError(f"--to {text}", [*check_on_any_world(changed), line])
-    if problems := check(changed, ranks):
-        raise ConfigError(f"--to {text}", problems)
-    return sizes_of(changed, ranks)
-
-
-def _given_axes(text: str) -> dict[str, int]:
-    problems, given = [], dict[str, int]()
-    for item in text.split(","):
-        axis, _, size = (part.strip() for part in item.partition("="))
-        if axis not in AXES:
-            problems.append(f"--to {item.strip()!r}: is no axis=size; the axes are {', '.join(AXES)}")
-        elif not (size.isdecimal() and len(size) < 10 and int(size) > 0):
-            problems.append(f"--to {item.strip()!r}: the size must be a whole number of at least 1; write tp=2,pp=1")
-        elif axis in given:
-            problems.append(
-                f"--to {item.strip()!r}: {axis} is named before, as {axis}={given[axis]}; name each axis once"
-            )
-        else:
-            given[axis] = int(size)
-    if problems:
-        raise ConfigError("--to", problems)
-    return given
-
-
-def _with_axes(run_file: RunFile, given: dict[str, int]) -> RunFile:
-    return run_file.model_copy(update={"parallel": run_file.parallel.model_copy(update=given)})
-
-
-def _ranks_problem(text: str, given: dict[str, int], run_file: RunFile, world_size: int, said_by: str) -> str:
-    """Say that the axes do not make up the run's ranks, and which sizes, or which other number of ranks, would do."""
-    changed = _with_axes(run_file, given)
-    table = changed.parallel
-    step = lcm(table.tp * table.pp * table.cp * table.dp_replicate, table.pp * table.ep * table.etp)
-    ways = []
-    for axis in given:
-        fits = [
-            size
-            for size in divisors(world_size)
-            if size != given[axis] and not check(_with_axes(run_file, {**given, axis: size}), world_size)
-        ]
-        if fits:
-            ways.append(f"{axis} of {nearest(fits, given[axis], 4)}")
-    worlds = range(step, min(_MOST_TRIED * step, MAX_RANKS) + 1, step)
-    ranks = next((n for n in worlds if not check(run_file, n) and not check(changed, n)), 0)
-    if ranks:
-        ways.append(f"-n {ranks}")
-    return (
-        f"--to {text!r}: needs {step} ranks or a multiple; the run has {world_size} (from {said_by}), and --to must"
-        f" keep this number unless it names dp_shard; {' or '.join(ways) or 'smaller sizes'} would fit"
-    )
+    return sizes_of(*go_on_with(text, run_file, world_size, said_by=said_by))
 
 
 def plan_resume(

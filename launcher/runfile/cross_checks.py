@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from meshwright.launcher.runfile.layout_checks import layout_problems
 from meshwright.launcher.runfile.messages import problem
 from meshwright.launcher.runfile.optimizer_rules import optimizer_problems
-from meshwright.launcher.runfile.pipeline_checks import micro_batch_problems, pipeline_problems
+from meshwright.launcher.runfile.pipeline_checks import micro_batch_problems, pipeline_problems, sizes_near
 from meshwright.launcher.runfile.recompute_checks import recompute_problems
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.would_fit import Choose, all_of, chooser, keys_of
@@ -130,7 +130,7 @@ def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:
     dp, found = run_file.parallel.dp_in(world_size), list[str]()
     for key, size in run_file.train.batch_sizes:
         if size % dp != 0:
-            fits = [near for near in (size // dp * dp, size // dp * dp + dp) if near > 0]
+            fits = sizes_near(run_file, key, size, dp)
             found.append(
                 problem(key, size, f"must be a multiple of the {dp} data-parallel ranks", f"one of {fits} would fit")
             )

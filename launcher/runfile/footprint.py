@@ -34,7 +34,8 @@ Dense weights have d = dp_shard * cp, and N is what tp leaves of them: matrices 
 there are heads, a vocabulary in equal rows with padding; norms and routers are whole. Routed experts are cut by ep and
 etp, and d = edp. With d = 1 stages 1 to 3 are stage 0. Dims that do not divide by d are cut like torch.chunk: the first
 ranks hold up to a row more of each than these averages say. With a pipeline N are the weights of a rank's stages, and
-what the rank with most holds is returned. What a micro-batch keeps for its backward is counted beside it; the layer
+what the rank with most holds is returned. A sum on its way takes as much again as it sums on CPU ranks (at most two
+buckets, or U), which is not counted. What a micro-batch keeps for its backward is counted beside it; the layer
 that is gathered and the library's own memory come on top.
 
 Muon has one moment where AdamW has two: of what it updates m*N and m*N/d.

@@ -91,6 +91,19 @@ def micro_batch_problems(run_file: RunFile, world_size: int) -> list[str]:
     return [line for key, size in sizes if size % dp == 0 for line in _of_size(run_file, key, size, dp)]
 
 
+def sizes_near(run_file: RunFile, key: str, size: int, dp: int) -> list[int]:
+    """Return the multiples of `dp` next to a batch size that are steps of the run's schedule, below and above it."""
+    no_pipeline = run_file.parallel.pp == 1 or run_file.pipeline.problems()
+
+    def is_step(near: int) -> bool:
+        return bool(no_pipeline) or not list(_of_size(run_file, key, near, dp))
+
+    below, most = size // dp * dp, run_file.train.micro_batch_size * 4 * (stages_of(run_file).count + 1)
+    less = next((near for near in range(below, 0, -dp) if is_step(near)), 0)
+    more = next((below + times * dp for times in range(1, most + 1) if is_step(below + times * dp)), 0)
+    return [near for near in (less, more) if near] or [below + dp]
+
+
 def _of_size(run_file: RunFile, key: str, size: int, dp: int) -> Iterator[str]:
     stages, at_once, samples = stages_of(run_file), run_file.train.micro_batch_size, size // dp
     count, left = divmod(samples, at_once)

@@ -18,6 +18,8 @@ from meshwright.launcher.runfile.keys import field_of
 from meshwright.launcher.runfile.messages import problem, shown, suggestion
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import as_tables
+from meshwright.model.config import ModelConfig
+from meshwright.model.shapes import parameter_shapes
 
 FREE_TABLES = ("parallel", "pipeline", "zero", "recompute", "log", "checkpoint", "evaluation")
 FREE_KEYS = (
@@ -32,6 +34,8 @@ FREE_KEYS = (
     "data.prefetch",
 )
 ON_REQUEST_IN_DATA = ("data.store",)
+DERIVED = ("model.num_kv_heads", "model.head_dim", "model.ffn_hidden_size")
+"""What the [model] table fills in where it is not given."""
 
 
 class Change(NamedTuple):
@@ -58,7 +62,8 @@ def compare_for_resume(
     for change in _changes(before, after):
         rule = _rule(change.key)
         if rule == "never":
-            problems.append(_refusal(change, "may never change when a run goes on", _new_run(change.key)))
+            way_out = _new_run(change.key, is_same_shape=_is_same_shape(before, after))
+            problems.append(_refusal(change, "may never change when a run goes on", way_out))
         elif rule == "on request" and change.key not in allow_change:
             problems.append(
                 _refusal(change, "changes what is learned", f"--allow-change {change.key} takes the new value")
@@ -90,10 +95,19 @@ def _changes(before: RunFile, after: RunFile) -> Iterator[Change]:
     for change in changed_keys(before, after):
         if change.key == "model.preset":  # a preset's name changes nothing: its keys are compared
             continue
+        if change.key in DERIVED and all(_is_filled_in(change.key, run_file.model) for run_file in (before, after)):
+            continue  # it follows from another key, whose change is told
         # 0 is the tokenizer's, which the fingerprint looks after
         if change.key == "model.vocab_size" and 0 in (change.before, change.after):
             continue
         yield change
+
+
+def _is_filled_in(key: str, model: ModelConfig) -> bool:
+    """Say whether a size is what the table would have filled in."""
+    name = key.removeprefix("model.")
+    filled = ModelConfig.model_validate({**model.model_dump(), name: 0})
+    return bool(getattr(filled, name) == getattr(model, name))
 
 
 def _flatten(tables: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -120,9 +134,16 @@ def _refusal(change: Change, rule: str, way_out: str) -> str:
     return problem(change.key, change.after, rule, way_out)
 
 
-def _new_run(key: str) -> str:
+def _is_same_shape(before: RunFile, after: RunFile) -> bool:
+    """Say whether the weights of one run fit the other's model."""
+    return parameter_shapes(before.model) == parameter_shapes(after.model)
+
+
+def _new_run(key: str, *, is_same_shape: bool = True) -> str:
     if key == "run.seed":
         return "put the old value back, or begin a run of another name"
+    if key.startswith("model.") and not is_same_shape:
+        return "put the old value back, or begin a run of another name, from new weights"
     return 'put the old value back, or branch: a run of another name with [init] from = "the checkpoint"'
 
 

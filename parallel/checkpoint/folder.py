@@ -191,7 +191,9 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError(f"{file} is of format {body['format']!r} {body['version']}, not {FORMAT!r} {VERSION}")
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
         manifest = Manifest(body["step"], body["world_size"], body["fingerprint"], files)
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{file} is damaged: it has no entry {error}") from None
+    except (TypeError, AttributeError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     if step_of(path) not in (None, manifest.step):
         raise ValueError(f"{file} is of step {manifest.step}, the folder's name says another")

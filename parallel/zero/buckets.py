@@ -11,8 +11,8 @@ Under ZeRO-0, and wherever the ZeRO axis has one rank, there is one row and the 
 that have other samples: over copies and shards apart it would send up to twice the bytes. Gradients are summed, never
 averaged: the loss was divided by the step's token count. A hook moves each gradient into its bucket as soon as it is
 accumulated, and counts it: a bucket sets out when each of its parameters has had as many as the step has micro-batches,
-buckets always in the same order on all ranks. When it is summed, a bucket of several rows is let go: until the next
-step's first gradient comes, a rank keeps its own row.
+buckets always in the same order on all ranks. When it is summed, a bucket of several rows is let go, at the latest when
+the second bucket after it sets out: until the next step's first gradient comes, a rank keeps its own row.
 
 Schedules of a pipeline that compute the gradients of weights apart write `.grad` without calling hooks (torch's
 `stage_backward_weight`; checked with 2.13). For them the gradients are taken when the schedule is through.
@@ -101,6 +101,13 @@ class _Bucket:
         else:
             self.pending = all_reduce(self.mine, zero, asynchronous=True)
 
+    def land(self) -> None:
+        """Wait for the sum over the last axis, and let go of what was sent; once more does nothing."""
+        self.pending.wait()
+        if self.pending is not DONE:
+            self._close()
+        self.pending = DONE
+
     def finish(self, expected: int) -> None:
         """Wait; sum over the remaining axes."""
         for slot in self.slots:
@@ -110,9 +117,7 @@ class _Bucket:
                 else f"{slot.name} got {slot.arrived} of {expected} gradients in this step"
             )
         assert self.launched, f"the bucket of {self.slots[0].name} was not reduced in this step"
-        self.pending.wait()
-        self.pending = DONE
-        self._close()
+        self.land()
         for axis in self.axes[:-1]:
             all_reduce(self.mine, axis)
         self.launched = False
@@ -222,17 +227,24 @@ class BucketEngine:
         while self._next < len(self.buckets) and all(
             slot.arrived == self._expected for slot in self.buckets[self._next].slots
         ):
-            self.buckets[self._next].launch()
+            self._launch(self._next)
             self._next += 1
+
+    def _launch(self, number: int) -> None:
+        """Let a bucket set out when all but one of those before it have landed."""
+        if number > 1:
+            self.buckets[number - 2].land()
+        self.buckets[number].launch()
 
     def finish_gradients(self) -> None:
         """Wait for every bucket; each part's `grad` then holds the sum over all ranks that had a share in it."""
         if self._take_at_end:
             # First those that need no new memory: what they take lets go of the gradients that it was.
-            for bucket in sorted(self.buckets, key=lambda bucket: bucket.num_rows > 1):
+            self.buckets.sort(key=lambda bucket: bucket.num_rows > 1)
+            for number, bucket in enumerate(self.buckets):
                 for slot in bucket.slots:
                     self._take(bucket, slot)
-                bucket.launch()
+                self._launch(number)
         for bucket in self.buckets:
             bucket.finish(self._expected)
 

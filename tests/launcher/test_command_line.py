@@ -35,6 +35,13 @@ sys.exit(status)
     return done.returncode, printed + done.stderr, loaded.split()
 
 
+def test_a_mistake_in_the_layout_to_go_on_with_is_told_without_torch() -> None:
+    status, printed, loaded = run_in_a_fresh_process("verify-resume", "runs/moe_tiny.toml", "--to", "tp=5")
+    assert status == 2
+    assert "--to 'tp=5': needs 5 ranks or a multiple; the run has 2" in printed
+    assert "torch" not in loaded
+
+
 def test_help_lists_the_commands_and_loads_nothing_heavy() -> None:
     status, printed, loaded = run_in_a_fresh_process("--help")
     assert (status, loaded) == (0, [])

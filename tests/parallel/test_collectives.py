@@ -5,6 +5,7 @@ import torch
 from rank_pool import run_ranks
 from torch import Tensor
 
+from meshwright.parallel import collectives
 from meshwright.parallel.collectives import (
     DONE,
     all_gather,
@@ -82,6 +83,29 @@ def narrow_sum(axis: Axis) -> list[float]:
 
 def test_narrow_sums_are_rounded_once() -> None:
     assert run_ranks(RANKS, narrow_sum) == [[258.0]] * RANKS
+
+
+def two_ways_to_sum(axis: Axis) -> float:
+    """Return how far ours is from gloo's own, called as on a GPU."""
+    x = torch.randn(6 * axis.size, generator=torch.Generator().manual_seed(axis.rank))
+    ours, theirs = torch.empty(6), torch.empty(6)
+    reduce_scatter(ours, x, axis).wait()
+    collectives._reduce_scatter_flat(theirs, x, group=axis.group, async_op=True).wait()
+    return (ours - theirs).abs().max().item()
+
+
+def test_a_sum_of_pieces_is_the_reduce_scatter_of_torch() -> None:
+    assert max(run_ranks(RANKS, two_ways_to_sum)) < 1e-6  # fp32, three numbers of about 1 in another order
+
+
+def sums_that_do_not_fit(axis: Axis) -> None:
+    for out, x in ((torch.empty(2), torch.ones(8)), (torch.empty(2), torch.ones(4, dtype=torch.bfloat16))):
+        with pytest.raises(AssertionError, match=r"no 2 pieces of 2|the sum of torch.bfloat16"):
+            reduce_scatter(out, x, axis)
+
+
+def test_what_is_summed_must_be_equal_pieces_of_one_type() -> None:
+    run_ranks(2, sums_that_do_not_fit)
 
 
 def empty_sum(axis: Axis) -> tuple[int, ...]:

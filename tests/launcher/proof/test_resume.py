@@ -314,7 +314,7 @@ def test_samples_that_only_the_large_layout_cuts_evenly_go_on_too(seq_len: int, 
 @pytest.mark.parametrize(
     ("to", "told"),
     [
-        ("tq=2", "--to 'tq=2': is no axis=size; the axes are pp, dp_replicate"),
+        ("tq=2", "--to 'tq=2': is no axis=size; the axes are tp, pp, cp"),
         ("tp", "--to 'tp': the size must be a whole number of at least 1"),
         ("dp_shard=0", "--to 'dp_shard=0': the size must be a whole number of at least 1"),
         ("tp=2,dp_shard=1", "parallel.tp = 2: must divide model.num_heads = 5; one of [1] would fit"),

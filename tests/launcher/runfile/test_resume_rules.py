@@ -56,6 +56,18 @@ def test_layout_length_and_logging_change_freely_and_are_recorded(override: str,
     assert compare(override) == ([change], [])
 
 
+def test_weights_are_offered_only_to_a_model_that_they_fit() -> None:
+    assert "branch" in compare("model.moe.top_k=1")[1][0]
+    assert compare("model.num_layers=4")[1][0].endswith("or begin a run of another name, from new weights")
+
+
+def test_a_size_that_follows_from_another_is_not_told() -> None:
+    told = compare("model.hidden_size=256")[1]
+    assert [line.partition(" =")[0] for line in told] == ["model.hidden_size"]
+    told = compare("model.hidden_size=256", "model.head_dim=32")[1]
+    assert [line.partition(" =")[0] for line in told] == ["model.hidden_size", "model.head_dim"]
+
+
 @pytest.mark.parametrize("override", ["run.seed=1", "data.seq_len=32", "model.num_layers=4", "model.moe.top_k=1"])
 def test_model_seed_and_data_order_never_change(override: str) -> None:
     key, _, value = override.partition("=")

@@ -38,6 +38,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ),
     ("a manifest cut short", lambda p: (p / "manifest.json").write_text("{"), "manifest.json is damaged"),
     ("an empty manifest", lambda p: (p / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+    ("a manifest of nothing", lambda p: (p / "manifest.json").write_text("{}"), "it has no entry 'manifest'"),
     ("tensors missing", lambda p: (p / "rank_00000.bin").unlink(), "rank_00000.bin is missing"),
     ("the manifest missing", lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
     (
