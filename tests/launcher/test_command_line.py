@@ -38,7 +38,7 @@ sys.exit(status)
 def test_a_mistake_in_the_layout_to_go_on_with_is_told_without_torch() -> None:
     status, printed, loaded = run_in_a_fresh_process("verify-resume", "runs/moe_tiny.toml", "--to", "tp=5")
     assert status == 2
-    assert "--to 'tp=5': needs 5 ranks or a multiple; the run has 2" in printed
+    assert "--to 'tp=5': needs 10 ranks or a multiple; the run has 2" in printed
     assert "torch" not in loaded
 
 
