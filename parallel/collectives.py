@@ -12,8 +12,8 @@ The communication stands where it is called; an axis of size 1 communicates noth
 collectives that differ between the versions we support (2.11 to 2.13) are resolved here and nowhere else.
 
 On a CPU a reduce-scatter is an all-to-all of the pieces, which are then added up: gloo's own is an all-reduce of a
-copy, which takes twice the time and more (docs/measured/layouts.md). The pieces are added in one order on every rank,
-in fp32 at least, and rounded once; until they are waited for they take as much memory as what was sent.
+copy, which takes 1.4 to 3 times as long (docs/measured/layouts.md). The pieces are added in one order on every rank, in
+fp32 at least, and rounded once; until they are waited for they take as much memory as what was sent.
 """
 
 from typing import Any, Protocol, runtime_checkable
