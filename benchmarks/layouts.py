@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch
 import torch.distributed as dist
 from layouts_ranks import CONTESTANTS, LAYOUTS_OF_TWO, time_contestants, time_layout, time_reduce_scatters
+from memory_environment import environment_with
 from torch import nn
 
-from meshwright.launcher.kept_memory import KEPT_MEMORY
 from meshwright.model.feedforward.mlp import Mlp
 from meshwright.model.norms import RMSNorm
 from meshwright.parallel.initialise import ZEROS
@@ -210,10 +210,8 @@ def peak_table() -> None:
 
 def start_again_with(memory: str) -> None:
     """Start this process again where glibc was told otherwise: it listens only when a process starts."""
-    given = {key: value for key, value in os.environ.items() if key in KEPT_MEMORY}
-    wanted = KEPT_MEMORY if memory == "kept" else {}
-    if given != wanted:
-        environment = {key: value for key, value in os.environ.items() if key not in KEPT_MEMORY} | wanted
+    environment = environment_with(kept=memory == "kept")
+    if environment != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 

@@ -30,9 +30,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from memory_environment import environment_with
 from train_cpu_systems import Task
-
-from meshwright.launcher.kept_memory import KEPT_MEMORY
 
 WORKER = Path(__file__).with_name("train_cpu_systems.py")
 
@@ -163,9 +162,8 @@ def compete(task: Task, args: argparse.Namespace) -> dict[str, Contestant]:
 
 
 def _start(system: str, task: Task, *, kept: bool, python: str = sys.executable, name: str = "") -> Contestant:
-    environment = {k: v for k, v in os.environ.items() if k not in (*KEPT_MEMORY, "GLIBC_TUNABLES")}
+    environment = environment_with(kept=kept)
     environment |= {"OMP_NUM_THREADS": str(task.threads), "TOKENIZERS_PARALLELISM": "false"}
-    environment |= KEPT_MEMORY if kept else {}
     name = name or system
     log = Path(task.folder, f"{name.replace(', ', '-').replace(' ', '-')}-{task.shape}-{task.precision}.log")
     with log.open("w") as errors:

@@ -14,6 +14,7 @@ from meshwright.launcher.runfile.cross_checks import check
 from meshwright.launcher.runfile.footprint import state_bytes
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.runfile.would_fit import with_keys
 
 _GIB = 2**30
 
@@ -33,7 +34,7 @@ def check_memory(run_file: RunFile, device: torch.device, world_size: int, local
     needs = state_bytes(run_file, world_size).total
     if needs <= limit:
         return
-    others = {stage: _with_stage(run_file, stage) for stage in (1, 2, 3)}
+    others = {stage: with_keys(run_file, "zero", stage=stage) for stage in (1, 2, 3)}
     sound = {stage: other for stage, other in others.items() if not check(other, world_size)}
     stages = [stage for stage, other in sound.items() if state_bytes(other, world_size).total <= limit]
     most = max(sound, default=run_file.zero.stage)
@@ -51,11 +52,6 @@ def host_bytes() -> int:
     """Return this machine's memory, or the smallest of the limits that a container or a job sets on this process."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([machine, *_cgroup_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
-
-
-def _with_stage(run_file: RunFile, stage: int) -> RunFile:
-    zero = run_file.zero.model_copy(update={"stage": stage})
-    return run_file.model_copy(update={"zero": zero})
 
 
 def _cgroup_limits(root: Path, own: Path) -> Iterator[int]:

@@ -79,25 +79,25 @@ def _exchange_pieces(out: Tensor, x: Tensor, group: dist.ProcessGroup | None) ->
     ranks = dist.get_world_size(group)
     assert ranks * out.numel() == x.numel(), f"{x.numel()} numbers are no {ranks} pieces of {out.numel()}"
     pieces = torch.empty_like(x)
-    return _SumOfPieces(out, pieces, dist.all_to_all_single(pieces, x, group=group, async_op=True))
+    work = dist.all_to_all_single(pieces, x, group=group, async_op=True)
+    return _SumOfPieces(out.view(-1), pieces.view(ranks, out.numel()), work)
 
 
 class _SumOfPieces:
     """What every rank sent for this one, on its way; the sum is made when it is waited for."""
 
     def __init__(self, out: Tensor, pieces: Tensor, work: Any) -> None:
-        self._out, self._pieces, self._work = out, pieces, work
+        self._out, self._work = out, work
+        self._pieces: Tensor | None = pieces
 
     def wait(self) -> None:
-        """Wait for the pieces, the first time, and add them up."""
-        if self._work is None:
+        """Wait for the pieces, the first time, add them up and let go of them."""
+        if self._pieces is None:
             return
         self._work.wait()
-        flat = self._out.view(-1)
         with torch.no_grad():
-            torch.sum(self._pieces.view(-1, len(flat)) if len(flat) else flat[None], 0, out=flat)
-        del self._pieces
-        self._work = None
+            torch.sum(self._pieces, 0, out=self._out)
+        self._pieces = None
 
 
 def all_gather(out: Shaped[Tensor, " n_part"], x: Shaped[Tensor, " part"], axis: Axis) -> Pending:
@@ -155,8 +155,8 @@ def gather_rows(x: Shaped[Tensor, "s_local *rest"], axis: Axis) -> Shaped[Tensor
 
 def scatter_sum_of_rows(x: Shaped[Tensor, "s *rest"], axis: Axis) -> Shaped[Tensor, "s_local *rest"]:
     """Sum the ranks' `x` and give each its stretch of rows, in axis order; nothing is recorded for a gradient."""
-    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    start_reduce_scatter(out, x.contiguous(), axis.group).wait()
+    out, pending = start_scatter_sum_of_rows(x, axis)
+    pending.wait()
     return out
 
 

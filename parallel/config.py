@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from meshwright.parallel.fits import divisors, nearest, up_to
 
+DENSE_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Axes of the dense layers, the slowest first: ranks that differ in tp alone are neighbours."""
+AXES = (*DENSE_DIMS, "ep", "etp")
 # More ranks than any cluster has: beyond it is a slip of the keyboard.
 MAX_RANKS = 2**20
 Degree = Annotated[int, Field(gt=0, le=MAX_RANKS)]

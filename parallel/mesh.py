@@ -24,7 +24,8 @@ from math import prod
 
 import torch.distributed as dist
 
-DENSE_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+from meshwright.parallel.config import DENSE_DIMS
+
 EXPERT_DIMS = ("pp", "edp", "ep", "etp")
 
 # A product axis, by the dims that it runs over; the first named varies slowest.

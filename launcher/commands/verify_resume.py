@@ -48,15 +48,14 @@ def verify_resume(
 
     with with_mistakes_of(out, "verify_resume.json"):
         config, world = read_for_world(run_file, overrides or [], world_size)
-        said_by = "-n" if world_size else "the run file"
-        go_on_with(to, config, world, said_by=said_by)
+        changed = go_on_with(to, config, world, said_by="-n" if world_size else "the run file")
     path = answer_place(out, config.run.output_folder, "verify_resume.json", source=str(run_file))
 
     with stoppable("verify-resume", "nothing was verified", path):
         from meshwright.launcher.proof import resume, resume_report
         from meshwright.launcher.proof.report import write_json
 
-        plan = resume.plan_resume(config, world, to, steps, said_by=said_by)
+        plan = resume.plan_resume(config, world, changed, steps)
         tell(*resume_report.heading(str(run_file), plan))
         results = resume.verify_resume(plan, lambda result: tell(*resume_report.row(result)))
     is_same = all(result.is_same for result in results)

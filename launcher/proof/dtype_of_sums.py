@@ -46,8 +46,8 @@ class DtypeOfSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace == "c10d" and name in _SUMS:
             self.found |= {line for _, line in self._narrow(args)}
         elif func.namespace == "c10d" and name == _EXCHANGE:
-            for received, line in self._narrow(args[:1], args):
-                storage = received.untyped_storage()
+            for exchanged, line in self._narrow(args):
+                storage = exchanged.untyped_storage()
                 self._exchanged[storage._cdata] = StorageWeakRef(storage), line  # type: ignore[no-untyped-call]
         elif func is torch.ops.aten.sum.IntList_out:
             reference, line = self._exchanged.get(args[0].untyped_storage()._cdata, (None, ""))
@@ -56,16 +56,16 @@ class DtypeOfSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
         run: Callable[..., Any] = func
         return run(*args, **(kwargs or {}))
 
-    def _narrow(self, tensors: Sequence[Any], args: Sequence[Any] | None = None) -> list[tuple[Tensor, str]]:
-        """Return the tensors of less than fp32, and a line for each, if the ranks have other samples.
+    def _narrow(self, args: Sequence[Any]) -> list[tuple[Tensor, str]]:
+        """Return an operator's tensors of less than fp32, and a line for each, if its ranks have other samples.
 
-        `args` are the operator's, `tensors` those of it that are looked at; the first that is no tensor is the group.
+        The first argument that is no tensor is the group.
         """
-        group = next(value for value in args or tensors if isinstance(value, torch.ScriptObject))
+        group = next(value for value in args if isinstance(value, torch.ScriptObject))
         ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
         if ranks not in self._ranks:
             return []
-        given = [each for value in tensors for each in (value if isinstance(value, list) else [value])]
+        given = [each for value in args for each in (value if isinstance(value, list) else [value])]
         return [
             (tensor, f"{str(tensor.dtype).removeprefix('torch.')} over {named(ranks)}")
             for tensor in given

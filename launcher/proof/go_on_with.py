@@ -5,10 +5,10 @@ from math import lcm
 from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import RunFile
-from meshwright.parallel.config import MAX_RANKS, ParallelConfig
+from meshwright.launcher.runfile.would_fit import with_keys
+from meshwright.parallel.config import AXES, MAX_RANKS
 from meshwright.parallel.fits import divisors, nearest
 
-AXES = tuple(name for name, field in ParallelConfig.model_fields.items() if field.annotation is int)
 _MOST_TRIED = 64  # numbers of ranks that are tried for one that would fit
 
 
@@ -21,7 +21,7 @@ def go_on_with(text: str, run_file: RunFile, world_size: int, *, said_by: str = 
         ConfigError: naming what is no axis or no size, or why the run file does not fit on that layout.
     """
     given = _given_axes(text)
-    changed = _with_axes(run_file, given)
+    changed = with_keys(run_file, "parallel", **given)
     others = changed.parallel.tp * changed.parallel.pp * changed.parallel.cp * changed.parallel.dp_replicate
     ranks = others * changed.parallel.dp_shard or world_size
     if not changed.parallel.dp_shard and changed.parallel.problems(ranks):
@@ -51,13 +51,9 @@ def _given_axes(text: str) -> dict[str, int]:
     return given
 
 
-def _with_axes(run_file: RunFile, given: dict[str, int]) -> RunFile:
-    return run_file.model_copy(update={"parallel": run_file.parallel.model_copy(update=given)})
-
-
 def _ranks_problem(text: str, given: dict[str, int], run_file: RunFile, world_size: int, said_by: str) -> str:
     """Say that the axes do not make up the run's ranks, and which sizes, or which other number of ranks, would do."""
-    changed = _with_axes(run_file, given)
+    changed = with_keys(run_file, "parallel", **given)
     table = changed.parallel
     step = lcm(table.tp * table.pp * table.cp * table.dp_replicate, table.pp * table.ep * table.etp)
     ways = []
@@ -65,7 +61,7 @@ def _ranks_problem(text: str, given: dict[str, int], run_file: RunFile, world_si
         fits = [
             size
             for size in divisors(world_size)
-            if size != given[axis] and not check(_with_axes(run_file, {**given, axis: size}), world_size)
+            if size != given[axis] and not check(with_keys(run_file, "parallel", **{**given, axis: size}), world_size)
         ]
         if fits:
             ways.append(f"{axis} of {nearest(fits, given[axis], 4)}")

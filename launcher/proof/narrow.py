@@ -14,12 +14,13 @@ Below, `many` is what a size must divide by in all sub-layouts together (`Needs`
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil, gcd, lcm
 from typing import Any, NamedTuple
 
 from meshwright.launcher.runfile.resume_rules import Change, changed_keys
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.runfile.would_fit import with_keys
 from meshwright.model.config import ModelConfig, MoeConfig
 from meshwright.model.pattern import FEEDFORWARDS, MIXERS, LayerKinds, parse_pattern
 from meshwright.parallel.mesh import Sizes
@@ -115,8 +116,7 @@ def alone(run_file: RunFile) -> RunFile:
 
 def on_layout(run_file: RunFile, sizes: Sizes) -> RunFile:
     """Return the run file with the axes of a layout in [parallel]."""
-    axes = {name: getattr(sizes, name) for name in ("tp", "pp", "cp", "ep", "etp", "dp_replicate", "dp_shard")}
-    return run_file.model_copy(update={"parallel": run_file.parallel.model_copy(update=axes)})
+    return with_keys(run_file, "parallel", **asdict(sizes))
 
 
 def _model(model: ModelConfig, target: Sizes, needs: Needs) -> ModelConfig:

@@ -33,10 +33,11 @@ from meshwright.launcher.proof.passes import (
     run_passes,
 )
 from meshwright.launcher.proof.record import RankRecord, Work
-from meshwright.launcher.proof.sublayouts import AXES, MOST_RANKS, Cover, candidates, cover, said, without
+from meshwright.launcher.proof.sublayouts import MOST_RANKS, Cover, candidates, cover, said, without
 from meshwright.launcher.runfile.cross_checks import check
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.parallel.config import AXES
 from meshwright.parallel.mesh import Sizes
 from meshwright.parallel.rank_names import named
 

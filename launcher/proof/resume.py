@@ -25,20 +25,20 @@ import numpy as np
 from meshwright.launcher.build import sizes_of
 from meshwright.launcher.proof.compare import EXACT
 from meshwright.launcher.proof.forked import Fork, NoAnswerError, RankLostError
-from meshwright.launcher.proof.go_on_with import go_on_with
 from meshwright.launcher.proof.held import compare_bits, compare_held, compare_states
 from meshwright.launcher.proof.narrow import Narrowed, narrow, on_layout
 from meshwright.launcher.proof.own_precision import masters_after, other_than_masters
 from meshwright.launcher.proof.passes import Precision
 from meshwright.launcher.proof.prove import refusals
 from meshwright.launcher.proof.record import RankRecord, StepRecord
-from meshwright.launcher.proof.sublayouts import AXES, cover, said
+from meshwright.launcher.proof.sublayouts import cover, said
 from meshwright.launcher.proof.trained import Trained, marked, train_rank
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.resume_rules import compare_for_resume
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.saving import checkpoints_of
 from meshwright.parallel.checkpoint.folder import list_checkpoints
+from meshwright.parallel.config import AXES
 from meshwright.parallel.fits import divisors
 from meshwright.parallel.mesh import Sizes
 
@@ -89,24 +89,15 @@ class ResumeResult:
         return 0.0 if self.is_bitwise else EXACT
 
 
-def parse_layout(text: str, run_file: RunFile, world_size: int, *, said_by: str = "the run file") -> Sizes:
-    """Return the layout that `tp=2,dp_shard=1` makes of the run file's; axes that are not named stay as they are.
-
-    Raises:
-        ConfigError: as `go_on_with` does.
-    """
-    return sizes_of(*go_on_with(text, run_file, world_size, said_by=said_by))
-
-
-def plan_resume(
-    run_file: RunFile, world_size: int, to: str, steps: int, *, said_by: str = "the run file"
-) -> ResumePlan:
+def plan_resume(run_file: RunFile, world_size: int, changed: tuple[RunFile, int], steps: int) -> ResumePlan:
     """Choose layouts of at most 8 ranks and a narrow run; the run file must have passed its checks.
 
+    `changed` is the run file to go on with, and its ranks (`go_on_with`).
+
     Raises:
-        ConfigError: if the layout to go on with does not fit the run.
+        ConfigError: if the narrow run does not fit on one of the small layouts.
     """
-    before, after = sizes_of(run_file, world_size), parse_layout(to, run_file, world_size, said_by=said_by)
+    before, after = sizes_of(run_file, world_size), sizes_of(*changed)
     has_experts = run_file.model.moe is not None
     sides = [cover(sizes, has_experts=has_experts).layouts or (Sizes(),) for sizes in (before, after)]
     largest = Sizes(**{axis: max(getattr(before, axis), getattr(after, axis)) for axis in AXES})

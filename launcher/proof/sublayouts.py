@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
 
-from meshwright.parallel.mesh import DENSE_DIMS, Sizes
+from meshwright.parallel.config import AXES
+from meshwright.parallel.mesh import Sizes
 
 MOST_RANKS = 8
-AXES = (*DENSE_DIMS, "ep", "etp")
 # An axis of 4 first where order within the axis matters most.
 _TO_GROW = ("cp", "tp", "pp", "ep", "dp_shard", "etp", "dp_replicate")
 _TOGETHER = 3

@@ -130,7 +130,7 @@ def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:
     dp, found = run_file.parallel.dp_in(world_size), list[str]()
     for key, size in run_file.train.batch_sizes:
         if size % dp != 0:
-            fits = sizes_near(run_file, key, size, dp)
+            fits = sizes_near(run_file, size, dp)
             found.append(
                 problem(key, size, f"must be a multiple of the {dp} data-parallel ranks", f"one of {fits} would fit")
             )

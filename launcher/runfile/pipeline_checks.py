@@ -91,17 +91,15 @@ def micro_batch_problems(run_file: RunFile, world_size: int) -> list[str]:
     return [line for key, size in sizes if size % dp == 0 for line in _of_size(run_file, key, size, dp)]
 
 
-def sizes_near(run_file: RunFile, key: str, size: int, dp: int) -> list[int]:
-    """Return the multiples of `dp` next to a batch size that are steps of the run's schedule, below and above it."""
-    no_pipeline = run_file.parallel.pp == 1 or run_file.pipeline.problems()
-
-    def is_step(near: int) -> bool:
-        return bool(no_pipeline) or not list(_of_size(run_file, key, near, dp))
-
-    below, most = size // dp * dp, run_file.train.micro_batch_size * 4 * (stages_of(run_file).count + 1)
-    less = next((near for near in range(below, 0, -dp) if is_step(near)), 0)
-    more = next((below + times * dp for times in range(1, most + 1) if is_step(below + times * dp)), 0)
-    return [near for near in (less, more) if near] or [below + dp]
+def sizes_near(run_file: RunFile, size: int, dp: int) -> list[int]:
+    """Return the batch sizes next to this one, below and above it, that `dp` ranks share in steps of the schedule."""
+    if run_file.parallel.pp == 1 or run_file.pipeline.problems():
+        near = size // dp * dp
+        return [other for other in (near, near + dp) if other > 0]
+    stages, step = stages_of(run_file), run_file.train.micro_batch_size * dp
+    most = max(1, round(size / step)) + 4 * stages.count + 1
+    fitting = [number * step for number in range(1, most + 1) if stages.takes(number)]
+    return [other for other in fitting if other < size][-1:] + [other for other in fitting if other > size][:1]
 
 
 def _of_size(run_file: RunFile, key: str, size: int, dp: int) -> Iterator[str]:
@@ -109,13 +107,12 @@ def _of_size(run_file: RunFile, key: str, size: int, dp: int) -> Iterator[str]:
     count, left = divmod(samples, at_once)
     if left == 0 and stages.takes(count):
         return
-    near = max(1, round(samples / at_once))
-    fitting = [number for number in range(1, near + 4 * stages.count + 2) if stages.takes(number)]
-    below = [number for number in fitting if number * at_once < samples][-1:]
-    above = [number for number in fitting if number * at_once > samples][:1]
-    fits = [number * at_once * dp for number in below + above]
     parts = [part for part in range(1, samples + 1) if samples % part == 0 and stages.takes(samples // part)]
-    way_out = f"one of {fits}" + (f", or train.micro_batch_size = {parts[-1]}," if parts else "") + " would fit"
+    way_out = (
+        f"one of {sizes_near(run_file, size, dp)}"
+        + (f", or train.micro_batch_size = {parts[-1]}," if parts else "")
+        + " would fit"
+    )
     if left:
         rule = f"leaves {samples} samples on a rank, which train.micro_batch_size = {at_once} does not divide"
     else:

@@ -59,10 +59,11 @@ def compare_for_resume(
     """
     problems = [line for key in allow_change for line in _request_problems(key)]
     changes = []
+    is_same_shape = before.model == after.model or parameter_shapes(before.model) == parameter_shapes(after.model)
     for change in _changes(before, after):
         rule = _rule(change.key)
         if rule == "never":
-            way_out = _new_run(change.key, is_same_shape=_is_same_shape(before, after))
+            way_out = _new_run(change.key, is_same_shape=is_same_shape)
             problems.append(_refusal(change, "may never change when a run goes on", way_out))
         elif rule == "on request" and change.key not in allow_change:
             problems.append(
@@ -134,12 +135,8 @@ def _refusal(change: Change, rule: str, way_out: str) -> str:
     return problem(change.key, change.after, rule, way_out)
 
 
-def _is_same_shape(before: RunFile, after: RunFile) -> bool:
-    """Say whether the weights of one run fit the other's model."""
-    return parameter_shapes(before.model) == parameter_shapes(after.model)
-
-
 def _new_run(key: str, *, is_same_shape: bool = True) -> str:
+    """Return the way out; `is_same_shape`: the checkpoint's weights fit the model that is asked for."""
     if key == "run.seed":
         return "put the old value back, or begin a run of another name"
     if key.startswith("model.") and not is_same_shape:

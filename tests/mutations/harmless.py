@@ -53,8 +53,8 @@ HARMLESS = [
     Fault(
         "a sum of the ranks' parts is made from the last rank to the first",
         "parallel/collectives.py",
-        "    start_reduce_scatter(out, x.contiguous(), axis.group).wait()",
-        "    out.copy_(sum(gather_rows(x, axis).chunk(axis.size)[::-1]).chunk(axis.size)[axis.rank])",
+        "out, pending = start_scatter_sum_of_rows(x, axis)",
+        "out, pending = sum(gather_rows(x, axis).chunk(axis.size)[::-1]).chunk(axis.size)[axis.rank].clone(), DONE",
         layout={"tp": 4, "dp_shard": 1},
     ),
 ]

@@ -5,8 +5,8 @@ import torch
 from rank_pool import run_mesh, run_ranks
 
 from meshwright.parallel.collectives import all_reduce
+from meshwright.parallel.config import DENSE_DIMS
 from meshwright.parallel.mesh import (
-    DENSE_DIMS,
     EXPERT_DIMS,
     PRODUCT_AXES,
     Axis,

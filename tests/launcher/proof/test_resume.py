@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from meshwright.data import batches
+from meshwright.launcher.build import sizes_of
 from meshwright.launcher.commands.verify_resume import verify_resume as command
 from meshwright.launcher.proof import passes, resume, resume_report, trained
 from meshwright.launcher.proof.forked import NoAnswerError
+from meshwright.launcher.proof.go_on_with import go_on_with
 from meshwright.launcher.proof.record import AtTokens, RankRecord, StepRecord
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
@@ -28,7 +30,8 @@ RUNS = Path(__file__).resolve().parents[3] / "runs"
 
 
 def plan_of(name: str, to: str, *overrides: str, world: int = 2, steps: int = 2) -> resume.ResumePlan:
-    return resume.plan_resume(read_run_file(RUNS / name, overrides, world_size=world), world, to, steps)
+    run_file = read_run_file(RUNS / name, overrides, world_size=world)
+    return resume.plan_resume(run_file, world, go_on_with(to, run_file, world), steps)
 
 
 def test_a_run_goes_on_with_tensor_parallelism_and_bit_for_bit_without(
@@ -291,9 +294,9 @@ def test_a_rank_that_is_not_killed_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_axes_that_are_not_named_stay() -> None:
     run_file = read_run_file(RUNS / "moe_tiny.toml", [], world_size=4)
-    assert resume.parse_layout("dp_shard=8", run_file, 4) == Sizes(dp_shard=8, ep=2)
-    assert resume.parse_layout("ep=4", run_file, 4) == Sizes(dp_shard=4, ep=4)
-    assert resume.parse_layout("ep=1, dp_replicate=2", run_file, 4) == Sizes(dp_replicate=2, dp_shard=2)
+    assert sizes_of(*go_on_with("dp_shard=8", run_file, 4)) == Sizes(dp_shard=8, ep=2)
+    assert sizes_of(*go_on_with("ep=4", run_file, 4)) == Sizes(dp_shard=4, ep=4)
+    assert sizes_of(*go_on_with("ep=1, dp_replicate=2", run_file, 4)) == Sizes(dp_replicate=2, dp_shard=2)
 
 
 def test_a_large_layout_goes_on_by_its_sublayouts() -> None:
@@ -314,7 +317,7 @@ def test_samples_that_only_the_large_layout_cuts_evenly_go_on_too(seq_len: int, 
 @pytest.mark.parametrize(
     ("to", "told"),
     [
-        ("tq=2", "--to 'tq=2': is no axis=size; the axes are tp, pp, cp"),
+        ("tq=2", "--to 'tq=2': is no axis=size; the axes are pp, dp_replicate"),
         ("tp", "--to 'tp': the size must be a whole number of at least 1"),
         ("dp_shard=0", "--to 'dp_shard=0': the size must be a whole number of at least 1"),
         ("tp=2,dp_shard=1", "parallel.tp = 2: must divide model.num_heads = 5; one of [1] would fit"),
