@@ -39,44 +39,46 @@ SCORES = 1 << 21
 def block_attention(
     q: Float[Tensor, "s b n d"],
     k: Float[Tensor, "s b k d"],
-    v: Float[Tensor, "s b k d"],
+    v: Float[Tensor, "s b k e"],
     document: Int[Tensor, "s b"] | None = None,
     *,
     is_causal: bool = True,
     narrow: bool = False,
-) -> Float[Tensor, "s b n d"]:
+    scale: float | None = None,
+) -> Float[Tensor, "s b n e"]:
     """Attend as `attention` does; everything is computed in at least fp32.
 
     `narrow` makes the products after the softmax in the inputs' dtype, where that multiplies faster.
     """
-    y: Tensor = attention_by_blocks(q, k, v, document, is_causal, narrow)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    y: Tensor = attention_by_blocks(q, k, v, document, is_causal, narrow, scale)
     return y
 
 
 @torch.library.custom_op("meshwright::attention_by_blocks", mutates_args=())
 def attention_by_blocks(
-    q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, is_causal: bool, narrow: bool
+    q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, is_causal: bool, narrow: bool, scale: float
 ) -> Tensor:
     """Compute the output, tile by tile."""
-    problem = _Problem(q, k, v, document, is_causal, narrow)
-    out, room = problem.empty_rows(), problem.room()
+    problem = _Problem(q, k, v, document, is_causal, narrow, scale)
+    out, room = problem.empty_rows(v), problem.room()
     with without_autocast(q):
         for tile in problem.tiles():
             p = problem.probabilities(tile, room)
             out[tile.heads, tile.rows] = torch.bmm(p, problem.v[tile.heads, : tile.seen])
-    return problem.restore(out, q)
+    return problem.restore(out, q, v)
 
 
 @torch.library.custom_op("meshwright::attention_by_blocks_gradients", mutates_args=())
 def attention_by_blocks_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, is_causal: bool, narrow: bool
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, is_causal: bool, narrow: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and v, tile by tile."""
-    problem = _Problem(q, k, v, document, is_causal, narrow)
+    problem = _Problem(q, k, v, document, is_causal, narrow, scale)
     grad = problem.as_rows(grad.to(problem.v.dtype))
-    of_q, room, more_room = problem.empty_rows(), problem.room(), problem.room(problem.v.dtype)
-    sums = problem.v.new_empty(problem.group * problem.s * problem.d)
-    of_k, of_v = torch.zeros_like(problem.wide_k), torch.zeros_like(problem.wide_k)
+    of_q, room, more_room = problem.empty_rows(q), problem.room(), problem.room(problem.v.dtype)
+    sums = problem.v.new_empty(problem.group * problem.s * max(k.shape[3], v.shape[3]))
+    of_k, of_v = (problem.wide_k.new_zeros(x.shape) for x in (problem.k, problem.v))
     with without_autocast(q):
         for tile in problem.tiles():
             p, g = problem.probabilities(tile, room), grad[tile.heads, tile.rows]
@@ -88,30 +90,30 @@ def attention_by_blocks_gradients(
             of_q[tile.heads, tile.rows] = torch.bmm(d, keys).mul_(problem.scale)
             of_k[tile.heads, : tile.seen] += _product(d.transpose(1, 2), problem.q[tile.heads, tile.rows], sums)
     of_k.mul_(problem.scale)
-    return problem.restore(of_q, q), problem.restore(of_k, k), problem.restore(of_v, v)
+    return problem.restore(of_q, q, q), problem.restore(of_k, k, k), problem.restore(of_v, v, v)
 
 
 @attention_by_blocks.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, is_causal: bool, narrow: bool) -> Tensor:
-    return q.new_empty(q.shape)
+def _(q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, is_causal: bool, narrow: bool, scale: float) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])
 
 
 @attention_by_blocks_gradients.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, is_causal: bool, narrow: bool
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, is_causal: bool, narrow: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, document, ctx.is_causal, ctx.narrow = inputs
+    q, k, v, document, *ctx.how = inputs
     ctx.save_for_backward(q, k, v, document)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, document = ctx.saved_tensors
-    of_q, of_k, of_v = attention_by_blocks_gradients(grad, q, k, v, document, ctx.is_causal, ctx.narrow)
-    return of_q, of_k, of_v, None, None, None
+    of_q, of_k, of_v = attention_by_blocks_gradients(grad, q, k, v, document, *ctx.how)
+    return of_q, of_k, of_v, None, None, None, None
 
 
 attention_by_blocks.register_autograd(_backward, setup_context=_save)
@@ -134,10 +136,11 @@ class _Tile:
 class _Problem:
     """The inputs as batches of matrices, [b*k, s*r, d] and [b*k, s, d], and the probabilities of a tile."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, is_causal: bool, narrow: bool) -> None:
-        self.s, self.b, self.num_kv_heads, self.d = k.shape
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, document: Tensor | None, *how: Any) -> None:
+        is_causal, narrow, scale = how
+        self.s, self.b, self.num_kv_heads = k.shape[:3]
         self.shared = q.shape[2] // self.num_kv_heads  # r: query heads on one key head
-        self.scale = self.d**-0.5
+        self.scale = scale
         self.document, self.is_causal = document, is_causal
         self.wide_q, self.wide_k = self.as_rows(at_least_fp32(q)), self.as_rows(at_least_fp32(k))
         if narrow:
@@ -151,21 +154,22 @@ class _Problem:
 
     def as_rows(self, x: Tensor) -> Tensor:
         """[s, b, k*r, d] -> [b*k, s*r, d]; a view where r is 1."""
-        r = x.shape[2] // self.num_kv_heads
+        r, d = x.shape[2] // self.num_kv_heads, x.shape[3]
         if r == 1:
-            return x.reshape(self.s, self.b * self.num_kv_heads, self.d).transpose(0, 1)
-        grouped = x.reshape(self.s, self.b, self.num_kv_heads, r, self.d).permute(1, 2, 0, 3, 4)
-        return grouped.reshape(self.b * self.num_kv_heads, self.s * r, self.d)
+            return x.reshape(self.s, self.b * self.num_kv_heads, d).transpose(0, 1)
+        grouped = x.reshape(self.s, self.b, self.num_kv_heads, r, d).permute(1, 2, 0, 3, 4)
+        return grouped.reshape(self.b * self.num_kv_heads, self.s * r, d)
 
-    def empty_rows(self) -> Tensor:
-        """Return room for a result in q's shape, laid out so that `restore` need not copy."""
-        shape = (self.s, self.b, self.num_kv_heads * self.shared, self.d)
+    def empty_rows(self, wide_as: Tensor) -> Tensor:
+        """Return room for a result with q's heads and that width, laid out so that `restore` need not copy."""
+        shape = (self.s, self.b, self.num_kv_heads * self.shared, wide_as.shape[3])
         return self.as_rows(self.wide_q.new_empty(shape))
 
-    def restore(self, rows: Tensor, like: Tensor) -> Tensor:
+    def restore(self, rows: Tensor, like: Tensor, wide_as: Tensor) -> Tensor:
         """[b*k, s*r, d] -> [s, b, k*r, d], in the dtype of `like`; contiguous, as torch.compile is told."""
-        grouped = rows.view(self.b, self.num_kv_heads, self.s, -1, self.d).permute(2, 0, 1, 3, 4)
-        return grouped.to(like.dtype).reshape(like.shape).contiguous()
+        d = wide_as.shape[3]
+        grouped = rows.view(self.b, self.num_kv_heads, self.s, -1, d).permute(2, 0, 1, 3, 4)
+        return grouped.to(like.dtype).reshape(*like.shape[:3], d).contiguous()
 
     def room(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return room for the scores of the largest tile."""

@@ -12,6 +12,7 @@ operator says lse = 0 for such a row, a weight of 1: it is mended here.
     CPU                 torch's flash operator; what may be seen by document is a mask, made for slabs of query rows
     CUDA, fp16, bf16    torch's flash operator, by pieces of documents (`flash_cuda.py`), as it takes no mask
     other               plain products, `reference.py`; `slower_than_flash` says why
+    windows, biases     and whatever else these operators do not take: tiles of plain products (`attention_tiles.py`)
 
 Keys and values with fewer heads than the queries (GQA) are never repeated.
 """
@@ -24,8 +25,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from meshwright.kernels import flash_cuda, reference
+from meshwright.kernels.attention_tiles import Span, tiled_attention, tiled_gradients
 from meshwright.kernels.limits import USUAL
 from meshwright.kernels.precision import at_least_fp32
+from meshwright.kernels.seen import EVERYTHING, Seen
 
 CUDA_DTYPES, CUDA_WIDTH = (torch.float16, torch.bfloat16), 256
 """What the operator of CUDA takes, and how wide a head may be for it."""
@@ -45,6 +48,21 @@ class Sight(NamedTuple):
     """Documents of the keys."""
     mask_entries: int = USUAL.mask_entries
     """How many entries of a mask are made at a time."""
+    scale: float | None = None
+    """What the products of queries and keys are multiplied by; None: 1 / sqrt(d)."""
+    seen: Seen = EVERYTHING
+    """What else decides, by positions: no operator of torch's takes it."""
+    first_query: int = 0
+    first_key: int = 0
+    """Positions in the sample; only `seen` asks for them."""
+
+    def span(self) -> Span:
+        """Return this as tiles of plain products take it."""
+        seen = self.seen
+        if seen.is_plain:
+            seen = Seen(is_causal=self.is_causal)
+        seen = seen._replace(scale=self.scale)
+        return Span(seen, self.first_query, self.first_key, self.of_queries, self.of_keys, self.mask_entries)
 
     def mask(self, rows: slice, keys: slice) -> Bool[Tensor, "b s c"] | None:
         """Say for some of the queries and keys what is seen; None: all of it."""
@@ -66,48 +84,64 @@ def slower_than_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -
     return f"({what}) on {device.type}: the flash operator {takes}"
 
 
+def by_tiles(q: Tensor, v: Tensor, sight: Sight) -> bool:
+    """Say whether this goes by tiles of plain products, because no operator of torch's takes it."""
+    return not sight.seen.is_plain or q.shape[3] != v.shape[3]
+
+
 def partial_attention(
-    q: Float[Tensor, "s b n d"], k: Float[Tensor, "c b k d"], v: Float[Tensor, "c b k d"], sight: Sight
-) -> tuple[Float[Tensor, "s b n d"], Float[Tensor, "s b n"]]:
+    q: Float[Tensor, "s b n d"], k: Float[Tensor, "c b k d"], v: Float[Tensor, "c b k e"], sight: Sight
+) -> tuple[Float[Tensor, "s b n e"], Float[Tensor, "s b n"]]:
     """Average the values over the keys that are seen, and return the log-sum-exp of the scores with it."""
+    if by_tiles(q, v, sight):
+        return tiled_attention(q, k, v, sight.span())
     if slower_than_flash(q.device, q.dtype, q.shape[3]) is not None:
-        return reference.partial_attention(q, k, v, _whole_mask(q, k, sight))
+        return reference.partial_attention(q, k, v, _whole_mask(q, k, sight), sight.scale)
     if q.device.type == "cuda":
-        return flash_cuda.forward(q, k, v, sight.is_causal, sight.of_queries, sight.of_keys)
+        return flash_cuda.forward(q, k, v, (sight.is_causal, sight.of_queries, sight.of_keys), sight.scale)
     if sight.of_queries is None:
-        out, lse = _forward(_heads(q), _heads(k), _heads(v), 0.0, sight.is_causal)
+        out, lse = _forward(_heads(q), _heads(k), _heads(v), 0.0, sight.is_causal, scale=sight.scale)
         return _sequence(out), lse.permute(2, 0, 1)
     out, lse = torch.zeros_like(q), at_least_fp32(q[..., 0]).new_full(q.shape[:3], -torch.inf)
     for rows, keys, seen in _slabs(q, k, sight):
         bias = _bias(seen, q.dtype)
-        some, some_lse = _forward(_heads(q[rows]), _heads(k[keys]), _heads(v[keys]), 0.0, False, attn_mask=bias)
+        heads = (_heads(q[rows]), _heads(k[keys]), _heads(v[keys]))
+        some, some_lse = _forward(*heads, 0.0, False, attn_mask=bias, scale=sight.scale)
         out[rows] = _sequence(some)
         lse[rows] = some_lse.permute(2, 0, 1).masked_fill(_blind(seen), -torch.inf)
     return out, lse
 
 
 def partial_attention_gradients(
-    grad: Float[Tensor, "s b n d"],
+    grad: Float[Tensor, "s b n e"],
     q: Float[Tensor, "s b n d"],
     k: Float[Tensor, "c b k d"],
-    v: Float[Tensor, "c b k d"],
-    out: Float[Tensor, "s b n d"],
+    v: Float[Tensor, "c b k e"],
+    out: Float[Tensor, "s b n e"],
     lse: Float[Tensor, "s b n"],
     sight: Sight,
-) -> tuple[Float[Tensor, "s b n d"], Float[Tensor, "c b k d"], Float[Tensor, "c b k d"]]:
-    """Return what these keys and values add to the gradients of q, k and v; `out` and `lse` are those of all keys."""
+    of_bias: Float[Tensor, "n distances"] | None = None,
+) -> tuple[Float[Tensor, "s b n d"], Float[Tensor, "c b k d"], Float[Tensor, "c b k e"]]:
+    """Return what these keys and values add to the gradients of q, k and v; `out` and `lse` are those of all keys.
+
+    What they add to the gradient of the scores' bias is added to `of_bias`.
+    """
+    if by_tiles(q, v, sight):
+        return tiled_gradients(grad, q, k, v, (out, lse), sight.span(), of_bias)
     if slower_than_flash(q.device, q.dtype, q.shape[3]) is not None:
-        return reference.partial_attention_gradients(grad, q, k, v, out, lse, _whole_mask(q, k, sight))
+        given = (_whole_mask(q, k, sight), sight.scale)
+        return reference.partial_attention_gradients(grad, q, k, v, (out, lse), *given)
     if q.device.type == "cuda":
-        return flash_cuda.backward(grad, q, k, v, out, lse, (sight.is_causal, sight.of_queries, sight.of_keys))
+        by = (sight.is_causal, sight.of_queries, sight.of_keys)
+        return flash_cuda.backward(grad, q, k, v, (out, lse), by, sight.scale)
     if sight.of_queries is None:
         heads = [_heads(x) for x in (grad, q, k, v, out, lse)]
-        of_q, of_k, of_v = (_sequence(x) for x in _backward(*heads, 0.0, sight.is_causal))
+        of_q, of_k, of_v = (_sequence(x) for x in _backward(*heads, 0.0, sight.is_causal, scale=sight.scale))
         return of_q, of_k, of_v
     of_q, of_k, of_v = (torch.zeros_like(at_least_fp32(x)) for x in (q, k, v))
     for rows, keys, seen in _slabs(q, k, sight):
         heads = [_heads(x) for x in (grad[rows], q[rows], k[keys], v[keys], out[rows], lse[rows])]
-        some = _backward(*heads, 0.0, False, attn_mask=_bias(seen, q.dtype))
+        some = _backward(*heads, 0.0, False, attn_mask=_bias(seen, q.dtype), scale=sight.scale)
         of_q[rows] = _sequence(some[0])
         of_k[keys] += _sequence(some[1])
         of_v[keys] += _sequence(some[2])

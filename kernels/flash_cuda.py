@@ -61,11 +61,11 @@ def pieces_of(of_queries: Tensor, of_keys: Tensor) -> Pieces:
     return Pieces(rows[0], rows[1], begins[0], begins[1], longest[0], longest[1])
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, of_queries: Tensor | None, of_keys: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return out [s, b, n, d] and lse [s, b, n]."""
-    scale, d = q.shape[3] ** -0.5, q.shape[3]
+def forward(q: Tensor, k: Tensor, v: Tensor, by: By, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return out [s, b, n, d] and lse [s, b, n]; scores are multiplied by `scale`, by default 1 / sqrt(d)."""
+    is_causal, of_queries, of_keys = by
+    d = q.shape[3]
+    scale = d**-0.5 if scale is None else scale
     wide_q, wide_k, wide_v = (_pad(x).transpose(0, 1) for x in (q, k, v))
     if of_queries is None or of_keys is None:
         out, lse, *_ = _forward(
@@ -84,12 +84,19 @@ def forward(
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, by: By
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    results: tuple[Tensor, Tensor],
+    by: By,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what these keys add to the gradients of q, k and v, sequence first."""
+    """Return what these keys add to the gradients of q, k and v, sequence first; `results` are out and lse."""
     is_causal, of_queries, of_keys = by
-    scale, d = q.shape[3] ** -0.5, q.shape[3]
-    wide = [_pad(x).transpose(0, 1).contiguous() for x in (grad, q, k, v, out)]
+    (whole_out, lse), d = results, q.shape[3]
+    scale = d**-0.5 if scale is None else scale
+    wide = [_pad(x).transpose(0, 1).contiguous() for x in (grad, q, k, v, whole_out)]
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)
     if of_queries is None or of_keys is None:
         lse = lse.permute(1, 2, 0).contiguous()
@@ -98,15 +105,17 @@ def backward(
         of_q, of_k, of_v = (x[..., :d].transpose(0, 1) for x in found)
         return of_q, of_k, of_v
     at = pieces_of(of_queries, of_keys)
-    results = [torch.zeros_like(x).flatten(0, 1) for x in wide[1:4]]
+    found_rows = [torch.zeros_like(x).flatten(0, 1) for x in wide[1:4]]
     if len(at.query_rows):
         some_grad, some_out = (x.flatten(0, 1)[at.query_rows] for x in (wide[0], wide[4]))
         some_lse = lse.transpose(0, 1).flatten(0, 1)[at.query_rows].T.contiguous()
         given = (some_grad, *_of_pieces(at, *wide[1:4]), some_out, some_lse)
         found = _backward(*given, *at[2:], 0.0, is_causal, *unused, scale=scale)
-        for result, rows, some in zip(results, (at.query_rows, at.key_rows, at.key_rows), found, strict=True):
+        for result, rows, some in zip(found_rows, (at.query_rows, at.key_rows, at.key_rows), found, strict=True):
             result[rows] = some
-    of_q, of_k, of_v = (x.view(like.shape)[..., :d].transpose(0, 1) for x, like in zip(results, wide[1:4], strict=True))
+    of_q, of_k, of_v = (
+        x.view(like.shape)[..., :d].transpose(0, 1) for x, like in zip(found_rows, wide[1:4], strict=True)
+    )
     return of_q, of_k, of_v
 
 

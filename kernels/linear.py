@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from meshwright.kernels import products
+from meshwright.kernels.applied import applied
 from meshwright.kernels.choose import current
 from meshwright.kernels.precision import at_least_fp32, result_dtype
 
@@ -30,8 +31,7 @@ def linear(
     dtype = result_dtype(x)
     if not uses_own_products(x, dtype):
         return F.linear(x, weight, bias)
-    y: Tensor = _Linear.apply(x, weight, bias, dtype)  # type: ignore[no-untyped-call]
-    return y
+    return applied(_Linear, x, weight, bias, dtype)
 
 
 def uses_own_products(x: Tensor, dtype: torch.dtype) -> bool:

@@ -7,7 +7,7 @@ functions that it does not know, so each asks here what autocast would have done
     outside                                     the dtypes stay
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -36,4 +36,6 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which products keep the dtypes that a kernel has chosen for them."""
-    return torch.autocast(x.device.type, enabled=False)
+    # Entering a context costs as much as a small product.
+    is_on = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if is_on else nullcontext()

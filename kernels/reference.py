@@ -7,12 +7,16 @@ Letters: s seq_len, b micro batch, t = s*b tokens, h hidden_size, n num_heads, k
 e num_experts, v vocab_size, c positions in the cache.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from meshwright.kernels.cross_entropy import NOT_COUNTED
 from meshwright.kernels.precision import at_least_fp32
+from meshwright.kernels.seen import CAUSAL, Seen
 
 
 def linear(
@@ -42,20 +46,25 @@ def apply_rope(
 def attention(
     q: Float[Tensor, "s b n d"],
     k: Float[Tensor, "s b k d"],
-    v: Float[Tensor, "s b k d"],
+    v: Float[Tensor, "s b k e"],
+    seen: Seen = CAUSAL,
     *,
-    is_causal: bool = True,
     document: Int[Tensor, "s b"] | None = None,
-) -> Float[Tensor, "s b n d"]:
-    """Average the values by the softmax of q k / sqrt(d); a token sees its own document only, when one is given."""
-    s = q.shape[0]
-    seen = torch.ones(1, 1, s, s, dtype=torch.bool, device=q.device)
-    if is_causal:
-        seen = seen.tril()
+) -> Float[Tensor, "s b n e"]:
+    """Average the values by the softmax of the scores; a token sees its own document only, when one is given."""
+    position = torch.arange(q.shape[0], device=q.device)
+    visible = seen.mask(position, position)[None, None]
     if document is not None:
-        own = document.T[:, None, :, None] == document.T[:, None, None, :]
-        seen = seen & own
-    return _softmax_average(q, k, v, seen)
+        visible = visible & (document.T[:, None, :, None] == document.T[:, None, None, :])
+    scores = _scores(q, k, seen.scale)
+    if seen.bias is not None:
+        distance = position[:, None] - position[None] - seen.first_distance()
+        scores = scores + seen.bias[:, distance.clamp(0, seen.bias.shape[1] - 1)]
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    if seen.drop is not None:
+        at, n = range(q.shape[0]), range(q.shape[2])
+        weights = weights * torch.stack([seen.drop.factors(b, n, at, at, weights) for b in range(q.shape[1])])
+    return (weights @ _repeated(q, v)).permute(2, 0, 1, 3).to(q.dtype)
 
 
 def cached_attention(
@@ -72,9 +81,10 @@ def partial_attention(
     k: Float[Tensor, "c b k d"],
     v: Float[Tensor, "c b k d"],
     seen: Bool[Tensor, "#b s c"],
+    scale: float | None = None,
 ) -> tuple[Float[Tensor, "s b n d"], Float[Tensor, "s b n"]]:
     """Return the average over the keys that are seen and the log-sum-exp; 0 and -inf for a row that sees none."""
-    scores, v_ = _scores(q, k).masked_fill(~seen[:, None], -torch.inf), _repeated(q, v)
+    scores, v_ = _scores(q, k, scale).masked_fill(~seen[:, None], -torch.inf), _repeated(q, v)
     lse = scores.logsumexp(-1)
     out: Tensor = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp() @ v_
     return out.permute(2, 0, 1, 3).to(q.dtype), lse.permute(2, 0, 1)
@@ -85,18 +95,19 @@ def partial_attention_gradients(
     q: Float[Tensor, "s b n d"],
     k: Float[Tensor, "c b k d"],
     v: Float[Tensor, "c b k d"],
-    out: Float[Tensor, "s b n d"],
-    lse: Float[Tensor, "s b n"],
+    results: tuple[Tensor, Tensor],
     seen: Bool[Tensor, "#b s c"],
+    scale: float | None = None,
 ) -> tuple[Float[Tensor, "s b n d"], Float[Tensor, "c b k d"], Float[Tensor, "c b k d"]]:
-    """Return dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q; out and lse are those of all keys."""
+    """Return dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q; out, lse are those of all keys."""
+    (out, lse), scale = results, q.shape[-1] ** -0.5 if scale is None else scale
     g, q_, o = (at_least_fp32(x).permute(1, 2, 0, 3) for x in (grad, q, out))  # [b, n, s, d]
     k_, v_ = _repeated(q, k), _repeated(q, v)
-    p = (_scores(q, k).masked_fill(~seen[:, None], -torch.inf) - lse.permute(1, 2, 0)[..., None]).exp()
-    d = p * (g @ v_.transpose(-1, -2) - (g * o).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    p = (_scores(q, k, scale).masked_fill(~seen[:, None], -torch.inf) - lse.permute(1, 2, 0)[..., None]).exp()
+    d = p * (g @ v_.transpose(-1, -2) - (g * o).sum(-1, keepdim=True)) * scale
     heads_per_kv = q.shape[2] // k.shape[2]
     of_k, of_v = (
-        x.unflatten(1, (-1, heads_per_kv)).sum(2) for x in (d.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ g)
+        torch.unflatten(x, 1, (-1, heads_per_kv)).sum(2) for x in (d.transpose(-1, -2) @ q_, p.transpose(-1, -2) @ g)
     )
     of_q, of_k, of_v = (x.permute(2, 0, 1, 3).to(q.dtype) for x in (d @ k_, of_k, of_v))
     return of_q, of_k, of_v
@@ -108,9 +119,10 @@ def _softmax_average(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return averaged.permute(2, 0, 1, 3).to(q.dtype)
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """Return q k / sqrt(d), [b, n, s, c]."""
-    scores: Tensor = at_least_fp32(q).permute(1, 2, 0, 3) @ _repeated(q, k).transpose(-1, -2) * q.shape[-1] ** -0.5
+def _scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """Return scale q k, [b, n, s, c]; the scale is 1 / sqrt(d) by default."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores: Tensor = at_least_fp32(q).permute(1, 2, 0, 3) @ _repeated(q, k).transpose(-1, -2) * scale
     return scores
 
 
@@ -119,10 +131,28 @@ def _repeated(q: Tensor, k: Tensor) -> Tensor:
     return at_least_fp32(k).permute(1, 2, 0, 3).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
 
 
-def swiglu(gate: Float[Tensor, "*tokens f"], up: Float[Tensor, "*tokens f"]) -> Float[Tensor, "*tokens f"]:
-    """Return silu(gate) * up."""
-    wide = at_least_fp32(gate)
-    return (wide * wide.sigmoid() * at_least_fp32(up)).to(gate.dtype)
+# Written out, because torch's own functions are what the kernels are made of.
+_POINTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "gelu": lambda x: x * 0.5 * (1 + torch.erf(x * 0.5**0.5)),
+    "gelu_tanh": lambda x: x * 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "relu2": lambda x: torch.where(x > 0, x * x, torch.zeros_like(x)),
+    "sigmoid": lambda x: 1 / (1 + (-x).exp()),
+}
+_GATES = {"swiglu": "silu", "geglu": "gelu_tanh", "geglu_erf": "gelu", "reglu": "relu", "glu": "sigmoid"}
+
+
+def gated_unit(
+    gate: Float[Tensor, "*tokens f"], up: Float[Tensor, "*tokens f"], name: str
+) -> Float[Tensor, "*tokens f"]:
+    """Return f(gate) * up."""
+    return (_POINTS[_GATES[name]](at_least_fp32(gate)) * at_least_fp32(up)).to(gate.dtype)
+
+
+def plain_unit(x: Float[Tensor, "*tokens f"], name: str) -> Float[Tensor, "*tokens f"]:
+    """Return f(x)."""
+    return _POINTS[name](at_least_fp32(x)).to(x.dtype)
 
 
 def grouped_linear(

@@ -3,6 +3,7 @@
     y[i]       = x[i] cos - x[i + d/2] sin
     y[i + d/2] = x[i + d/2] cos + x[i] sin            for i < d/2: half-split, "rotate_half"
 
+Where there are angles for less than d/2 pairs, the first features are turned and the others stay.
 The gradient is the rotation by the opposite angle, so nothing but the angles is kept for the backward.
 """
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from meshwright.kernels.applied import applied
 from meshwright.kernels.precision import at_least_fp32
 
 
@@ -19,8 +21,10 @@ def apply_rope(
     x: Float[Tensor, "s b n d"], cos: Float[Tensor, "s d_half"], sin: Float[Tensor, "s d_half"]
 ) -> Float[Tensor, "s b n d"]:
     """Turn each pair (x[i], x[i + d/2]) by its position's angle; computed in at least fp32, result in x's dtype."""
-    y: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return y
+    turned = 2 * cos.shape[1]
+    if turned < x.shape[3]:
+        return torch.cat([apply_rope(x[..., :turned], cos, sin), x[..., turned:]], dim=3)
+    return applied(_Rotate, x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):

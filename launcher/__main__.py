@@ -33,6 +33,7 @@ COMMANDS = {
     "train": "Train, or go on from the newest checkpoint.",
     "generate": "Continue a prompt with a trained model.",
     "export": "Write a checkpoint in Hugging Face format, verified.",
+    "import": "Begin from a Hugging Face checkpoint.",
     "doctor": "Say what this machine has, and what it lacks.",
 }
 
@@ -52,9 +53,14 @@ class LazyCommands(TyperGroup):
         return name, load_command(name), rest
 
 
+def function_of(name: str) -> str:
+    """Return the name of a command's function and module; Python keeps `import` for itself."""
+    return {"import": "import_weights"}.get(name, name.replace("-", "_"))
+
+
 def load_command(name: str) -> Any:
     """Import a command's module and return the command that its function makes."""
-    attribute = name.replace("-", "_")
+    attribute = function_of(name)
     module = importlib.import_module(f"meshwright.launcher.commands.{attribute}")
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(name, help=None)(getattr(module, attribute))

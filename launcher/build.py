@@ -24,7 +24,8 @@ from meshwright.launcher.training.optimizer import Optimizer
 from meshwright.launcher.training.stopping import FLAGS
 from meshwright.model.block import RECOMPUTED_WHOLE, RUN_AGAIN
 from meshwright.model.config import ModelConfig
-from meshwright.model.parts import Ways, build_model, reset_buffers
+from meshwright.model.making import Ways
+from meshwright.model.parts import build_model, reset_buffers
 from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages, stage_parts
 from meshwright.parallel.apply import Plan, apply, fill_initial_weights
@@ -87,7 +88,7 @@ def build_run(run_file: RunFile, store: TokenStore, mesh: Mesh, device: torch.de
     ranks = {f"memory.{rank}": 1 for rank in range(mesh.world.size)}
     entries = everyones_entries(declared_entries(model), mesh.pp)
     tally = Tally({"loss": 1, **FLAGS, **ranks, **entries}, device)
-    layers = list(model.layers.values())
+    layers = model.held_layers
     parts = stage_parts(model, held) if mesh.pp.is_split else {}
     units = [*_experts(layers), *layers, *(parts.values() or [model])]
     engine = apply(model, layers, units, table, mesh, tally, plan_of(run_file, limits), device)

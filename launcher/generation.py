@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from meshwright.launcher.inference import Loaded
 from meshwright.launcher.runfile.messages import ConfigError
-from meshwright.model.generate import generate
+from meshwright.model.generate import generate, too_long
 from meshwright.model.sampling import Sampling
 
 # What a decoder puts where bytes make no character (yet).
@@ -37,7 +37,7 @@ def continue_prompt(
     """Yield the prompt and then its continuation, in pieces; several samples come one after the other, whole.
 
     Raises:
-        ConfigError: if there is no tokenizer, or it does not belong to the model.
+        ConfigError: if there is no tokenizer, it does not belong to the model, or the model's positions end too early.
     """
     if tokenizer is not None and not tokenizer.is_file():
         raise ConfigError(f"--tokenizer {tokenizer}", ["there is no such file"])
@@ -51,6 +51,8 @@ def continue_prompt(
         ids = [end_token]  # a document begins after the end of another
     if not ids:
         raise ConfigError(str(path), ["the prompt is empty and there is no end-of-text token to begin from"])
+    if line := too_long(loaded.model, len(ids), max_new_tokens, "--max-new-tokens"):
+        raise ConfigError(str(loaded.source), [line])
     device = loaded.model.output_rows.weight.device
     tokens = torch.tensor(ids, device=device)[:, None].expand(-1, samples)
     made = generate(loaded.model, tokens, max_new_tokens, sampling=sampling, seed=seed, end_token=end_token)

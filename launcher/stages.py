@@ -9,7 +9,12 @@ from functools import lru_cache
 
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.model.config import ModelConfig
-from meshwright.model.costs import embedding_forward_flops, layer_forward_flops, output_forward_flops
+from meshwright.model.costs import (
+    embedding_forward_flops,
+    further_tokens_flops,
+    layer_forward_flops,
+    output_forward_flops,
+)
 from meshwright.parallel.pipeline.cut import cut_layers
 from meshwright.parallel.pipeline.orders import Stages
 
@@ -51,4 +56,5 @@ def layers_held(run_file: RunFile, rank: int) -> dict[int, range]:
 def forward_costs(model: ModelConfig, seq_len: int) -> tuple[list[float], float, float]:
     """Return the operations of a token's forward pass: in each layer, in the embedding and in the output."""
     layers = [layer_forward_flops(model, kinds, seq_len) for kinds in model.layers]
-    return layers, embedding_forward_flops(model), output_forward_flops(model)
+    behind = output_forward_flops(model) + further_tokens_flops(model, seq_len)
+    return layers, embedding_forward_flops(model), behind

@@ -1,17 +1,18 @@
 """A residual branch around any part, and a layer of two of them.
 
-    Block   x + dropout(part(norm(x)))               pre-norm (Xiong et al. 2020); dropout only in training
+    Block   stream + branch     branch = part(x), normalised before or behind, or the sum is: `Form` (kinds/norms.py)
     Layer   a mixer's block, then a feed-forward's; either may be missing
 
-A block does not ask what kind of part it holds: a part takes (x, where, tally) for a whole sequence, and
-(x, state) for the next tokens.
+In training dropout is on the branch. A block does not ask what kind of part it holds: a part takes (x, where, tally)
+for a whole sequence, and (x, state) for the next tokens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from meshwright.model.kinds.norms import PRE, Form
 from meshwright.parallel.dropout import dropout
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
@@ -28,21 +29,49 @@ RUN_AGAIN = {
 }
 
 
-class Block(nn.Module):
-    """One part with its norm and its residual connection."""
+class Multipliers(NamedTuple):
+    """What a block multiplies by: what goes on in the stream (DeepNorm), and what the part adds to it (Granite)."""
 
-    def __init__(self, norm: nn.Module, part: nn.Module, *, residual_dropout: float = 0.0, name: str = "block") -> None:
-        """Compose a norm and a part of the same width; `name`, the global one, is what dropout draws by."""
+    stream: float = 1.0
+    branch: float = 1.0
+
+
+class Block(nn.Module):
+    """One part with its norms and its residual connection."""
+
+    def __init__(
+        self,
+        part: nn.Module,
+        *,
+        norm: nn.Module | None = None,
+        post_norm: nn.Module | None = None,
+        form: Form = PRE,
+        multipliers: Multipliers = Multipliers(),  # noqa: B008
+        residual_dropout: float = 0.0,
+        name: str = "block",
+    ) -> None:
+        """Compose a part with the norms that `form` has, of the same width.
+
+        `name`, the global one, is what dropout draws by.
+
+        Raises:
+            ValueError: if a norm is missing that the form has, or there that it has not.
+        """
         super().__init__()
-        self.norm, self.part = norm, part
+        given = tuple(key for key, each in (("norm", norm), ("post_norm", post_norm)) if each is not None)
+        if given != form.names:
+            raise ValueError(f"a block of {form} has the norms {list(form.names)}, not {list(given)}")
+        self.norm, self.part, self.post_norm = norm, part, post_norm
+        self.form, self.multipliers = form, multipliers
         self.residual_dropout, self.name = residual_dropout, name
 
     def forward(self, x: Float[Tensor, "s b h"], where: Where, tally: Tally | None) -> Float[Tensor, "s b h"]:
-        """Add the part's result, computed from the normalised input, to the input."""
-        branch: Tensor = self.part(self.norm(x), where, tally)
+        """Add the part's result to its input."""
+        taken = x if self.norm is None else self.norm(x)
+        branch = self._normed_branch(self.part(taken, where, tally))
         if self.training and self.residual_dropout:
             branch = dropout(branch, self.residual_dropout, where=where, name=f"{self.name}/residual_dropout")
-        return x + branch
+        return self._sum(taken if self.form.carries_normed else x, branch)
 
     def initial_state(self, batch: int, max_len: int) -> Any:
         """Return the part's state before the first token."""
@@ -50,7 +79,24 @@ class Block(nn.Module):
 
     def step(self, x: Float[Tensor, "s b h"], state: Any) -> Float[Tensor, "s b h"]:
         """Compute the next tokens from the part's state."""
-        return x + self.part.step(self.norm(x), state)  # type: ignore[operator, no-any-return]
+        taken = x if self.norm is None else self.norm(x)
+        branch = self._normed_branch(self.part.step(taken, state))  # type: ignore[operator]
+        return self._sum(taken if self.form.carries_normed else x, branch)
+
+    def _normed_branch(self, branch: Tensor) -> Tensor:
+        if self.form.after_branch and self.post_norm is not None:
+            branch = self.post_norm(branch)
+        return branch
+
+    def _sum(self, stream: Tensor, branch: Tensor) -> Tensor:
+        if self.multipliers.branch != 1.0:
+            branch = branch * self.multipliers.branch
+        if self.multipliers.stream != 1.0:
+            stream = stream * self.multipliers.stream
+        total = stream + branch
+        if self.form.after_sum and self.post_norm is not None:
+            total = self.post_norm(total)
+        return total
 
 
 class Layer(nn.Module):

@@ -1,4 +1,4 @@
-"""The [model] and [model.moe] tables: what is computed, in global sizes, whatever it runs on.
+"""The [model] table and those of its kinds of parts: what is computed, in global sizes, whatever it runs on.
 
 Sizes that follow from others may be left out (or 0) and are filled in when the table is made, so that a reader of
 a `ModelConfig` never meets a 0:
@@ -7,110 +7,149 @@ a `ModelConfig` never meets a 0:
     head_dim         = hidden_size / num_heads
     ffn_hidden_size  = 8/3 * hidden_size, rounded up to a multiple of 64
 
-Only `vocab_size` may stay 0, until the tokenizer is read: `with_vocab` fills it in.
+Only `vocab_size` may stay 0, until the tokenizer is read: `with_vocab` fills it in. The table of a kind that the
+pattern has may be left out where all of its keys have defaults.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
 from pydantic import model_validator as validator
 
-from meshwright.model.pattern import LayerKinds, layers_of, parse_pattern
-from meshwright.parallel.fits import divisors, nearest, up_to
+from meshwright.model.kinds.attention_keys import (
+    BlockSparseConfig,
+    LatentConfig,
+    PositionName,
+    RopeScalingConfig,
+    SlidingConfig,
+    SwitchHeadConfig,
+)
+from meshwright.model.kinds.depth import DepthConfig
+from meshwright.model.kinds.gated_delta import GatedDeltaConfig
+from meshwright.model.kinds.kind import Choose, Kind
+from meshwright.model.kinds.mamba1 import Mamba1Config
+from meshwright.model.kinds.mamba2 import Mamba2Config
+from meshwright.model.kinds.mlp import FfnActivation
+from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.multi_token import MultiTokenConfig
+from meshwright.model.kinds.norms import FORMS, Form, NormName, Placing, deepnorm_alpha
+from meshwright.model.kinds.s4d import S4dConfig
+from meshwright.model.kinds.sizes import MAX_LAYERS, TABLE, Size, SizeOrZero, round_up
+from meshwright.model.kinds.table import ALL, KINDS
+from meshwright.model.kinds.unread import unread_problems
+from meshwright.model.pattern import LayerKinds, kinds_in, layers_of, parse_pattern, parse_placed
+from meshwright.parallel.fits import divisors, nearest
 
-# Takes a key and the config with each of the sizes that the broken rule allows; returns those that are said to fit.
-Choose = Callable[[str, Mapping[int, "ModelConfig"]], list[int]]
 BiasPlace = Literal["q", "k", "v", "output", "ffn"]
-
-# Sizes are rounded up to this, so that products and their parts stay aligned.
-ALIGNMENT = 64
-
-# No model comes near these bounds: what is beyond them is a slip of the keyboard, and would only end without memory.
-MAX_SIZE, MAX_LAYERS = 2**24, 2**14
-Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
-SizeOrZero = Annotated[int, Field(ge=0, le=MAX_SIZE)]
-
-
-class MoeConfig(BaseModel):
-    """The mixture of experts that stands at each `E` of the pattern; softmax router."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    num_experts: Size
-    """Routed experts in each MoE layer; 8 to 256 are usual. `parallel.ep` must divide it."""
-    top_k: Size
-    """Experts that each token is sent to; 1 to 8 are usual."""
-    expert_hidden_size: Size
-    """Inner width of one expert (SwiGLU); fine-grained experts use a quarter of a dense layer's, or less."""
-    num_shared_experts: SizeOrZero = 0
-    """Experts that see every token, besides the routed ones; held as one MLP of this many times the width."""
-    normalise_top_k: bool = True
-    """Divide the chosen experts' weights by their sum, as Mixtral and Qwen3 do."""
-    load_balancing: Literal["sequence", "step", "none"] = "sequence"
-    """What the load-balancing loss counts: each sequence by itself, the previous step's global load, or no loss."""
-    load_balancing_weight: NonNegativeFloat = 0.01
-    """Weight of the load-balancing loss; 0.001 to 0.02 are usual."""
-    z_loss_weight: NonNegativeFloat = 0.001
-    """Weight of the router's z-loss, which keeps its scores small; 0 turns it off, 0.001 is usual."""
-    capacity_factor: Annotated[float, Field(ge=0.0, le=1024.0)] = 0.0
-    """0 = dropless; else an expert takes ceil(this * top_k * tokens / num_experts) of a sequence in training."""
-    router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """In training the router's input is multiplied by numbers from 1 - this to 1 + this (Switch: 0.01); 0 = not."""
-
-    @property
-    def shared_hidden_size(self) -> int:
-        """Return the width of the one MLP that all shared experts make together."""
-        return self.num_shared_experts * self.expert_hidden_size
 
 
 class ModelConfig(BaseModel):
     """A decoder: a pattern of layers, and the sizes that they share."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = TABLE
 
     preset: str = ""
     """Name of a public or prepared shape, such as "llama3-8b"; keys that are written beside it win."""
     pattern: str = "*-"
-    """One period of layers: `*` attention, `-` MLP, `E` MoE, `2(*-)6(*E)` repeats; repeated up to num_layers."""
+    """Layers: `*` attention, `-` MLP, `E` MoE; `2(*-)6(*E)` repeats, all repeat to num_layers; `*E @0 *-` places."""
     num_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     """Layers of the stack; a layer is a mixer (attention) with the feed-forward that follows it. 12 to 126."""
+    distinct_layers: SizeOrZero = 0
+    """Layers that have weights of their own; layer n uses those of layer n modulo this (ALBERT: 1). 0 = every one."""
     hidden_size: Size
     """Width of the residual stream; 768 (small) to 16384 (the largest public dense model)."""
-    num_heads: Size
-    """Attention heads (of the queries)."""
+    num_heads: SizeOrZero = 0
+    """Attention heads (of the queries); needed where the pattern has attention."""
     num_kv_heads: SizeOrZero = 0
     """Key and value heads, shared by groups of query heads (GQA); 0 = num_heads. 8 is usual in large models."""
     head_dim: SizeOrZero = 0
     """Width of one head; 0 = hidden_size / num_heads. 64 or 128 are usual."""
     ffn_hidden_size: SizeOrZero = 0
-    """Inner width of the MLP (SwiGLU); 0 = 8/3 of hidden_size, rounded up to a multiple of 64."""
+    """Inner width of the MLP; 0 = 8/3 of hidden_size, rounded up to a multiple of 64."""
+    ffn_activation: FfnActivation = "swiglu"
+    """What the MLP and the experts compute between their products; names that end in glu are gated (three matrices)."""
     vocab_size: SizeOrZero = 0
     """Rows of the embedding; 0 = the tokenizer's size, rounded up to a multiple of 64, once the store is read."""
+    norm: NormName = "rmsnorm"
+    """Which norm stands around the parts; docs/library.md shows each."""
+    norm_placement: Placing = "pre"
+    """Where: before each part, behind the sum ("post", "deepnorm"), around the part ("sandwich"), behind it ("branch");
+    "pre_post" before mixers and behind feed-forwards; "hybrid_norm" on q, k and v of *, L, B, before feed-forwards."""
     norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square in RMSNorm; 1e-5 or 1e-6 are usual."""
+    """Added to the mean square in a norm; 1e-5 or 1e-6 are usual."""
+    embedding_norm: bool = False
+    """A norm behind the embedding, as Bloom has it."""
+    final_norm: bool = True
+    """A norm before the output matrix; "post" and "deepnorm" can do without."""
+    embedding_multiplier: PositiveFloat = 1.0
+    """Multiplies the embedding: sqrt(hidden_size) in Gemma, 12 in Granite (muP)."""
+    residual_multiplier: PositiveFloat = 1.0
+    """Multiplies what each part adds to the residual stream: 0.22 in Granite (muP)."""
+    logits_scaling: PositiveFloat = 1.0
+    """Divides the logits: 8 in Granite (muP)."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys, before RoPE, as Qwen3 does; steadies large learning rates."""
+    qk_norm_over: Literal["heads", "tokens"] = "heads"
+    """What qk_norm's mean is taken over: each head's features, or those of all heads of a token, as in OLMo 2."""
+    position: PositionName = "rope"
+    """How positions are told: rotary, "alibi" (Bloom), "t5" (learned by distance), "learned" rows or "sinusoidal" ones
+    that are added to the embedding (GPT-2), or "none"."""
+    max_positions: SizeOrZero = 0
+    """Rows of position = "learned"; data.seq_len must not exceed it."""
     rope_base: PositiveFloat = 10_000.0
     """Base of the rotary positions; 10000 for contexts of 2k to 4k, 500000 or more for longer ones."""
+    rope_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """How much of a head is turned, from its first feature on; 0.25 in GPT-NeoX and Qwen3-Next."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Stretches the rotary positions to longer samples; left out where the model is trained at its length."""
+    t5_buckets: Annotated[int, Field(ge=4, le=4096)] = 32
+    """Buckets of distances with position = "t5"."""
+    t5_max_distance: Size = 128
+    """With position = "t5": all distances from here on share a bucket."""
+    attention_scale: NonNegativeFloat = 0.0
+    """What products of queries and keys are multiplied by; 0 = 1 / sqrt(head_dim). 0.0078125 in Granite (muP)."""
+    attention_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of attention's weights that is dropped in training; they are then made by plain products, which is slow."""
+    attention_gate: bool = False
+    """Multiply what attention mixed by the sigmoid of a product of its own, as Qwen3-Next does."""
     bias: Annotated[tuple[BiasPlace, ...], Field(strict=False)] = ()
-    """Which products have a bias: any of "q", "k", "v", "output" (of attention), "ffn"."""
+    """Which products have a bias: any of "q", "k", "v", "output" (of attention; latent: all four or none), "ffn"."""
     tie_embeddings: bool = False
     """Use the embedding as the output matrix too; saves much in models below 2 B parameters."""
+    embedding_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the embedded features that is zeroed in training; 0 is usual in pretraining."""
     residual_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of what each part adds to the residual stream that is zeroed in training; 0 is usual in pretraining."""
+    ffn_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the MLP's inner numbers, and of shared experts', that is zeroed in training; 0 is usual."""
     init: Literal["normal", "xavier_uniform", "scaled"] = "normal"
     """How weights begin: normal(init_std), Xavier-uniform, or normal with 1/sqrt(fan_in)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of `init = "normal"`; 0.006 to 0.02 are usual."""
     init_depth_scaled: bool = True
     """Divide the initial weights that write to the residual stream by sqrt(2 * num_layers)."""
+    sliding: SlidingConfig | None = None
+    """Attention within a window; there if, and only if, the pattern has an L."""
+    block_sparse: BlockSparseConfig | None = None
+    """Block-sparse attention; there if, and only if, the pattern has a B."""
+    latent: LatentConfig | None = None
+    """Latent attention; there if, and only if, the pattern has a +."""
+    switch_head: SwitchHeadConfig | None = None
+    """SwitchHead attention; there if, and only if, the pattern has an H."""
+    multi_token: MultiTokenConfig | None = None
+    """Predict further tokens too, in training; there if it is to be done."""
     moe: MoeConfig | None = None
     """The experts; there if, and only if, the pattern has an E."""
+    mamba2: Mamba2Config | None = None
+    """The Mamba-2 mixers; may be left out where its keys' usual values are meant."""
+    mamba1: Mamba1Config | None = None
+    """The Mamba-1 mixers; may be left out where its keys' usual values are meant."""
+    gated_delta: GatedDeltaConfig | None = None
+    """The gated delta nets; may be left out where its keys' usual values are meant."""
+    s4d: S4dConfig | None = None
+    """The S4D mixers; may be left out where its keys' usual values are meant."""
+    depth: DepthConfig | None = None
+    """Mixture-of-Depths; there if, and only if, the pattern has a layer in [ ], which lets only some tokens in."""
 
     @validator(mode="before")
     @classmethod
@@ -126,6 +165,11 @@ class ModelConfig(BaseModel):
             filled["head_dim"] = hidden_size // num_heads if hidden_size % num_heads == 0 else 0
         if not filled.get("ffn_hidden_size") and _is_size(hidden_size):
             filled["ffn_hidden_size"] = round_up(-(-8 * hidden_size // 3))
+        for kind in _kinds_written(filled):
+            if kind.table and filled.get(kind.table) is None and not _required(kind):
+                filled[kind.table] = {}
+        if "[" in str(filled.get("pattern", "")) and filled.get("depth") is None:
+            filled["depth"] = {}
         return filled
 
     @property
@@ -134,9 +178,54 @@ class ModelConfig(BaseModel):
         return layers_of(self.pattern, self.num_layers)
 
     @property
+    def layer_kinds(self) -> frozenset[LayerKinds]:
+        """Return the kinds of layers, each once; none where the pattern cannot be read."""
+        return kinds_in(self.pattern)
+
+    @property
+    def part_kinds(self) -> list[Kind]:
+        """Return the kinds of parts that there are, in the order of their table."""
+        names = {name for layer in self.layer_kinds for name in layer.names}
+        return [kind for kind in ALL if kind.name in names]
+
+    @property
+    def held_layers(self) -> int:
+        """Return how many layers have weights of their own."""
+        return self.distinct_layers or self.num_layers
+
+    @property
+    def further_tokens(self) -> int:
+        """Return how many tokens behind the next one are predicted in training."""
+        return self.multi_token.depth if self.multi_token else 0
+
+    @property
+    def last_layer(self) -> LayerKinds:
+        """Return the kinds of the last layer, which those that predict further tokens have too."""
+        return self.layers[-1]._replace(is_routed=False)
+
+    @property
+    def embeds_at_both_ends(self) -> bool:
+        """Return whether the last stage of a pipeline has the embedding too."""
+        return self.tie_embeddings or self.further_tokens > 0
+
+    @property
+    def stream_multiplier(self) -> float:
+        """Return what the residual stream is multiplied by before a part's result is added."""
+        return deepnorm_alpha(self.num_layers) if self.norm_placement == "deepnorm" else 1.0
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """Return where the blocks of mixers and of feed-forwards have their norms."""
+        return FORMS[self.norm_placement]
+
+    @property
     def num_moe_layers(self) -> int:
         """Return how many layers have experts."""
         return sum(layer.feedforward == "moe" for layer in self.layers)
+
+    def has(self, kind: str) -> bool:
+        """Say whether some layer has a part of this kind."""
+        return any(kind in layer.names for layer in self.layer_kinds)
 
     def with_vocab(self, tokenizer_size: int) -> "ModelConfig":
         """Return this config with `vocab_size` filled in from the tokenizer's, if it was left at 0.
@@ -164,92 +253,117 @@ class ModelConfig(BaseModel):
 
         `choose` leaves, of the sizes that would make one, those that also go with what else is known of the run.
         """
-        return [*self._pattern_problems(choose), *self._attention_problems(choose), *self._moe_problems()]
+        found = [
+            *self._pattern_problems(choose),
+            *self._position_problems(),
+            *self._sharing_problems(),
+            *self._table_problems(),
+            *unread_problems(self),
+        ]
+        for kind in self.part_kinds:
+            if not kind.table or getattr(self, kind.table) is not None:
+                found += [line for line in kind.problems(self, choose) if line not in found]
+        return found
 
     def _pattern_problems(self, choose: Choose) -> list[str]:
         try:
-            period = parse_pattern(self.pattern)
+            period, placed = parse_pattern(self.pattern), parse_placed(self.pattern)
         except ValueError as error:
             return [f'model.pattern = "{self.pattern}": {error}; "*-" is a dense decoder, "*E" one of experts']
+        found, last, placed_last = list[str](), self.num_layers - 1, max(placed, default=0)
+        if placed_last > last:
+            found.append(
+                f'model.pattern = "{self.pattern}": layer {placed_last} is none of model.num_layers = '
+                f"{self.num_layers}; {f'numbers from 0 to {last}' if last else '0'} would fit"
+            )
+        if self.num_layers % len(period) == 0:
+            return found
+        near = _multiples_near(self.num_layers, len(period))
+        fits = choose("model.num_layers", {size: self.model_copy(update={"num_layers": size}) for size in near})
+        below, above = [size for size in fits if size < self.num_layers], [s for s in fits if s > self.num_layers]
+        fits = [*below[-1:], *above[:1]]
+        return [
+            *found,
+            f"model.num_layers = {self.num_layers}: must be a multiple of the {len(period)} layers of"
+            f' model.pattern = "{self.pattern}"; '
+            + (f"one of {fits} would fit" if fits else f"a pattern of at most {MAX_LAYERS} layers would fit"),
+        ]
+
+    def _position_problems(self) -> list[str]:
+        """Return what is wrong with the rows that are added to the embedding."""
         found = []
-        if self.num_layers % len(period) != 0:
-            others = self._with_each("num_layers", _multiples_near(self.num_layers, len(period)))
-            fits = choose("model.num_layers", others)
-            below, above = [size for size in fits if size < self.num_layers], [s for s in fits if s > self.num_layers]
-            fits = [*below[-1:], *above[:1]]
+        if self.position == "learned" and not self.max_positions:
+            found.append('model.max_positions = 0: model.position = "learned" has a row for each; 1024 would fit')
+        if self.position != "learned" and self.max_positions:
             found.append(
-                f"model.num_layers = {self.num_layers}: must be a multiple of the {len(period)} layers of"
-                f' model.pattern = "{self.pattern}"; '
-                + (f"one of {fits} would fit" if fits else f"a pattern of at most {MAX_LAYERS} layers would fit")
+                f"model.max_positions = {self.max_positions}: is for learned positions, and model.position ="
+                f' "{self.position}"; 0 would fit'
             )
-        if any(layer.mixer == "mamba2" for layer in period):
+        if self.position == "sinusoidal" and self.hidden_size % 2:
+            fits = [size for size in (self.hidden_size - 1, self.hidden_size + 1) if size]
             found.append(
-                f'model.pattern = "{self.pattern}": the letter M (Mamba-2) is not in this version;'
-                " * (attention) would fit"
+                f"model.hidden_size = {self.hidden_size}: must be even for sinusoidal positions; one of {fits} fits"
             )
         return found
 
-    def _attention_problems(self, choose: Choose) -> list[str]:
+    def _sharing_problems(self) -> list[str]:
+        """Return why layers cannot share weights as it is asked."""
+        try:
+            layers = self.layers
+        except ValueError:
+            return []  # told by the pattern
+        fits = [size for size in divisors(self.num_layers) if layers == layers[:size] * (self.num_layers // size)]
+        if self.held_layers in fits:
+            return []
+        return [
+            f"model.distinct_layers = {self.distinct_layers}: must divide model.num_layers = {self.num_layers}, and"
+            f' model.pattern = "{self.pattern}" repeat with it; one of {nearest(fits, self.distinct_layers)} would fit'
+        ]
+
+    def _table_problems(self) -> list[str]:
+        """Return each table that the pattern lacks, and each that it does not use."""
         found = []
-        if self.head_dim == 0:
-            fits = choose("model.num_heads", self._with_other_heads())
+        if self.depth is not None and "[" not in self.pattern:
             found.append(
-                f"model.num_heads = {self.num_heads}: must divide model.hidden_size = {self.hidden_size}, or"
-                f" model.head_dim be given" + (f"; one of {nearest(fits, self.num_heads)} would fit" if fits else "")
+                f'model.pattern = "{self.pattern}": has no layer in [ ], so nothing uses the table [model.depth];'
+                ' "*-[*-]" would use it, or leave the table out'
             )
-        elif self.head_dim % 2 != 0:
-            fits = [size for size in (self.head_dim - 1, self.head_dim + 1) if size > 0]
-            found.append(
-                f"model.head_dim = {self.head_dim}: must be even, because RoPE turns pairs;"
-                f" {' or '.join(map(str, fits))} would fit"
-            )
-        if self.num_heads % self.num_kv_heads != 0:
-            fits = choose("model.num_kv_heads", self._with_each("num_kv_heads", divisors(self.num_heads)))
-            found.append(
-                f"model.num_kv_heads = {self.num_kv_heads}: must divide model.num_heads = {self.num_heads};"
-                f" one of {nearest(fits, self.num_kv_heads)} would fit"
-            )
-        return found
-
-    def _with_each(self, key: str, sizes: list[int]) -> dict[int, "ModelConfig"]:
-        return {size: self.model_copy(update={key: size}) for size in sizes}
-
-    def _with_other_heads(self) -> dict[int, "ModelConfig"]:
-        """Return the config with each number of heads of an even width, and what is filled in from it."""
-        found = {}
-        for size in divisors(self.hidden_size):
-            if self.hidden_size // size % 2 == 0:
-                kv_heads = size if self.num_kv_heads == self.num_heads else self.num_kv_heads
-                sizes = {"num_heads": size, "num_kv_heads": kv_heads, "head_dim": self.hidden_size // size}
-                found[size] = self.model_copy(update=sizes)
-        return found
-
-    def _moe_problems(self) -> list[str]:
-        has_experts = "E" in self.pattern
-        if self.moe is None:
-            if not has_experts:
-                return []
-            return [
-                f'model.pattern = "{self.pattern}": has an E, so a table [model.moe] with num_experts, top_k and'
-                ' expert_hidden_size must be there; or write "-" (MLP) for E'
-            ]
-        found = []
-        if not has_experts:
-            found.append(
-                f'model.pattern = "{self.pattern}": has no E, so nothing uses the table [model.moe];'
-                ' "*E" would use it, or leave the table out'
-            )
-        if self.moe.top_k > self.moe.num_experts:
-            found.append(
-                f"model.moe.top_k = {self.moe.top_k}: must not exceed model.moe.num_experts = {self.moe.num_experts};"
-                f" {up_to(self.moe.num_experts)} would fit"
-            )
+        for kind in ALL:
+            if not kind.table:
+                continue
+            is_there, is_used = getattr(self, kind.table) is not None, kind.letter in self.pattern
+            if is_used and not is_there:
+                required = _required(kind)
+                found.append(
+                    f'model.pattern = "{self.pattern}": has an {kind.letter}, so a table [model.{kind.table}] with'
+                    f" {', '.join(required[:-1])} and {required[-1]} must be there; or write {_instead(kind)}"
+                    f" for {kind.letter}"
+                )
+            if is_there and not is_used:
+                found.append(
+                    f'model.pattern = "{self.pattern}": has no {kind.letter}, so nothing uses the table'
+                    f' [model.{kind.table}]; "{kind.example}" would use it, or leave the table out'
+                )
         return found
 
 
-def round_up(size: int, multiple: int = ALIGNMENT) -> int:
-    """Return the smallest multiple that is not below `size`."""
-    return -(-size // multiple) * multiple
+def _kinds_written(table: dict[str, Any]) -> list[Kind]:
+    """Return the kinds whose letters stand in the pattern of a table that is not checked yet."""
+    pattern = table.get("pattern", "")
+    return [kind for kind in ALL if isinstance(pattern, str) and kind.letter in pattern]
+
+
+def _required(kind: Kind) -> list[str]:
+    """Return the keys of a kind's table that have no default."""
+    of = ModelConfig.model_fields[kind.table].annotation
+    classes = [each for each in get_args(of) if isinstance(each, type) and issubclass(each, BaseModel)]
+    return [name for name, field in classes[0].model_fields.items() if field.is_required()]
+
+
+def _instead(kind: Kind) -> str:
+    """Return the letter that needs no table, with its meaning."""
+    other = KINDS["mlp" if kind.place == "feedforward" else "attention"]
+    return f'"{other.letter}" ({other.words})'
 
 
 def _multiples_near(value: int, step: int) -> list[int]:

@@ -15,6 +15,9 @@ Operations of one token, a multiplication and an addition being two:
                + 4*n*d for each position it attends to (scores and values), in each attention layer
     training   three times the forward: the backward makes two products of each one
 
+A layer in [ ] (Mixture-of-Depths) computes `capacity` of the tokens, which mix with each other alone; its weights all
+count as met.
+
 *Causal convention*: a token of a sequence of s attends to itself and to those before it, (s + 1)/2 positions on
 average, and only these are counted. `causal=False` counts all s, as PaLM's formula and many reports do. Norms,
 softmax, RoPE and the optimizer are left out, and so is recomputation: these are the model's operations, not the
@@ -24,8 +27,10 @@ Counts of parameters are whole numbers, operations floats.
 """
 
 from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.depth import depth_of
+from meshwright.model.kinds.table import KINDS
 from meshwright.model.pattern import LayerKinds
-from meshwright.model.shapes import Weight, layer_weights, weights
+from meshwright.model.shapes import layer_weights, weights
 
 # The backward computes a gradient for the input and one for the weight of each product.
 TRAINING_TO_FORWARD = 3.0
@@ -38,14 +43,23 @@ def parameter_count(config: ModelConfig) -> int:
 
 def active_parameter_count(config: ModelConfig) -> int:
     """Return the number of weights that one token meets: all but the experts it is not sent to."""
-    return sum(_met(config, weight) for weight in weights(config).values())
+    return sum(weight.met for weight in weights(config).values())
 
 
 def layer_forward_flops(config: ModelConfig, kinds: LayerKinds, seq_len: int, *, causal: bool = True) -> float:
     """Return the operations of one token in one layer's forward pass; a stack is cut into stages by these."""
-    found = layer_weights(config, kinds).values()
-    products = sum(_met(config, weight) for weight in found if weight.is_product)
-    return 2.0 * products + _attention_flops(config, kinds, seq_len, causal=causal)
+    found = layer_weights(config, kinds)
+    passing = sum(weight.met for name, weight in found.items() if weight.is_product and not _is_of_part(name))
+    products = sum(weight.met for name, weight in found.items() if weight.is_product and _is_of_part(name))
+    share = depth_of(config).capacity if kinds.is_routed else 1.0
+    length = max(1, round(share * seq_len))
+    mixing = sum(KINDS[name].mixing_flops(config, length, causal=causal) for name in kinds.names)
+    return 2.0 * passing + share * (2.0 * products + mixing)
+
+
+def _is_of_part(name: str) -> bool:
+    """Say whether a layer's parameter is of one of its parts, not of the router around them."""
+    return name.startswith(("mixer.", "feedforward."))
 
 
 def embedding_forward_flops(config: ModelConfig) -> float:
@@ -62,28 +76,21 @@ def output_forward_flops(config: ModelConfig) -> float:
     return 2.0 * config.vocab_size * config.hidden_size
 
 
+def further_tokens_flops(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
+    """Return the operations by which one token's further tokens are predicted, each by a layer and the output."""
+    if not config.further_tokens:
+        return 0.0
+    layer = layer_forward_flops(config, config.last_layer, seq_len, causal=causal)
+    projection = 4.0 * config.hidden_size**2
+    return config.further_tokens * (projection + layer + output_forward_flops(config))
+
+
 def forward_flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
     """Return the operations of one token in the whole forward pass, averaged over a sequence of `seq_len`."""
     layers = sum(layer_forward_flops(config, kinds, seq_len, causal=causal) for kinds in config.layers)
-    return layers + output_forward_flops(config)
+    return layers + output_forward_flops(config) + further_tokens_flops(config, seq_len, causal=causal)
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
     """Return the operations of one token in forward and backward: 6 for each active weight, and attention's."""
     return TRAINING_TO_FORWARD * forward_flops_per_token(config, seq_len, causal=causal)
-
-
-def _met(config: ModelConfig, weight: Weight) -> int:
-    """Return how many numbers of a parameter one token meets."""
-    if not weight.is_of_experts:
-        return weight.number
-    assert config.moe is not None, "the checks see to it that E has its table"
-    return weight.number // config.moe.num_experts * config.moe.top_k
-
-
-def _attention_flops(config: ModelConfig, kinds: LayerKinds, seq_len: int, *, causal: bool) -> float:
-    """Return the operations of the scores and of the values' sum, for one token."""
-    if kinds.mixer != "attention":
-        return 0.0
-    positions = (seq_len + 1) / 2 if causal else float(seq_len)
-    return 4.0 * config.num_heads * config.head_dim * positions

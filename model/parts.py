@@ -1,91 +1,50 @@
-"""The tables of parts, and how a config becomes a model: a new kind is one file and one line here.
+"""How a config becomes a model: a new kind of part is one file, and one line here and in `kinds/table.py`.
 
-    MIXERS["attention"]      a function (config, number, mesh, init, ways) -> module
-    FEEDFORWARDS["moe"]      the same
+    MAKERS["attention"]      a function (config, making) -> module, which stands beside the module
 
 `build_model` returns an ordinary `nn.Module`; with a mesh each part holds what its rank holds.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from meshwright.model.block import Block, Layer
+from meshwright.model.block import Block, Layer, Multipliers
 from meshwright.model.config import ModelConfig
-from meshwright.model.feedforward.mlp import Mlp
-from meshwright.model.feedforward.moe import Experts, Moe, RouterLosses
-from meshwright.model.mixers.attention import Attention, Heads, Spread, copies_of_kv_heads
-from meshwright.model.norms import RMSNorm
-from meshwright.model.routers.topk import TopKRouter
-from meshwright.model.stack import LanguageModel
+from meshwright.model.depth import routed_layer
+from meshwright.model.feedforward import mlp, moe
+from meshwright.model.kinds.kind import Place
+from meshwright.model.kinds.norms import deepnorm_gain
+from meshwright.model.making import Making, Ways
+from meshwright.model.mixers import attention, gated_delta, latent_attention, mamba1, mamba2, s4d, switch_head
+from meshwright.model.multi_token import FurtherToken
+from meshwright.model.norms import NORMS
+from meshwright.model.pattern import LayerKinds
+from meshwright.model.positions import LearnedPositions, SinusoidalPositions
+from meshwright.model.stack import Ends, Extras, LanguageModel
 from meshwright.model.stage import HeldStages
-from meshwright.parallel.config import ContextWay, ExpertExchange
-from meshwright.parallel.experts.deep_ep import DeepEpExchange
-from meshwright.parallel.experts.exchange import AllToAll
 from meshwright.parallel.initialise import InitPolicy, fill, init_rules
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import placement_table, without_padding
 from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows
 
+MakePart = Callable[[ModelConfig, Making], nn.Module]
 
-@dataclass(frozen=True)
-class Ways:
-    """How parts reach what lies on other ranks, where there is more than one way to the same result."""
-
-    context: ContextWay = "ring"
-    """How attention reaches the positions of a sample over cp."""
-    expert_exchange: ExpertExchange = "all_to_all"
-    """How tokens reach their experts over ep."""
-
-
-MakePart = Callable[[ModelConfig, int, Mesh, InitPolicy, Ways], nn.Module]
-
-
-def make_attention(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy, ways: Ways) -> nn.Module:
-    """Return attention as the config has it."""
-    copies = mesh.neighbours(copies_of_kv_heads(config.num_kv_heads, mesh.tp.size))
-    return Attention(
-        config.hidden_size,
-        Heads(config.num_heads, config.num_kv_heads, config.head_dim),
-        rope_base=config.rope_base,
-        qk_norm_eps=config.norm_eps if config.qk_norm else None,
-        bias=frozenset(config.bias),
-        init=init,
-        spread=Spread(mesh.tp, copies, mesh.cp, ways.context),
-    )
-
-
-def make_mlp(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy, ways: Ways) -> nn.Module:
-    """Return the dense feed-forward."""
-    return Mlp(config.hidden_size, config.ffn_hidden_size, bias="ffn" in config.bias, init=init, tp=mesh.tp)
-
-
-def make_moe(config: ModelConfig, number: int, mesh: Mesh, init: InitPolicy, ways: Ways) -> nn.Module:
-    """Return the mixture of experts, of which this rank holds 1/(ep * etp)."""
-    moe, h, bias = config.moe, config.hidden_size, "ffn" in config.bias
-    assert moe is not None, "the checks let no E pass without a [model.moe]"
-    shared = Mlp(h, moe.shared_hidden_size, bias=bias, init=init, tp=mesh.tp) if moe.num_shared_experts else None
-    exchange = {"all_to_all": AllToAll, "deep_ep": DeepEpExchange}[ways.expert_exchange](moe.num_experts, mesh.ep)
-    sizes = (h, moe.expert_hidden_size, moe.num_experts)
-    experts = Experts(*sizes, ep=mesh.ep, etp=mesh.etp, bias=bias, init=init, exchange=exchange)
-    return Moe(
-        TopKRouter(h, moe.num_experts, moe.top_k, normalise=moe.normalise_top_k, init=init, tp=mesh.tp),
-        experts,
-        name=f"layers.{number}",
-        shared=shared,
-        losses=RouterLosses(moe.load_balancing, moe.load_balancing_weight, moe.z_loss_weight),
-        capacity_factor=moe.capacity_factor,
-        router_jitter=moe.router_jitter,
-        token=mesh.token,
-    )
-
-
-MIXERS: dict[str, MakePart] = {"attention": make_attention}
-FEEDFORWARDS: dict[str, MakePart] = {"mlp": make_mlp, "moe": make_moe}
-PARTS = {"mixer": MIXERS, "feedforward": FEEDFORWARDS}
+MAKERS: dict[str, MakePart] = {
+    "attention": attention.make,
+    "sliding_attention": attention.make_sliding,
+    "block_sparse_attention": attention.make_block_sparse,
+    "latent_attention": latent_attention.make,
+    "switch_head": switch_head.make,
+    "mamba2": mamba2.make,
+    "mamba1": mamba1.make,
+    "gated_delta": gated_delta.make,
+    "s4d": s4d.make,
+    "mlp": mlp.make,
+    "moe": moe.make,
+}
 
 
 def build_model(
@@ -138,27 +97,74 @@ def reset_buffers(model: nn.Module) -> None:
 
 
 def _assemble(config: ModelConfig, mesh: Mesh, held: HeldStages, ways: Ways) -> LanguageModel:
-    depth = 2 * config.num_layers if config.init_depth_scaled else 0
-    init = InitPolicy(config.init, config.init_std, residual_depth=depth)
+    init = _init_policy(config)
 
-    def block(place: str, kind: str | None, number: int) -> Block | None:
+    def norm() -> nn.Module:
+        return NORMS[config.norm](config.hidden_size, config.norm_eps, tp=mesh.tp)
+
+    def block(place: Place, kind: str | None, name: str) -> Block | None:
         if kind is None:
             return None
-        norm = RMSNorm(config.hidden_size, config.norm_eps, tp=mesh.tp)
-        part = PARTS[place][kind](config, number, mesh, init, ways)
-        return Block(norm, part, residual_dropout=config.residual_dropout, name=f"layers.{number}.{place}")
+        form = config.forms[place]
+        return Block(
+            MAKERS[kind](config, Making(name, mesh, init, ways)),
+            **{norm_name: norm() for norm_name in form.names},
+            form=form,
+            multipliers=Multipliers(config.stream_multiplier, config.residual_multiplier),
+            residual_dropout=config.residual_dropout,
+            name=f"{name}.{place}",
+        )
 
-    layers = {
-        number: Layer(block("mixer", kinds.mixer, number), block("feedforward", kinds.feedforward, number))
-        for number, kinds in enumerate(config.layers)
-        if number in held.layers
-    }
+    def layer(number: int, kinds: LayerKinds) -> Layer:
+        name = f"layers.{number}"
+        blocks = block("mixer", kinds.mixer, name), block("feedforward", kinds.feedforward, name)
+        return routed_layer(*blocks, config, Making(name, mesh, init, ways)) if kinds.is_routed else Layer(*blocks)
+
+    def further(depth: int) -> FurtherToken:
+        of_layer = layer(config.num_layers + depth, config.last_layer)
+        norms = {place: norm() for place in ("hidden_norm", "embedding_norm", "final_norm")}
+        name = f"multi_token.{depth}"
+        return FurtherToken(of_layer, config.hidden_size, **norms, name=name, init=init, tp=mesh.tp)
+
+    own = enumerate(config.layers[: config.held_layers])
+    layers = {number: layer(number, kinds) for number, kinds in own if number in held.layers}
     v, h, tied = config.vocab_size, config.hidden_size, config.tie_embeddings
     embedding = output = None
-    if held.has_first or (held.has_last and tied):
-        has_copy = tied and held.has_first != held.has_last
+    if held.has_first or (held.has_last and config.embeds_at_both_ends):
+        has_copy = config.embeds_at_both_ends and held.has_first != held.has_last
         embedding = Embedding(v, h, init=init, tp=mesh.tp, copies=mesh.ends if has_copy else None)
     if held.has_last and not tied:
         output = VocabularyRows(v, h, rule=init.matrix(h, v), tp=mesh.tp)
-    final_norm = RMSNorm(h, config.norm_eps, tp=mesh.tp) if held.has_last else None
-    return LanguageModel(layers, embedding=embedding, final_norm=final_norm, output=output)
+    return LanguageModel(
+        layers,
+        embedding=embedding,
+        output=output,
+        final_norm=norm() if held.has_last and config.final_norm else None,
+        extras=Extras(
+            positions=_positions(config, init, mesh) if held.has_first else None,
+            embedding_norm=norm() if held.has_first and config.embedding_norm else None,
+            further=[further(depth) for depth in range(config.further_tokens)] if held.has_last else [],
+        ),
+        ends=Ends(
+            config.embedding_multiplier,
+            config.embedding_dropout,
+            config.logits_scaling,
+            config.multi_token.loss_weight if config.multi_token else 0.0,
+        ),
+        laps=config.num_layers // config.held_layers,
+    )
+
+
+def _positions(config: ModelConfig, init: InitPolicy, mesh: Mesh) -> nn.Module | None:
+    """Return what adds a row for its position to each embedded token, if anything does."""
+    if config.position == "learned":
+        return LearnedPositions(config.max_positions, config.hidden_size, init=init, tp=mesh.tp)
+    return SinusoidalPositions(config.hidden_size) if config.position == "sinusoidal" else None
+
+
+def _init_policy(config: ModelConfig) -> InitPolicy:
+    """Return how the matrices begin; DeepNorm's gain takes the place of the depth's root."""
+    if config.norm_placement == "deepnorm":
+        return InitPolicy(config.init, config.init_std, value_gain=deepnorm_gain(config.num_layers))
+    depth = 2 * config.num_layers if config.init_depth_scaled else 0
+    return InitPolicy(config.init, config.init_std, residual_depth=depth)

@@ -8,16 +8,50 @@ targets the model returns the loss; without, the logits. It is an ordinary `nn.M
 A rank of a pipeline holds the layers of its stages, and the ends that these have; `model/stage.py` runs them.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from meshwright.kernels.limits import USUAL, Limits
 from meshwright.model.block import Layer
-from meshwright.parallel.tally import Tally
+from meshwright.model.multi_token import FurtherToken, shifted
+from meshwright.parallel.dropout import dropout
+from meshwright.parallel.tally import Tally, attach_loss
 from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows, next_token_logits, next_token_loss
 from meshwright.parallel.where import Where, where_of_plain_tokens
+
+
+class Extras(NamedTuple):
+    """Modules that not every decoder has."""
+
+    positions: nn.Module | None = None
+    """Adds a row for its position to each embedded token."""
+    embedding_norm: nn.Module | None = None
+    further: Sequence[FurtherToken] = ()
+    """What predicts further tokens, in training."""
+
+
+class Ends(NamedTuple):
+    """What is done to the embedded tokens and to the logits."""
+
+    embedding_multiplier: float = 1.0
+    embedding_dropout: float = 0.0
+    logits_scaling: float = 1.0
+    """Divides the logits."""
+    further_weight: float = 0.0
+    """Weight of the losses of further tokens, together."""
+
+
+@dataclass
+class DecoderState:
+    """What generation keeps between steps: each layer's state, in the order in which the layers are used."""
+
+    layers: list[Any]
+    length: int = 0
+    """Tokens seen so far."""
 
 
 class LanguageModel(nn.Module):
@@ -28,19 +62,29 @@ class LanguageModel(nn.Module):
         layers: dict[int, Layer],
         *,
         embedding: Embedding | None,
-        final_norm: nn.Module | None,
         output: VocabularyRows | None,
+        final_norm: nn.Module | None = None,
+        extras: Extras = Extras(),  # noqa: B008
+        ends: Ends = Ends(),  # noqa: B008
+        laps: int = 1,
     ) -> None:
         """Compose layers, by their global number, with the two ends; without `output` the embedding is that too (tied).
 
-        Of a pipeline's ranks, those without the first stage have no embedding (but for the copy of a tied one), those
-        without the last no norm and no output.
+        The layers are gone through `laps` times, with the same weights. Of a pipeline's ranks, those without the first
+        stage have no embedding (but for the copy of a tied one), those without the last no final norm and no output.
         """
         super().__init__()
-        self.embedding = embedding
+        self.embedding, self.positions, self.embedding_norm = embedding, extras.positions, extras.embedding_norm
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
         self.final_norm = final_norm
         self.output = output
+        self.multi_token = nn.ModuleList(extras.further)
+        self.ends, self.laps = ends, laps
+
+    @property
+    def held_layers(self) -> list[nn.Module]:
+        """Return all layers that are here, those that predict further tokens behind the stack's."""
+        return [*self.layers.values(), *(each.layer for each in self.multi_token if isinstance(each, FurtherToken))]
 
     @property
     def output_rows(self) -> VocabularyRows:
@@ -62,41 +106,77 @@ class LanguageModel(nn.Module):
         loss is this rank's share: the shares of all ranks add up to it. Logits are of its part of the vocabulary.
         """
         where = where or where_of_plain_tokens(tokens)
-        x = self.begin(tokens)
-        for layer in self.layers.values():
-            x = layer(x, where, tally)
-        return self.end(x, targets, where.step_tokens, where.limits)
+        x = self.begin(tokens, where)
+        for lap in range(self.laps):
+            of_lap = where.of_lap(lap)
+            for layer in self.layers.values():
+                x = layer(x, of_lap, tally)
+        if targets is None:
+            return self.logits(x)
+        return self.loss(x, tokens, targets, where, tally)
 
-    def begin(self, tokens: Int64[Tensor, "s b"]) -> Float[Tensor, "s_local b h"]:
+    def begin(self, tokens: Int64[Tensor, "s b"], where: Where) -> Float[Tensor, "s_local b h"]:
         """Return what the first layer takes."""
-        assert self.embedding is not None, "the first stage has an embedding"
-        x: Tensor = self.embedding(tokens)
+        x = self._placed(self._embedded(tokens), where.position)
+        if self.training and self.ends.embedding_dropout:
+            x = dropout(x, self.ends.embedding_dropout, where=where, name="embedding/dropout")
         return x
 
-    def end(
+    def logits(self, x: Float[Tensor, "s_local b h"]) -> Float[Tensor, "s b v"]:
+        """Return the logits of what the last layer gives."""
+        return next_token_logits(self._scaled(x, self.final_norm), self.output_rows)
+
+    def loss(
         self,
         x: Float[Tensor, "s_local b h"],
-        targets: Int64[Tensor, "s b"] | None = None,
-        step_tokens: float = 1.0,
-        limits: Limits = USUAL,
-    ) -> Float[Tensor, ""] | Float[Tensor, "s b v"]:
-        """Return the loss of what the last layer gives, or the logits without targets."""
-        assert self.final_norm is not None, "the last stage has a norm"
-        x = self.final_norm(x)
-        if targets is None:
-            return next_token_logits(x, self.output_rows)
-        return next_token_loss(x, self.output_rows, targets, step_tokens, limits)
+        tokens: Int64[Tensor, "s b"],
+        targets: Int64[Tensor, "s b"],
+        where: Where,
+        tally: Tally | None,
+    ) -> Float[Tensor, ""]:
+        """Return the loss of what the last layer gives; in training the losses of further tokens are attached to it."""
+        if self.training and tally is not None and self.multi_token:
+            x = self._attach_further(x, tokens, targets, where, tally)
+        x = self._scaled(x, self.final_norm)
+        return next_token_loss(x, self.output_rows, targets, where.step_tokens, where.limits)
 
-    def initial_state(self, batch: int, max_len: int) -> list[Any]:
+    def _attach_further(self, x: Tensor, tokens: Tensor, targets: Tensor, where: Where, tally: Tally) -> Tensor:
+        stream, total = x, x.new_zeros(())
+        for by, further in enumerate(self.multi_token, start=1):
+            assert isinstance(further, FurtherToken), "the list holds nothing else"
+            ahead = shifted(where, tokens, targets, by)
+            stream = further(stream, self._embedded(ahead.tokens), where, tally)
+            normed = self._scaled(stream, further.final_norm)
+            loss = next_token_loss(normed, self.output_rows, ahead.targets, where.step_tokens, where.limits)
+            tally.add(f"{further.name}.loss", loss)
+            total = total + loss
+        return attach_loss(x, total * (self.ends.further_weight / len(self.multi_token)))
+
+    def _scaled(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        x = x if norm is None else norm(x)
+        return x if self.ends.logits_scaling == 1.0 else x / self.ends.logits_scaling
+
+    def initial_state(self, batch: int, max_len: int) -> DecoderState:
         """Return every layer's state before the first token, with room for `max_len` tokens."""
-        return [layer.initial_state(batch, max_len) for layer in self._layers()]
+        return DecoderState([layer.initial_state(batch, max_len) for layer in self._in_order()])
 
-    def step(self, tokens: Int64[Tensor, "s b"], state: list[Any]) -> Float[Tensor, "s b v"]:
+    def step(self, tokens: Int64[Tensor, "s b"], state: DecoderState) -> Float[Tensor, "s b v"]:
         """Return the logits of the next tokens, and bring the state forward."""
-        x = self.begin(tokens)
-        for layer, layer_state in zip(self._layers(), state, strict=True):
-            x = layer.step(x, layer_state)
-        return self.end(x)
+        position = torch.arange(state.length, state.length + len(tokens), device=tokens.device)
+        x = self._placed(self._embedded(tokens), position)
+        for layer, of_layer in zip(self._in_order(), state.layers, strict=True):
+            x = layer.step(x, of_layer)
+        state.length += tokens.shape[0]
+        return self.logits(x)
 
-    def _layers(self) -> list[Layer]:
-        return [layer for layer in self.layers.values() if isinstance(layer, Layer)]
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        assert self.embedding is not None, "the first stage has an embedding"
+        x: Tensor = self.embedding(tokens)
+        return x if self.ends.embedding_multiplier == 1.0 else x * self.ends.embedding_multiplier
+
+    def _placed(self, x: Tensor, position: Tensor) -> Tensor:
+        x = x if self.positions is None else self.positions(x, position)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def _in_order(self) -> list[Layer]:
+        return [layer for layer in self.layers.values() if isinstance(layer, Layer)] * self.laps

@@ -62,7 +62,9 @@ class StagePart(nn.Module):
         self.is_first, self.is_last = is_first, is_last
         self.layers = nn.ModuleList(model.layers[str(number)] for number in layers)
         # Registered, so that who asks for the stage's parameters finds them; a tied embedding belongs to both ends.
-        self.embedding = model.embedding if is_first or (is_last and model.output is None) else None
+        self.embedding = model.embedding if is_first or is_last else None
+        self.positions, self.embedding_norm = (model.positions, model.embedding_norm) if is_first else (None, None)
+        self.multi_token = model.multi_token if is_last else None
         self.final_norm, self.output = (model.final_norm, model.output) if is_last else (None, None)
         self._whole = (model,)  # in a tuple, so that the model does not become a module of its own part
         self._micro_batches: Sequence[MicroBatch] = ()
@@ -86,12 +88,15 @@ class StagePart(nn.Module):
 
     def _run(self, micro_batch: MicroBatch, *activations: Tensor) -> Tensor:
         model = self._whole[0]
-        x: Any = model.begin(micro_batch.tokens) if self.is_first else activations[0]
+        x: Any = model.begin(micro_batch.tokens, micro_batch.where) if self.is_first else activations[0]
         for layer in self.layers:
             x = layer(x, micro_batch.where, self._tally)
         where = micro_batch.where
         # No view: FSDP2 hooks what a module returns, and torch detaches a stage's output in place.
-        return torch.stack([model.end(x, micro_batch.targets, where.step_tokens, where.limits)]) if self.is_last else x
+        if self.is_last:
+            x = torch.stack([model.loss(x, micro_batch.tokens, micro_batch.targets, where, self._tally)])
+        result: Tensor = x
+        return result
 
 
 def stage_parts(model: LanguageModel, held: HeldStages) -> dict[int, StagePart]:

@@ -2,6 +2,7 @@
 
     gather           x [s/n, ...] on each rank      ->  [s, ...]              backward: reduce-scatter
     scatter_sum      x [s, ...], a part of a sum    ->  [s/n, ...]            backward: all-gather
+    sum_over_ranks   x on each rank                 ->  the sum               backward: the sum of the gradients
     exchange_rows    x [sum(send), h] on each rank  ->  [sum(receive), h]     rows by destination, by source
     reduce_scatter   [n * part] on each rank        ->  [part]                the sum of everyone's piece for me
     all_gather       [part] on each rank            ->  [n * part]            everyone's piece, in axis order
@@ -122,6 +123,31 @@ def scatter_sum(x: Shaped[Tensor, "s *rest"], axis: Axis) -> Shaped[Tensor, "s_l
         return x
     scattered: Tensor = _ScatterSum.apply(x, axis)  # type: ignore[no-untyped-call]
     return scattered
+
+
+def sum_over_ranks(x: Shaped[Tensor, "*any"], axis: Axis) -> Shaped[Tensor, "*any"]:
+    """Sum the ranks' `x`, for each of them; each rank's gradient is a part of the sum."""
+    if not axis.is_split:
+        return x
+    summed: Tensor = _SumOverRanks.apply(x, axis)  # type: ignore[no-untyped-call]
+    return summed
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _summed(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _summed(grads[0], ctx.axis), None
+
+
+def _summed(x: Tensor, axis: Axis) -> Tensor:
+    whole = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(whole, group=axis.group)
+    return whole
 
 
 class _Gather(torch.autograd.Function):

@@ -80,6 +80,29 @@ def draw_words(
     return words[..., first_index - 4 * first :][..., :count]
 
 
+def draw_row_words(
+    key: tuple[int, int],
+    step: int,
+    place: tuple[Int64[Tensor, " r"], Int64[Tensor, " r"], Int64[Tensor, " r"]],
+    first_index: int,
+    count: int,
+) -> Int64[Tensor, "r n"]:
+    """Return a word of 32 bits for each row and each of `count` indices from `first_index` on.
+
+    `place` is each row's sample, position and first counter: how many fours of indices lie before its index 0.
+    """
+    sample, position, before = place
+    first, last = first_index // 4, (first_index + count + 3) // 4
+    counter = (
+        torch.arange(first, last, device=sample.device)[None] + before[:, None],
+        position[:, None],
+        sample[:, None],
+        torch.full((1, 1), step, device=sample.device),
+    )
+    words = torch.stack(philox_words(key, counter), dim=-1).flatten(1)
+    return words[:, first_index - 4 * first :][:, :count]
+
+
 def uniform_at(seed: int, name: str, index: Int64[Tensor, " n"]) -> Float64[Tensor, " n"]:
     """Return numbers in (0, 1), evenly spread over 2^32 values, for elements `index` of the stream."""
     words = philox(stream_key(seed, name), index >> 2).gather(1, (index & 3)[:, None])[:, 0]

@@ -8,7 +8,7 @@ its fp32 master weight come from the same number.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import log, prod
 from typing import Literal
 
 import torch
@@ -24,17 +24,45 @@ class InitRule:
     """How the elements of one parameter are distributed.
 
     `scale` is the standard deviation of `normal`, the bound of `uniform` (from -scale to scale), the value of
-    `constant`.
+    `constant`, the step of `column` (scale * its index in the last dim). From `low` to `high`: `between`, evenly;
+    `log_of_uniform`, the logarithm of such a number; `softplus_inverse`, what softplus turns into a number whose
+    logarithm is even (the first time steps of state-space models). `log_of_column`: log(1 + the index in the last dim).
     """
 
-    kind: Literal["normal", "uniform", "constant"]
-    scale: float
+    kind: Literal[
+        "normal",
+        "uniform",
+        "constant",
+        "between",
+        "log_of_uniform",
+        "softplus_inverse",
+        "column",
+        "log_of_column",
+    ]
+    scale: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def is_by_column(self) -> bool:
+        """Say whether an element depends on its index in the last dim alone, and nothing is drawn."""
+        return self.kind in ("column", "log_of_column")
 
     def sample(self, uniform: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
         """Turn numbers in (0, 1) into elements."""
         if self.kind == "normal":
             return normal_from_uniform(uniform) * self.scale
-        return (2.0 * uniform - 1.0) * self.scale
+        if self.kind == "uniform":
+            return (2.0 * uniform - 1.0) * self.scale
+        if self.kind == "softplus_inverse":
+            step = (log(self.low) + uniform * (log(self.high) - log(self.low))).exp()
+            return step + (-torch.expm1(-step)).log()
+        between = self.low + uniform * (self.high - self.low)
+        return between.log() if self.kind == "log_of_uniform" else between
+
+    def of_column(self, column: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
+        """Return the elements at these indices of the last dim."""
+        return (1.0 + column).log() if self.kind == "log_of_column" else self.scale * column
 
 
 ZEROS = InitRule("constant", 0.0)
@@ -47,16 +75,20 @@ class InitPolicy:
 
     `normal`: N(0, std). `xavier_uniform`: U(-a, a) with a = sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010).
     `scaled`: N(0, 1 / fan_in). `residual_depth` > 0 divides what is written to the residual stream by
-    sqrt(residual_depth), the number of branches that are added up (GPT-2, section 2.3).
+    sqrt(residual_depth), the number of branches that are added up (GPT-2, section 2.3). `value_gain` multiplies what
+    goes through a part as a value: attention's values, feed-forwards, and all outputs (DeepNorm's beta).
     """
 
     kind: Literal["normal", "xavier_uniform", "scaled"] = "normal"
     std: float = 0.02
     residual_depth: int = 0
+    value_gain: float = 1.0
 
-    def matrix(self, fan_in: int, fan_out: int, *, to_residual: bool = False) -> InitRule:
-        """Return the rule of a weight [fan_out, fan_in]."""
+    def matrix(self, fan_in: int, fan_out: int, *, to_residual: bool = False, is_value: bool = False) -> InitRule:
+        """Return the rule of a weight [fan_out, fan_in]; `is_value`: of values or in a feed-forward."""
         shrink = self.residual_depth**-0.5 if to_residual and self.residual_depth else 1.0
+        if is_value or to_residual:
+            shrink *= self.value_gain
         if self.kind == "xavier_uniform":
             return InitRule("uniform", (6.0 / (fan_in + fan_out)) ** 0.5 * shrink)
         if self.kind == "scaled":
@@ -107,8 +139,12 @@ def fill(
         flat = held.view(-1)
         for begin in range(0, flat.numel(), at_once):
             end = min(begin + at_once, flat.numel())
-            uniform = _uniform_of_piece(seed, name, begin, end, tuple(held.shape), global_shape, offset)
-            values = rule.sample(uniform)
+            if rule.is_by_column:
+                index = _global_index(torch.arange(begin, end), tuple(held.shape), global_shape, offset)
+                values = rule.of_column((index % global_shape[-1]).double())
+            else:
+                uniform = _uniform_of_piece(seed, name, begin, end, tuple(held.shape), global_shape, offset)
+                values = rule.sample(uniform)
             flat[begin:end].copy_(values if held.dtype == torch.float64 else values.to(torch.float32))
 
 

@@ -47,6 +47,11 @@ class Where:
     """The run's, for random numbers."""
     mask_documents: bool = False
     """Whether a token attends only to its own document."""
+    whole_tokens: tuple[Int[Tensor, "s b"], Int[Tensor, "s b"]] | None = None
+    """The whole sample's tokens and targets, where a mixer sees some of them only."""
+    lap: int = 0
+    """How often these layers were gone through before, where several share their weights: draws of random numbers
+    differ."""
     limits: Limits = USUAL
     """How much of this a layer works on at a time."""
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -69,6 +74,10 @@ class Where:
             self.decisions[key] = choose()
         decided: T = self.decisions[key]
         return decided
+
+    def of_lap(self, lap: int) -> "Where":
+        """Return this place for layers that are used once more."""
+        return replace(self, lap=lap) if lap else self
 
     def remembering(self) -> "Where":
         """Return this place for one call of a layer that will be called with it again."""

@@ -1,5 +1,6 @@
 """`meshwright check`: every mistake in a run file at once, or what the run will be. Loads no torch and no numpy."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -166,10 +167,12 @@ def _model_line(run_file: RunFile) -> str:
 
 def _preset_line(model: ModelConfig) -> str:
     """Say which keys of the preset the run file has otherwise: those beside it win, wherever it was named."""
-    beneath, moe = dict(PRESETS[model.preset]), dict(PRESETS[model.preset].get("moe", {}))
-    beneath.pop("moe", None)
-    other = [key for key, value in beneath.items() if getattr(model, key) != value]
-    other += [f"moe.{key}" for key, value in moe.items() if model.moe is None or getattr(model.moe, key) != value]
+    beneath = PRESETS[model.preset]
+    other = [key for key, value in beneath.items() if not isinstance(value, Mapping) and getattr(model, key) != value]
+    for table, keys in beneath.items():
+        if isinstance(keys, Mapping):
+            own = getattr(model, table)
+            other += [f"{table}.{key}" for key, value in keys.items() if own is None or getattr(own, key) != value]
     return f"{model.preset}" + (f", but for {', '.join(other)}" if other else "")
 
 

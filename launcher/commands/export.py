@@ -29,8 +29,8 @@ def export(
 ) -> None:
     """Write a checkpoint in Hugging Face format, and verify it in transformers.
 
-    The class follows from the model: Llama or Qwen3 (with QK-norm) where all layers are dense, Mixtral or Qwen3Moe
-    where there are experts. What none of them computes exactly is refused with every reason.
+    The class follows from the model: fourteen are known, from Llama and Mixtral to Mamba2, GraniteMoeHybrid and
+    DeepseekV3 (docs/export.md). What none of them computes exactly is refused with every reason.
 
     The verification compares tensors, tokenizer, logits and greedy choices on held-out text, and writes
     export_report.md and export_report.json beside the files. Where it fails, the figure is named, the exit status is

@@ -15,14 +15,17 @@ Below, `many` is what a size must divide by in all sub-layouts together (`Needs`
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, gcd, lcm
-from typing import Any, NamedTuple
+from math import ceil, lcm
+from typing import Any
 
 from meshwright.launcher.runfile.resume_rules import Change, changed_keys
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.would_fit import with_keys
-from meshwright.model.config import ModelConfig, MoeConfig
-from meshwright.model.pattern import FEEDFORWARDS, MIXERS, LayerKinds, parse_pattern
+from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.small import ALIGNED, Needs, Small, small_head_dim
+from meshwright.model.kinds.table import KINDS
+from meshwright.model.kinds.unread import filled_in
+from meshwright.model.pattern import letters_of, parse_pattern, parse_placed
 from meshwright.parallel.mesh import Sizes
 
 STEPS = 3
@@ -32,39 +35,6 @@ _VOCABULARY, _ODD_VOCABULARY = 64, 61
 _PERIOD = 4  # layers; a longer period keeps the first layer of each kind
 _CLIP = 0.01
 """What a narrow run is clipped to: its norms are about 0.5, whatever the model, because the loss is a mean."""
-_ALIGNED = 8  # numbers of bf16 in the 16 bytes that grouped products ask for
-
-
-class Needs(NamedTuple):
-    """By what the sizes of the small run must divide, over all the layouts that it will run on."""
-
-    tp: int
-    heads: int
-    """What the heads are cut into: tp, and cp too where attention exchanges heads for tokens."""
-    fewest_tp: int
-    """The smallest size of tp above 1, or 1."""
-    pp: int
-    stages: int
-    """Stages of a pipeline, all ranks' together."""
-    cp: int
-    ep: int
-    etp: int
-    dp: int
-
-    @classmethod
-    def of(cls, layouts: Sequence[Sizes], stages_per_rank: int, context: str) -> "Needs":
-        """Collect the sizes of the axes."""
-        named = {name: lcm(*(getattr(sizes, name) for sizes in layouts)) for name in ("tp", "pp", "cp", "ep", "etp")}
-        stages = max(sizes.pp * stages_per_rank if sizes.pp > 1 else 1 for sizes in layouts)
-        heads = lcm(*(sizes.tp * (sizes.cp if context == "ulysses" else 1) for sizes in layouts))
-        above_one = [sizes.tp for sizes in layouts if sizes.tp > 1]
-        return cls(
-            **named,
-            stages=stages,
-            heads=heads,
-            fewest_tp=min(above_one, default=1),
-            dp=lcm(*(sizes.dp_replicate * sizes.dp_shard for sizes in layouts)),
-        )
 
 
 @dataclass(frozen=True)
@@ -120,86 +90,65 @@ def on_layout(run_file: RunFile, sizes: Sizes) -> RunFile:
 
 
 def _model(model: ModelConfig, target: Sizes, needs: Needs) -> ModelConfig:
-    heads, kv_heads = _heads(model, target, needs)
-    head_dim = min(model.head_dim, 8 + model.head_dim % 8)
-    if model.hidden_size == model.num_heads * model.head_dim:
-        head_dim = _head_dim(heads, head_dim, model.hidden_size)
-        hidden = heads * head_dim
-    else:
-        hidden = _ALIGNED * (heads * head_dim // _ALIGNED + 1) + model.hidden_size % _ALIGNED
-    ffn = _inner(model.ffn_hidden_size, target.tp, needs.tp, above=max(hidden, heads * head_dim))
+    small = Small(target, needs)
+    sizes = _widths(model, small)
     pattern, period = _pattern(model.pattern)
     layers = period * ceil(max(needs.stages, 2) / period)
+    is_shared = model.held_layers < model.num_layers
+    if is_shared:
+        layers = 2 * period
     divides = model.vocab_size % target.tp == 0
-    sizes: dict[str, Any] = {
+    sizes |= {
         "preset": "",
         "pattern": pattern,
+        "distinct_layers": period if is_shared else layers if model.distinct_layers else 0,
         # Five layers of a period of five, which became one of two, are six where there are five stages.
-        "num_layers": min(layers, model.num_layers) if pattern == model.pattern else layers,
-        "hidden_size": hidden,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "ffn_hidden_size": ffn,
+        "num_layers": min(layers, model.num_layers) if pattern == model.pattern and not is_shared else layers,
         # 0 is the tokenizer's size, rounded up to a multiple of 64, which the counted store has.
         "vocab_size": 0 if not model.vocab_size else _vocabulary(needs.tp) if divides else _ODD_VOCABULARY,
     }
-    if model.moe is not None:
-        sizes["moe"] = _moe(model.moe, target, needs, above=ffn)
-    return model.model_copy(update=sizes)
+    if model.max_positions:
+        sizes["max_positions"] = max(_sequence(model.max_positions, needs), 2 * _SEQUENCE)
+    if model.multi_token:
+        sizes["multi_token"] = model.multi_token.model_copy(update={"depth": min(model.further_tokens, 2)})
+        if sizes["hidden_size"] % needs.tp:  # its projection is cut over tp
+            step = needs.tp * ALIGNED
+            sizes["hidden_size"] = step * (sizes["hidden_size"] // step + 1)
+    above = max(sizes["hidden_size"], sizes.get("num_heads", 0) * sizes.get("head_dim", 0))
+    for kind in dict.fromkeys([KINDS["mlp"], *model.part_kinds]):  # the MLP's width is filled in, whoever uses it
+        found = kind.narrowed(model.model_copy(update=sizes), small, above)
+        sizes |= found
+        above = max([above, *(size for size in found.values() if isinstance(size, int))])
+    small_model = model.model_copy(update=sizes)
+    # What no kind reads is as if it had been left out; a copy fills nothing in.
+    read = frozenset[str]().union(*(kind.reads for kind in model.part_kinds))
+    unread = [key for key in ("num_kv_heads", "head_dim") if key not in read]
+    return small_model.model_copy(update={key: filled_in(small_model, key) for key in unread})
 
 
-def _heads(model: ModelConfig, target: Sizes, needs: Needs) -> tuple[int, int]:
-    """Return numbers of heads that relate to each other, and to what they are cut into, as the model's do."""
-    heads, kv_heads, many, tp = model.num_heads, model.num_kv_heads, needs.tp, target.tp
-    group = heads // kv_heads
-    if kv_heads < tp:  # several ranks hold copies of one KV head, and several heads are there if tp leaves room
-        return needs.heads * min(2, max(1, heads // tp)), 2 if kv_heads > 1 and needs.fewest_tp >= 4 else 1
-    # Where a rank's key heads do not divide over cp, attention that exchanges them repeats them: so must these few.
-    are_repeated = needs.heads > needs.tp and kv_heads // tp % target.cp != 0
-    several = 3 if are_repeated and needs.cp % 2 == 0 else 2
-    few = 1 if kv_heads == 1 else many * (1 if kv_heads == tp else several)
-    few_heads = few * (1 if group == 1 else 3 if group % 2 else 2)
-    return few_heads * (needs.heads // gcd(needs.heads, few_heads)), few
+def _widths(model: ModelConfig, small: Small) -> dict[str, Any]:
+    """Return the width of the stream, and the heads of attention where the model has any."""
+    if not model.num_heads:
+        return {"hidden_size": ALIGNED * (small.needs.heads + 1) + model.hidden_size % ALIGNED}
+    heads, kv_heads = small.heads(model.num_heads, model.num_kv_heads)
+    head_dim = min(model.head_dim, 8 + model.head_dim % 8)
+    if model.hidden_size == model.num_heads * model.head_dim:
+        head_dim = small_head_dim(heads, head_dim, model.hidden_size)
+        hidden = heads * head_dim
+    else:
+        hidden = ALIGNED * (heads * head_dim // ALIGNED + 1) + model.hidden_size % ALIGNED
+    sizes = {"hidden_size": hidden, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    return sizes | _turned(model, head_dim)
 
 
-def _head_dim(heads: int, at_least: int, hidden_size: int) -> int:
-    """Return a width of a head with which all together are aligned as `hidden_size` is, if there is one."""
-    wanted = gcd(hidden_size, _ALIGNED)
-    fitting = (dim for dim in range(at_least, at_least + _ALIGNED + 1, 2) if gcd(heads * dim, _ALIGNED) == wanted)
-    return next(fitting, at_least)
-
-
-def _inner(size: int, axis: int, many: int, *, above: int) -> int:
-    """Return an inner width above another, so that no two dims are equal, that splits as `size` splits over `axis`."""
-    rest = size // axis % _ALIGNED
-    return many * (_ALIGNED * (above // (many * _ALIGNED) + 1) + rest)
-
-
-def _moe(moe: MoeConfig, target: Sizes, needs: Needs, *, above: int) -> MoeConfig:
-    of_a_rank = moe.num_experts // target.ep
-    few = 1 if of_a_rank == 1 else 3 if of_a_rank % 2 else 2
-    top_k = min(moe.top_k, 2)
-    experts = needs.ep * few
-    while experts < min(moe.num_experts, top_k + 1):
-        experts += needs.ep * few
-    shared = min(moe.num_shared_experts, 2)
-    return moe.model_copy(
-        update={
-            "num_experts": experts,
-            "top_k": experts if moe.top_k == moe.num_experts else top_k,
-            "expert_hidden_size": _expert_width(moe.expert_hidden_size, target.etp, needs, shared, above=above),
-            "num_shared_experts": shared,
-        }
-    )
-
-
-def _expert_width(size: int, etp: int, needs: Needs, shared: int, *, above: int) -> int:
-    """Return a width that etp splits as it splits `size`, and of whose shared experts tp makes equal parts."""
-    first = _inner(size, etp, needs.etp, above=above)
-    widths = (first + step * needs.etp * _ALIGNED for step in range(needs.tp))
-    fitting = (width for width in widths if width * shared % needs.tp == 0)
-    return next(fitting, lcm(needs.etp, needs.tp) * first)
+def _turned(model: ModelConfig, head_dim: int) -> dict[str, Any]:
+    """Return how much of a small head is turned, where the model's share of it makes no pairs, or only the first."""
+    turned, needed = int(head_dim * model.rope_fraction), 2
+    if model.rope_scaling is not None and model.rope_scaling.kind == "ntk":
+        needed = 4  # the first pair does not know the base
+    if model.position != "rope" or model.rope_fraction == 1.0 or (turned >= needed and turned % 2 == 0):
+        return {}
+    return {"rope_fraction": 4 / head_dim}
 
 
 def _vocabulary(many: int) -> int:
@@ -207,19 +156,16 @@ def _vocabulary(many: int) -> int:
 
 
 def _pattern(pattern: str) -> tuple[str, int]:
-    """Return a pattern with every kind of layer, and its length: the same one unless it is long."""
-    period = parse_pattern(pattern)
-    if len(period) <= _PERIOD:
+    """Return a pattern with every kind of layer, and the length of its period: the same one unless it is long."""
+    period, placed = parse_pattern(pattern), parse_placed(pattern).values()
+    if len(period) <= _PERIOD and not placed:
         return pattern, len(period)
-    kinds = tuple(dict.fromkeys(period))
-    written = "".join(_letters(kind) for kind in kinds)
-    # A layer without a mixer reads as part of the one before it, if that has no feed-forward.
-    return (written, len(kinds)) if parse_pattern(written) == kinds else (pattern, len(period))
-
-
-def _letters(kinds: LayerKinds) -> str:
-    of_kind = {kind: letter for letters in (MIXERS, FEEDFORWARDS) for letter, kind in letters.items()}
-    return "".join(of_kind[kind] for kind in kinds if kind is not None)
+    kinds = tuple(dict.fromkeys([*placed, *period]))
+    short = "".join(map(letters_of, kinds))
+    if parse_pattern(short) == kinds:
+        return short, len(kinds)
+    # A layer without a mixer reads as part of the one before it, if that has no feed-forward: each gets its number.
+    return f"{letters_of(kinds[0])} " + " ".join(f"@{at} {letters_of(of)}" for at, of in enumerate(kinds)), len(kinds)
 
 
 def _sequence(length: int, needs: Needs) -> int:

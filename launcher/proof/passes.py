@@ -42,8 +42,8 @@ from meshwright.launcher.training.one_step import one_step
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.training.saving import Resumed, Saver, resume
 from meshwright.launcher.training.stopping import Signals, SpikeGuard
-from meshwright.model.feedforward.moe import Experts
-from meshwright.model.mixers.attention import Attention
+from meshwright.model.feedforward.experts import Experts
+from meshwright.model.mixers.attention_core import AttentionCore
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.mesh import Mesh, build_mesh
 
@@ -244,14 +244,16 @@ def _work(run: Run) -> Iterator[set[Work]]:
     """Collect what this rank does inside: a stage may have no layer of a kind, and experts a step without a row."""
     found: set[Work] = set()
 
-    def of_attention(_module: nn.Module, _given: Any) -> None:
-        found.add("attention")
+    def of_attention(module: nn.Module, given: Any) -> None:
+        q, _, v, *_ = given
+        if module.is_plain and q.shape[3] == v.shape[3]:  # else no flash operator has to serve
+            found.add("attention")
 
     def of_experts(_module: nn.Module, given: Any) -> None:
         if len(given[0]):
             found.add("experts")
 
-    of_class = {Attention: of_attention, Experts: of_experts}
+    of_class = {AttentionCore: of_attention, Experts: of_experts}
     hooks = [
         module.register_forward_pre_hook(look)
         for module in run.model.modules()

@@ -284,11 +284,13 @@ def require_fast_paths(verdict: Verdict, run_file: RunFile, ranks: Sequence[Rank
 
     A rank is asked for what it does itself: a stage of a pipeline may have no experts.
     """
-    slow = grouped_lines(run_file.model, run_file.parallel.etp, _CPU, torch.float32)
+    model = run_file.model
+    is_plain = model.position not in ("alibi", "t5") and not model.attention_dropout
+    slow = grouped_lines(model, run_file.parallel.etp, _CPU, torch.float32)
     wanted: dict[Work, bool] = {
         "adamw": True,
-        "attention": any(layer.mixer == "attention" for layer in run_file.model.layers),
-        "experts": run_file.model.num_moe_layers > 0 and not slow,
+        "attention": is_plain and any(layer.mixer == "attention" for layer in model.layers),
+        "experts": model.num_moe_layers > 0 and not slow,
     }
     for work, is_wanted in wanted.items():
         name = _OPERATORS[work]

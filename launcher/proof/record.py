@@ -109,6 +109,7 @@ class Recorder:
         """Hook into the run's modules and its engine; `decide` may choose experts in the router's place."""
         self._run, self._decide = run, decide
         self._where: Where | None = None
+        self._seq_len = 0
         self._rows: dict[str, list[AtTokens]] = {}
         self._gradients: dict[str, Piece] = {}
         self._seen: set[tuple[str, int, int]] = set()
@@ -141,6 +142,7 @@ class Recorder:
 
     def _on_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         tokens, targets, self._where, *_tally = args  # an evaluation counts nothing
+        self._seq_len = len(self._where.document_whole)
         self._add("tokens", tokens.flatten())
         self._add("targets", targets.flatten())
 
@@ -155,7 +157,7 @@ class Recorder:
 
         def called(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             micro_batch = of_step[int(kwargs["number"])]
-            self._where = micro_batch.where
+            self._where, self._seq_len = micro_batch.where, len(micro_batch.where.document_whole)
             if part.is_first:
                 self._add("tokens", micro_batch.tokens.flatten())
             if part.is_last:
@@ -186,7 +188,9 @@ class Recorder:
             self._add(f"{name} margin", margin)
             if self._decide is None:
                 return chosen
-            decided = self._decide(name, where, rows, chosen.numpy(), _numbers(margin))
+            decided, is_there = chosen.numpy().copy(), rows < self._seq_len
+            given = (each[is_there] for each in (where, rows, decided, _numbers(margin)))
+            decided[is_there] = self._decide(name, *given)
             return torch.from_numpy(decided)
 
         setattr(router, "choose", watched)  # noqa: B010  (a module takes a function as an attribute)
@@ -203,12 +207,16 @@ class Recorder:
         raise AssertionError(f"{count} tokens are none of a layer's")
 
     def _add(self, name: str, rows: Tensor) -> None:
-        """Keep a row for each token; a pass that is made again for the backward is not kept."""
+        """Keep a row for each token; a pass that is made again for the backward is not kept.
+
+        Rows behind a sample's last are of no token: they fill up a layer of Mixture-of-Depths, by layout.
+        """
         sample, position = self._places(len(rows))
-        key = name, int(sample[0]), int(position[0])
+        key, is_there = (name, int(sample[0]), int(position[0])), position < self._seq_len
         if key not in self._seen:
             self._seen.add(key)
-            self._rows.setdefault(name, []).append(AtTokens(sample, position, _numbers(rows)))
+            at = AtTokens(sample[is_there], position[is_there], _numbers(rows)[is_there])
+            self._rows.setdefault(name, []).append(at)
 
     def _take_gradients(self) -> None:
         for name, part in self._run.engine.parts.items():

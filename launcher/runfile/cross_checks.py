@@ -13,12 +13,15 @@ from meshwright.launcher.runfile.optimizer_rules import optimizer_problems
 from meshwright.launcher.runfile.pipeline_checks import micro_batch_problems, pipeline_problems, sizes_near
 from meshwright.launcher.runfile.recompute_checks import recompute_problems
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.runfile.upcycling_checks import upcycling_problems
 from meshwright.launcher.runfile.would_fit import Choose, all_of, chooser, keys_of
 from meshwright.launcher.training.learning_rate import learning_rate_problems
-from meshwright.model.config import MAX_LAYERS, ModelConfig, round_up
-from meshwright.model.pattern import kinds_in, parse_pattern
+from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.sizes import MAX_LAYERS, round_up
+from meshwright.model.pattern import kinds_in, parse_pattern, parse_placed
 from meshwright.model.shapes import parameter_shapes
 from meshwright.parallel.config import ParallelConfig
+from meshwright.parallel.fits import up_to
 
 # File systems take 255 bytes; what remains is for endings.
 LONGEST_NAME = 200
@@ -49,11 +52,13 @@ def check_on_any_world(run_file: RunFile) -> list[str]:
 def _problems(run_file: RunFile, choose: Choose) -> list[str]:
     return [
         *_name_problems(run_file),
+        *_position_problems(run_file),
         *_size_problems(run_file, choose),
         *_ramp_problems(run_file),
         *_learning_rate_problems(run_file),
         *_optimizer_problems(run_file),
         *_saving_problems(run_file),
+        *upcycling_problems(run_file),
         *_compile_problems(run_file),
         *_mps_problems(run_file),
     ]
@@ -137,6 +142,20 @@ def _batch_problems(run_file: RunFile, world_size: int) -> list[str]:
     return found
 
 
+def _position_problems(run_file: RunFile) -> list[str]:
+    """Refuse samples that are longer than the learned positions, or too short for the further tokens."""
+    rows, seq_len, further = run_file.model.max_positions, run_file.data.seq_len, run_file.model.further_tokens
+    found = []
+    if run_file.model.position == "learned" and rows and seq_len > rows:
+        rule = f"must not exceed model.max_positions = {rows}, the positions that have a learned row"
+        found.append(problem("data.seq_len", seq_len, rule, f"{up_to(rows)} would fit"))
+    if further >= seq_len:
+        rule = f"must be below data.seq_len = {seq_len}, as no token of a sample has one so far behind it"
+        way_out = f"{up_to(seq_len - 1)} would fit" if seq_len > 1 else "leave the table out"
+        found.append(problem("model.multi_token.depth", further, rule, way_out))
+    return found
+
+
 def _ramp_problems(run_file: RunFile) -> list[str]:
     found = []
     before = 0
@@ -159,11 +178,12 @@ def _learning_rate_problems(run_file: RunFile) -> list[str]:
 def _optimizer_problems(run_file: RunFile) -> list[str]:
     """Hold [optimizer] against the model's parameters, if its layers are known; their sizes do not matter."""
     model = run_file.model
-    kinds = kinds_in(model.pattern)
-    is_known = all(layer.mixer != "mamba2" and (layer.feedforward != "moe" or model.moe) for layer in kinds)
-    if not kinds or not is_known:
+    is_known = all(not kind.table or getattr(model, kind.table) is not None for kind in model.part_kinds)
+    if not kinds_in(model.pattern) or not is_known:
         return []
-    num_layers = round_up(model.num_layers, len(parse_pattern(model.pattern)))
+    # As many as the period and the places ask for; that there are others is the pattern's problem.
+    asked = max([model.num_layers, *(place + 1 for place in parse_placed(model.pattern))])
+    num_layers = round_up(asked, len(parse_pattern(model.pattern)))
     if num_layers > MAX_LAYERS:
         return []
     whole = model.model_copy(update={"num_layers": num_layers})

@@ -42,15 +42,15 @@ Muon has one moment where AdamW has two: of what it updates m*N and m*N/d.
 """
 
 from collections.abc import Iterator, Mapping
-from math import prod
 from typing import NamedTuple
 
 from meshwright.kernels.limits import USUAL, Limits
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
-from meshwright.model.activations import ActivationBytes, Degrees, Held, Types, activation_bytes
-from meshwright.model.shapes import Weight, embedding_weights, head_weights, layer_weights
+from meshwright.model.activations import ActivationBytes, Held, activation_bytes
+from meshwright.model.kinds.kind import Degrees, Types, Weight
+from meshwright.model.shapes import embedding_weights, head_weights, layer_weights
 
 COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "fp64": 8}
 UPDATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 4, "fp64": 8}
@@ -132,31 +132,18 @@ def _held(run_file: RunFile, pp_rank: int) -> Iterator[HeldWeight]:
     """Yield what a rank of the stages at this place in the pipeline computes with."""
     model = run_file.model
     held, last, kinds = layers_held(run_file, pp_rank), stages_of(run_file).count - 1, model.layers
-    if 0 in held or (last in held and model.tie_embeddings):
+    if 0 in held or (last in held and model.embeds_at_both_ends):
         yield from _cut(run_file, "", embedding_weights(model))
     for layers in held.values():
-        for number in layers:
+        for number in layers[: max(0, model.held_layers - layers.start)]:  # others use the weights of these
             yield from _cut(run_file, f"layers.{number}.", layer_weights(model, kinds[number]))
     if last in held:
         yield from _cut(run_file, "", head_weights(model))
 
 
 def _cut(run_file: RunFile, prefix: str, found: Mapping[str, Weight]) -> Iterator[HeldWeight]:
-    parallel, kv_heads = run_file.parallel, run_file.model.num_kv_heads
-    parts = {
-        "none": 1,
-        "tp": parallel.tp,
-        "kv_heads": min(parallel.tp, kv_heads),
-        "vocabulary": parallel.tp,
-        "experts": parallel.ep * parallel.etp,
-        "expert_outputs": parallel.ep,
-    }
     for name, weight in found.items():
-        if weight.cut == "vocabulary":
-            number = -(-weight.shape[0] // parts[weight.cut]) * prod(weight.shape[1:])
-        else:
-            number = weight.number // parts[weight.cut]
-        yield prefix + name, weight, number
+        yield prefix + name, weight, weight.on_a_rank(run_file.parallel)
 
 
 def micro_batch_bytes(run_file: RunFile, world_size: int) -> ActivationBytes:

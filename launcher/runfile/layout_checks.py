@@ -1,8 +1,8 @@
 """What the axes of [parallel] ask of the model and the samples: which sizes must divide, and which sizes would.
 
-    tp      num_heads, ffn_hidden_size, the shared expert's width; num_kv_heads divides tp or is divided by it
-    cp, tp  the tokens of a sample; with Ulysses also num_heads
-    ep      num_experts          etp     expert_hidden_size
+    tp, ep, etp   what each kind of part says (`needs` in model/kinds/): num_heads, num_experts, inner widths
+    cp            parts that cannot be spread over it refuse it, by name; with Ulysses cp * tp the heads
+    cp, tp        the tokens of a sample
 
 A vocabulary need not divide: it is padded. Nothing here loads torch.
 """
@@ -12,7 +12,7 @@ from math import lcm
 from meshwright.launcher.runfile.messages import problem
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.would_fit import Choose, all_of, with_keys
-from meshwright.model.pattern import kinds_in
+from meshwright.model.kinds.multi_token import multi_token_needs
 from meshwright.parallel.fits import divisors, nearest
 
 
@@ -22,29 +22,43 @@ def layout_problems(run_file: RunFile, choose: Choose = all_of) -> list[str]:
     What is wrong with the model in itself stands beside it; only a pattern that is none leaves nothing to look at.
     """
     return [
-        *_head_problems(run_file, choose),
-        *_width_problems(run_file, choose),
+        *_need_problems(run_file, choose),
+        *_refusals(run_file),
         *_token_problems(run_file),
         *_context_problems(run_file, choose),
         *_exchange_problems(run_file),
-        *_expert_problems(run_file, choose),
+        *_expert_problems(run_file),
     ]
 
 
-def _head_problems(run_file: RunFile, choose: Choose) -> list[str]:
-    tp, model = run_file.parallel.tp, run_file.model
-    if not any(kinds.mixer == "attention" for kinds in kinds_in(model.pattern)):
-        return []
-    heads, kv_heads = model.num_heads, model.num_kv_heads
-    are_groups = heads % kv_heads == 0  # if not, other key heads are needed, and those are what counts
-    fits = [size for size in divisors(heads) if not are_groups or kv_heads % size == 0 or size % kv_heads == 0]
-    if heads % tp != 0:
-        rule = f"must divide model.num_heads = {heads}"
-    elif tp not in fits:
-        rule = f"must divide model.num_kv_heads = {kv_heads}, or be a multiple of it"
-    else:
-        return []
-    return [_axis_problem(run_file, "tp", rule, fits, choose)]
+def _need_problems(run_file: RunFile, choose: Choose) -> list[str]:
+    """Return each axis that a size of some part does not divide by, once for each part."""
+    parallel, found = run_file.parallel, []
+    model = run_file.model
+    kinds = [kind for kind in model.part_kinds if not kind.table or getattr(model, kind.table) is not None]
+    for needed in [*(kind.needs(model) for kind in kinds), multi_token_needs(model)]:
+        needs = [need._replace(axis="tp") if need.axis == "heads" else need for need in needed]
+        for axis in ("tp", "ep", "etp"):
+            of_axis = [need for need in needs if need.axis == axis]
+            broken = next((need for need in of_axis if not need.allows(getattr(parallel, axis))), None)
+            if broken is None:
+                continue
+            most = lcm(*(need.size for need in of_axis if not need.or_multiple))
+            allowed = [ranks for ranks in divisors(most) if all(need.allows(ranks) for need in of_axis)]
+            line = _axis_problem(run_file, axis, broken.rule, allowed, choose)
+            if line not in found:
+                found.append(line)
+    return found
+
+
+def _refusals(run_file: RunFile) -> list[str]:
+    """Return each axis over which a part of the pattern cannot be spread."""
+    return [
+        problem(f"parallel.{axis}", getattr(run_file.parallel, axis), f"{kind.words} {reason}", "1 would fit")
+        for kind in run_file.model.part_kinds
+        for axis, reason in kind.refuses.items()
+        if getattr(run_file.parallel, axis) > 1
+    ]
 
 
 def _axis_problem(run_file: RunFile, axis: str, rule: str, allowed: list[int], choose: Choose) -> str:
@@ -52,19 +66,6 @@ def _axis_problem(run_file: RunFile, axis: str, rule: str, allowed: list[int], c
     key, size = f"parallel.{axis}", getattr(run_file.parallel, axis)
     fits = choose(key, {other: with_keys(run_file, "parallel", **{axis: other}) for other in allowed})
     return problem(key, size, rule, f"one of {nearest(fits, size)} would fit")
-
-
-def _width_problems(run_file: RunFile, choose: Choose) -> list[str]:
-    tp, model = run_file.parallel.tp, run_file.model
-    kinds = {layer.feedforward for layer in kinds_in(model.pattern)}
-    widths = {"model.ffn_hidden_size": model.ffn_hidden_size} if "mlp" in kinds else {}
-    if "moe" in kinds and model.moe is not None and model.moe.num_shared_experts:
-        widths["model.moe.num_shared_experts * expert_hidden_size"] = model.moe.shared_hidden_size
-    return [
-        _axis_problem(run_file, "tp", f"must divide {name} = {size}", divisors(size), choose)
-        for name, size in widths.items()
-        if size % tp != 0
-    ]
 
 
 def _token_problems(run_file: RunFile) -> list[str]:
@@ -83,15 +84,18 @@ def _token_problems(run_file: RunFile) -> list[str]:
 
 def _context_problems(run_file: RunFile, choose: Choose) -> list[str]:
     """Refuse heads that cannot be exchanged for positions; the ring takes any number of them."""
-    parallel, heads = run_file.parallel, run_file.model.num_heads
+    parallel, model = run_file.parallel, run_file.model
     cp, tp = parallel.cp, parallel.tp
-    if cp == 1 or parallel.context == "ring" or heads % (cp * tp) == 0:
+    if cp == 1 or parallel.context == "ring":
         return []
-    rule = f"cp * tp = {cp * tp} must divide model.num_heads = {heads}"
-    allowed = [size for size in divisors(heads) if heads % (size * tp) == 0]
+    heads = [need for kind in model.part_kinds for need in kind.needs(model) if need.axis == "heads"]
+    broken = next((need for need in heads if not need.allows(cp * tp)), None)
+    if broken is None:
+        return []
+    allowed = [size for size in divisors(broken.size) if all(need.allows(size * tp) for need in heads)]
     fits = choose("parallel.cp", {size: with_keys(run_file, "parallel", cp=size) for size in allowed})
     ways = f'"ring", or one of {nearest(fits, cp)} as parallel.cp, would fit' if fits else '"ring" would fit'
-    return [problem("parallel.context", parallel.context, rule, ways)]
+    return [problem("parallel.context", parallel.context, f"cp * tp = {cp * tp} {broken.rule}", ways)]
 
 
 def _exchange_problems(run_file: RunFile) -> list[str]:
@@ -105,6 +109,10 @@ def _exchange_problems(run_file: RunFile) -> list[str]:
             f'runs on NVIDIA GPUs, not on run.device = "{run_file.run.device}"',
         ),
         (
+            run_file.model.moe is not None and run_file.model.moe.expert_dropout > 0,
+            "does not send the numbers that model.moe.expert_dropout is drawn by",
+        ),
+        (
             run_file.train.precision in ("fp32", "fp64"),
             f'moves bf16, and train.precision = "{run_file.train.precision}"',
         ),
@@ -113,16 +121,10 @@ def _exchange_problems(run_file: RunFile) -> list[str]:
     return [problem("parallel.expert_exchange", "deep_ep", rule, way_out) for is_refused, rule in rows if is_refused]
 
 
-def _expert_problems(run_file: RunFile, choose: Choose) -> list[str]:
-    parallel, moe = run_file.parallel, run_file.model.moe
-    axes = {"ep": parallel.ep, "etp": parallel.etp}
-    if moe is None:
-        rule = "splits experts, and the model has none (no table [model.moe])"
-        return [problem(f"parallel.{key}", size, rule, "1 would fit") for key, size in axes.items() if size > 1]
-    sizes = {"ep": ("model.moe.num_experts", moe.num_experts)}
-    sizes["etp"] = ("model.moe.expert_hidden_size", moe.expert_hidden_size)
-    return [
-        _axis_problem(run_file, key, f"must divide {name} = {size}", divisors(size), choose)
-        for key, (name, size) in sizes.items()
-        if size % axes[key] != 0
-    ]
+def _expert_problems(run_file: RunFile) -> list[str]:
+    """Refuse to split experts where there are none."""
+    if run_file.model.moe is not None:
+        return []
+    axes = {"ep": run_file.parallel.ep, "etp": run_file.parallel.etp}
+    rule = "splits experts, and the model has none (no table [model.moe])"
+    return [problem(f"parallel.{key}", size, rule, "1 would fit") for key, size in axes.items() if size > 1]

@@ -2,14 +2,15 @@
 
     kind            optimizer.kind = "muon"                      optimizer.kind = "adamw"
     matrices        q, k, v, output; gate, up, down;             -
-    of layers       each routed or shared expert's: Muon
+    and z, x, B, C  each routed or shared expert's: Muon
     all else        embedding, output, router, norms, biases:    all: AdamW
                     AdamW, learning rate * adamw_learning_rate_factor
 
     optimizer.groups, in order     the first pattern that fits a name gives what it has; the rest is [optimizer]'s.
                                    A group may choose the kind for what it matches
-    [optimizer] weight_decay       not on norms and biases (one dim, or a bias of stacked experts), on embeddings by
-                                   choice; a group that gives weight_decay means it for all that it fits
+    [optimizer] weight_decay       not on norms and biases (one dim, or a bias of stacked experts), nor on what governs
+                                   a state (A_log, dt_bias, ...; short convolutions); on embeddings by choice; a group
+                                   that gives weight_decay means it for all that it fits
 
 Muon's updates have the size of AdamW's (launcher/training/muon.py), so both take the learning rate and the weight
 decay as they are. Nothing here loads torch: a run file's groups are checked before a rank is started.
@@ -25,7 +26,9 @@ from meshwright.launcher.runfile.tables import OptimizerConfig, OptimizerGroup
 Kind = Literal["adamw", "muon"]
 Shapes = Mapping[str, tuple[int, ...]]
 
-PRODUCTS = frozenset({"q", "k", "v", "output", "gate", "up", "down"})
+PRODUCTS = frozenset({"q", "k", "v", "output", "gate", "up", "down", "z", "x", "B", "C"})
+OF_STATE = frozenset({"A_log", "A_imag", "C", "D", "log_dt", "dt_bias"})
+"""Of Mamba, S4D and the delta net; "C" is S4D's own parameter, Mamba's is a product's C.weight."""
 MUON_KEYS = ("muon_momentum", "muon_nesterov", "muon_steps", "adamw_learning_rate_factor")
 _SHOWN = 3
 
@@ -87,9 +90,15 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and not name.endswith("bias")
 
 
+def _is_of_state(name: str) -> bool:
+    """Say whether a parameter says how a mixer's state decays or starts, or is a channel's few weights before it."""
+    *path, last = name.split(".")
+    return last in OF_STATE or (bool(path) and path[-1].startswith("conv_"))
+
+
 def _decays(name: str, shape: tuple[int, ...], config: OptimizerConfig) -> bool:
     """Say whether [optimizer]'s weight decay acts on a parameter."""
-    if not _is_matrix(name, shape):
+    if not _is_matrix(name, shape) or _is_of_state(name):
         return False
     return config.embedding_weight_decay or name not in ("embedding.weight", "output.weight")
 

@@ -27,8 +27,17 @@ def pipeline_problems(run_file: RunFile, choose: Choose = all_of) -> list[str]:
     """Return every reason why the model cannot go through a pipeline, on any number of ranks."""
     if run_file.parallel.pp == 1:
         return []
-    found = run_file.pipeline.problems()
+    found = [*run_file.pipeline.problems(), *_sharing_problems(run_file)]
     return found or [*_stage_problems(run_file, choose), *_split_backward_problems(run_file)]
+
+
+def _sharing_problems(run_file: RunFile) -> list[str]:
+    """Refuse layers that share weights: their uses would lie on several stages."""
+    model, pp = run_file.model, run_file.parallel.pp
+    if model.held_layers == model.num_layers:
+        return []
+    rule = f"would spread the uses of shared weights (model.distinct_layers = {model.distinct_layers}) over stages"
+    return [problem("parallel.pp", pp, rule, "1, or model.distinct_layers = 0, would fit")]
 
 
 def _stage_problems(run_file: RunFile, choose: Choose) -> list[str]:

@@ -2,7 +2,7 @@
 
     module        is in a layer with
     norm          any part: each has its norm
-    mixer         a mixer (* or M)
+    mixer         a mixer (* and others)
     feedforward   a feed-forward (- or E)
     activation    a feed-forward
     experts       experts (E)
@@ -15,7 +15,7 @@ from typing import get_args
 
 from meshwright.launcher.runfile.messages import problem, shown
 from meshwright.launcher.runfile.tables import RunFile
-from meshwright.model.pattern import LayerKinds, kinds_in
+from meshwright.model.pattern import LayerKinds
 from meshwright.parallel.config import RecomputedModule
 
 
@@ -38,8 +38,7 @@ def modules_of(kinds: LayerKinds) -> frozenset[RecomputedModule]:
 
 def _module_problems(run_file: RunFile) -> list[str]:
     """Refuse to recompute what no layer of the pattern has."""
-    table, pattern = run_file.recompute, run_file.model.pattern
-    all_kinds = kinds_in(pattern)
+    table, pattern, all_kinds = run_file.recompute, run_file.model.pattern, run_file.model.layer_kinds
     there = [name for name in get_args(RecomputedModule) if any(name in modules_of(kinds) for kinds in all_kinds)]
     missing = [name for name in table.modules if name not in there]
     if table.mode != "modules" or not there or not missing:

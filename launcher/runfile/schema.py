@@ -2,6 +2,8 @@
 
     python -m meshwright.launcher.runfile.schema     writes both anew; a test fails while they are behind the tables
 
+It writes the tables of docs/models.md too (models_page.py).
+
 A run file that begins with `#:schema schema.json` gets completion, documentation and red lines in editors with
 Taplo (Even Better TOML).
 """
@@ -17,6 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from meshwright.launcher.runfile.keys import entry_of, fields, tables
 from meshwright.launcher.runfile.messages import shown
+from meshwright.launcher.runfile.models_page import with_part, with_tables
 from meshwright.launcher.runfile.tables import RunFile
 
 BEGIN, END = "<!-- keys: generated, do not edit by hand -->", "<!-- end of keys -->"
@@ -49,11 +52,7 @@ def with_key_list(page: str) -> str:
     Raises:
         ValueError: if the page has lost its markers.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page has no part between {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{key_list()}\n{END}{after}"
+    return with_part(page, BEGIN, END, key_list())
 
 
 def _section(name: str, table: type[BaseModel]) -> str:
@@ -127,6 +126,8 @@ def main() -> None:
     (root / "runs" / "schema.json").write_text(json_schema(), encoding="utf-8")
     page = root / "docs" / "run-file.md"
     page.write_text(with_key_list(page.read_text(encoding="utf-8")), encoding="utf-8")
+    page = root / "docs" / "models.md"
+    page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

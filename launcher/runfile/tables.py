@@ -11,14 +11,13 @@ that is not a count says what it stands for. Nothing here loads torch.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
 
 from meshwright.data.config import DataConfig
 from meshwright.launcher.ranks.environment import MAX_THREADS
 from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.sizes import TABLE
 from meshwright.parallel.config import ParallelConfig, PipelineConfig, RecomputeConfig, ZeroConfig
-
-TABLE = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 # What is counted stays a whole number also where a float takes it.
 MAX_COUNT = 2**53
@@ -204,6 +203,13 @@ class InitConfig(BaseModel):
     """Folder of a checkpoint or of an export; "" = fresh weights. Looked at only when the run has no checkpoint yet."""
     load: Literal["weights", "weights+optimizer"] = "weights"
     """What is taken over; the optimizer's state is in checkpoints only."""
+    upcycle: Literal["none", "copy", "partition"] = "none"
+    """Make experts of the dense feed-forwards there: each a copy of one, or a piece of one; routers begin anew."""
+    upcycle_noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Noise on the experts, as a share of the dense weights' deviation; 0 = the first loss is the dense model's, unless
+    a capacity or dropout changes it."""
+    pool_kv_heads: bool = False
+    """Make each key and value head the mean of a group of those there: grouped queries from multi-head attention."""
 
 
 class RunFile(BaseModel):

@@ -12,8 +12,13 @@ from meshwright.launcher.runfile.tables import RunFile
 
 def write_resolved(run_file: RunFile) -> str:
     """Return the run file as TOML text, presets and defaults written out."""
+    return toml_of(as_tables(run_file))
+
+
+def toml_of(tables: Mapping[str, Any]) -> str:
+    """Return nested plain values as TOML text."""
     lines: list[str] = []
-    for name, table in as_tables(run_file).items():
+    for name, table in tables.items():
         _write_table(lines, name, table)
     return "\n".join(lines)
 

@@ -10,20 +10,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from meshwright.data.meta import TOKENIZER_NAME
-from meshwright.launcher.build import Run
+from meshwright.launcher.build import Run, held_dtype
 from meshwright.launcher.ranks.one_outcome import one_outcome
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.training.kept_moments import Kept, kept_moments
 from meshwright.launcher.training.progress import Progress, held_tensors
-from meshwright.launcher.weights.read_weights import ExportWeights, Source, source_of_kind, what_lies_at
+from meshwright.launcher.weights.read_weights import (
+    CheckpointWeights,
+    ExportWeights,
+    Source,
+    source_of_kind,
+    what_lies_at,
+)
 from meshwright.launcher.weights.saved_run import run_file_of
+from meshwright.launcher.weights.upcycle import Upcycled, Weights
 from meshwright.model.shapes import parameter_shapes
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state, saved_tensors
+from meshwright.parallel.checkpoint.verify import verify
+from meshwright.parallel.initialise import fill, init_rules
 from meshwright.parallel.whole.tensors import Box
 
 
@@ -41,10 +52,13 @@ def begin_from(run: Run, source: Path, events: list[str]) -> Progress:
     for path, why in found.passed_over.items():
         events.append(f"passed over {path}: {'; '.join(why)}")
     one_outcome(run.mesh, title, lambda: _check_tokenizer(run, found, state, events))
-    if state is not None:
+    is_upcycled = run.run_file.init.upcycle != "none" or run.run_file.init.pool_kv_heads
+    if state is not None and not is_upcycled:
         updates = _fill_from_checkpoint(run, found, state, events, title)
     else:
-        updates = one_outcome(run.mesh, title, lambda: _fill_from_export(run, found))
+        if found.is_checkpoint and not found.is_verified and (damage := verify(found.path, run.mesh)):
+            raise ConfigError(title, damage, is_same_on_all_ranks=True)
+        updates = one_outcome(run.mesh, title, lambda: _fill_from_weights(run, found))
     run.optimizer.set_updates(updates)
     run.engine.publish_weights()
     events.append(f"begun from {found.path} ({load})")
@@ -84,15 +98,20 @@ def _kept_and_wanted(run: Run, path: Path, state: dict[str, Any]) -> tuple[Kept,
     }
 
 
-def _fill_from_export(run: Run, found: Source) -> int:
-    """Read this rank's part of every weight.
+def _fill_from_weights(run: Run, found: Source) -> int:
+    """Read this rank's part of every weight, of an export or of what a dense model makes.
 
     Raises:
-        ValueError: naming every weight that the export has not, or has in another shape.
+        ValueError: naming every weight that is not there, or has another shape.
     """
-    if run.run_file.init.load != "weights":
+    init = run.run_file.init
+    if init.load != "weights":
         raise ValueError('an export has no optimizer state; init.load = "weights" would fit')
-    weights = ExportWeights(found.path)
+    weights: Weights = (
+        CheckpointWeights(found.path, is_verified=True) if found.is_checkpoint else ExportWeights(found.path)
+    )
+    if init.upcycle != "none" or init.pool_kv_heads:
+        weights = Upcycled(weights, run.run_file.model, init, run.run_file.run.seed, lambda name: _fresh(run, name))
     # Of the whole model, whose other weights other ranks hold: all ranks find the same mistakes.
     wanted, there = parameter_shapes(run.run_file.model), weights.shapes()
     wrong = [
@@ -100,15 +119,30 @@ def _fill_from_export(run: Run, found: Source) -> int:
         for name, shape in wanted.items()
         if there.get(name) != shape
     ]
+    tensors = held_tensors(run, optimizer=False)
     wrong += [f"{name} has no place in the model" for name in sorted(there.keys() - wanted.keys())]
+    buffers = weights.buffers() if isinstance(weights, ExportWeights) else {}
+    wrong += [
+        f"{name} is {list(shape)}, which the run file's model has not"
+        for name, shape in buffers.items()
+        if name not in tensors or tensors[name].global_shape != shape
+    ]
     if wrong:
         raise ValueError("\n".join(wrong))
-    for name, part in held_tensors(run, optimizer=False).items():
-        if name in wanted and part.tensor.numel():  # buffers are in no export
+    for name, part in tensors.items():
+        if (name in there or name in buffers) and part.tensor.numel():  # other buffers are of training alone
             whole = Box((0,) * part.tensor.dim(), part.global_shape)
             rows, *columns = Box(part.offset, tuple(part.tensor.shape)).within(whole)
             part.tensor.copy_(weights.read(name, (rows.start, rows.stop))[(slice(None), *columns)])
     return 0
+
+
+def _fresh(run: Run, name: str) -> Tensor:
+    """Return a whole weight as a new run begins with it."""
+    shape = parameter_shapes(run.run_file.model)[name]
+    whole, seed = torch.empty(shape, dtype=held_dtype(run.run_file)), run.run_file.run.seed
+    fill(whole, init_rules(run.model)[name], seed=seed, name=name, global_shape=shape, offset=(0,) * len(shape))
+    return whole
 
 
 def _check_tokenizer(run: Run, found: Source, state: dict[str, Any] | None, events: list[str]) -> None:

@@ -115,6 +115,9 @@ def tell(
         of = {"load_balancing": ("balance", weights.load_balancing_weight), "z": ("z", weights.z_loss_weight)}
         for label, (entry, weight) in of.items():
             losses[label] = weight * sum(float(v) for n, v in sums.items() if n.endswith(f".{entry}"))
+    if further := run.run_file.model.multi_token:
+        each = [float(value) for name, value in sums.items() if name.startswith("multi_token.")]
+        losses["multi_token"] = further.loss_weight * sum(each) / len(each)
     raw = RawStep(
         step=progress.step,
         loss=result.loss,
@@ -128,7 +131,7 @@ def tell(
         expert_counts=counts,
         router_losses=losses,
         dropped_choices=sum(float(value) for name, value in sums.items() if name.endswith(".dropped")),
-        has_capacity=weights is not None and weights.capacity_factor > 0,
+        has_capacity=weights is not None and (weights.capacity_factor > 0 or weights.router == "expert_choice"),
     )
     sinks.step(meter.numbers(raw))
 

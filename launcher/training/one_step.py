@@ -163,6 +163,7 @@ def where_of(run: Run, inputs: Inputs, part: slice, step: int, step_tokens: floa
         seed=run.run_file.run.seed,
         mask_documents=run.run_file.data.mask_documents,
         limits=run.limits,
+        whole_tokens=(inputs.tokens[:, part], inputs.targets[:, part]),
     )
 
 

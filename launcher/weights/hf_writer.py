@@ -3,14 +3,15 @@
     config.json             the family's keys, in the new and in the old spelling: transformers 5 reads
                             rope_parameters and dtype, MLX and llama.cpp's converter rope_theta and torch_dtype
     generation_config.json  greedy, and the token at which to stop
-    model*.safetensors      on-disk names with one tensor for each expert; an index when there are several files
+    model*.safetensors      on-disk names; an index when there are several files
     tokenizer files         see hf_tokenizer.py
 
 The folder is written aside and renamed by `finish`, so that what stands under the final name is whole:
 
     out.partial/  ->  (verify)  ->  out/          or, when the verification failed, out.failed/
 
-At no time is more than one of our tensors' slices in memory: an expert's matrix, not a layer's.
+At no time is more than one of their tensors in memory, and what it is made of: where the class has a tensor for each
+expert, an expert's matrix, not a layer's.
 """
 
 import json
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from meshwright.launcher.weights.hf_tokenizer import token_id, write_tokenizer
+from meshwright.launcher.weights.rows import joined
 from meshwright.launcher.weights.safetensors_stream import (
     DEFAULT_MAX_SHARD_BYTES,
     NamedShape,
@@ -33,11 +35,13 @@ from meshwright.launcher.weights.safetensors_stream import (
 )
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.choose import choose_family
-from meshwright.model.families.family import Row, our_shapes
+from meshwright.model.families.family import BUFFERS, Row, Source, our_shapes
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_KEYS = {"fp32": "float32", "bf16": "bfloat16"}
 REPORT_NAME = "export_report.json"
+# Beginnings of names of what no class computes with: other buffers of routers, what predicts further tokens.
+OF_TRAINING = (BUFFERS, "multi_token.")
 
 
 @runtime_checkable
@@ -46,6 +50,10 @@ class Weights(Protocol):
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return every weight's global shape."""
+        ...
+
+    def buffers(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of what is kept with the weights and is no parameter, with "buffers." before its name."""
         ...
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -75,8 +83,8 @@ def write_hf_folder(folder: Path, config: ModelConfig, weights: Weights, setting
         ValueError: if the weights are not those of the configuration, naming every tensor at fault.
     """
     family = choose_family(config)
-    rows = family.mapping(config)
-    problems = coverage_problems(rows, weights.shapes())
+    rows = list(family.mapping(config))
+    problems = coverage_problems(rows, {**weights.shapes(), **weights.buffers()})
     if problems:
         raise ValueError("the weights are not those of the configuration:\n  " + "\n  ".join(problems))
     write_text(folder / "config.json", json.dumps(foreign_config(config, settings), indent=2) + "\n")
@@ -94,9 +102,13 @@ def write_hf_folder(folder: Path, config: ModelConfig, weights: Weights, setting
 
 def read_row(weights: Weights, row: Row) -> Tensor:
     """Return the values of one foreign tensor."""
-    if row.at is None:
-        return weights.read(row.ours)
-    return weights.read(row.ours, (row.at, row.at + 1)).squeeze(0)
+    return joined(row, [_read_source(weights, source) for source in row.sources])
+
+
+def _read_source(weights: Weights, source: Source) -> Tensor:
+    if source.at is None:
+        return weights.read(source.ours)
+    return weights.read(source.ours, (source.at, source.at + 1)).squeeze(0)
 
 
 def coverage_problems(rows: Sequence[Row], held: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -104,7 +116,9 @@ def coverage_problems(rows: Sequence[Row], held: Mapping[str, tuple[int, ...]]) 
     wanted = our_shapes(rows)
     problems = [f"{name} {list(wanted[name])} is missing" for name in wanted if name not in held]
     problems += [
-        f"{name} {list(shape)} has no place in the class" for name, shape in held.items() if name not in wanted
+        f"{name} {list(shape)} has no place in the class"
+        for name, shape in held.items()
+        if name not in wanted and not name.startswith(OF_TRAINING)
     ]
     for name in wanted.keys() & held.keys():
         if wanted[name] != tuple(held[name]):
@@ -118,8 +132,9 @@ def foreign_config(config: ModelConfig, settings: ExportSettings) -> dict[str, A
     return {
         "architectures": [family.class_name],
         "model_type": family.model_type,
-        **family.to_foreign(config),
         "max_position_embeddings": settings.max_positions,
+        **{key: values[0] for key, values in family.fixed.items()},
+        **family.to_foreign(config),
         # A null says that there is none; a missing key would mean the class's own default, such as 1 for Llama.
         "bos_token_id": None,
         "eos_token_id": _end_id(settings),

@@ -8,13 +8,16 @@
     weights.read("layers.0.feedforward.part.experts.gate")           the whole [e, f, h]
     weights.read("layers.0.feedforward.part.experts.gate", (2, 4))   experts 2 and 3 alone: other bytes stay on disk
 
-In a checkpoint a weight lies in parts, as the ranks held them; in an exported folder each expert is a tensor of
-its own. Both look the same from here. One process reads; no process group is needed.
+In a checkpoint a weight lies in parts, as the ranks held them; in an exported folder an expert may be a tensor of its
+own, and q, k and v one together. Both look the same from here. What is kept with the weights and is no parameter (the
+bias of a router) has "buffers." before its name. One process reads; no process group is needed.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +27,11 @@ from torch import Tensor, nn
 
 from meshwright.launcher.runfile.input_file import MOST_NESTED, input_bytes, nesting
 from meshwright.launcher.runfile.messages import ConfigError, shown
+from meshwright.launcher.weights.rows import read_ours
 from meshwright.launcher.weights.safetensors_stream import INDEX_NAME
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.choose import ForeignConfigError, config_from_foreign, family_of_foreign
-from meshwright.model.families.family import Row, our_shapes
-from meshwright.model.families.table import fewest_tensors
+from meshwright.model.families.family import BUFFERS, Family, Row, our_shapes
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.checkpoint.folder import MANIFEST_NAME, read_manifest, read_sealed
 from meshwright.parallel.checkpoint.load import SavedTensor, saved_tensors
@@ -40,13 +43,16 @@ from meshwright.parallel.mesh import Mesh, single_process_mesh
 Kind = Literal["checkpoint", "export", "run"]
 """What a user's path can be."""
 
-# Beginnings of names in a checkpoint that are no weights.
-NOT_WEIGHTS = ("optimizer.", "buffers.")
+# Beginnings of names in a checkpoint that are neither weights nor kept with them.
+NOT_WEIGHTS = ("optimizer.",)
 
 # The index of a model of a million tensors has some 100 MB; nothing else in JSON comes near.
 MOST_JSON_BYTES = 2**28
 # As many missing tensors are named one by one, and so many lines are printed.
 MOST_NAMED, MOST_TOLD = 100_000, 40
+
+# What classes that tie it call the output; what it holds is the embedding.
+TIED_OUTPUT = "lm_head.weight"
 
 
 class CheckpointWeights:
@@ -71,7 +77,11 @@ class CheckpointWeights:
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return every weight's global shape."""
-        return {name: saved.shape for name, saved in self._saved.items()}
+        return {name: saved.shape for name, saved in self._saved.items() if not name.startswith(BUFFERS)}
+
+    def buffers(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of what is kept with the weights and is no parameter."""
+        return {name: saved.shape for name, saved in self._saved.items() if name.startswith(BUFFERS)}
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return a whole weight, or its rows from the first to before the second, in the dtype it was saved in."""
@@ -100,49 +110,84 @@ class ExportWeights:
             self.config: ModelConfig = config_from_foreign(foreign)
         except ForeignConfigError as error:
             raise ConfigError(str(folder / "config.json"), error.problems) from None
+        family = family_of_foreign(foreign)
+        self.class_name: str = family.class_name
+        longest = foreign.get("max_position_embeddings", foreign.get("n_positions"))
+        self.max_positions: int | None = longest if type(longest) is int and longest > 0 else None
         self._file_of = _files_of(folder)
-        # Before any row is made: a count that is only a slip would make rows until the memory ends.
-        least, held = fewest_tensors(self.config), len(self._file_of)
-        if least > held + MOST_NAMED:
+        self._saved_as: dict[str, str] = {}
+        # Not all of them: a count that is only a slip would make rows until the memory ends.
+        most = len(self._file_of) + MOST_NAMED
+        rows = list(islice(family.mapping(self.config), most + 1))
+        if len(rows) > most:
             raise ConfigError(
                 str(folder),
-                [f"config.json describes a model of at least {least:,} tensors, and the weight files hold {held:,}"],
+                [
+                    f"config.json describes a model of more than {most:,} tensors, and the weight files hold"
+                    f" {len(self._file_of):,}"
+                ],
             )
-        rows = family_of_foreign(foreign).mapping(self.config)
-        self._rows: dict[str, list[Row]] = {}
+        self._held: dict[str, list[tuple[Row, int]]] = {}
         for row in rows:
-            self._rows.setdefault(row.ours, []).append(row)
+            for number, source in enumerate(row.sources):
+                self._held.setdefault(source.ours, []).append((row, number))
         self._shapes = our_shapes(rows)
-        if problems := self._problems(rows):
+        if problems := self._problems(rows, family):
             raise ConfigError(f"{folder} does not hold the model of its config.json", _first(problems))
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return every weight's global shape."""
-        return self._shapes
+        return {name: shape for name, shape in self._shapes.items() if not name.startswith(BUFFERS)}
+
+    def buffers(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of what the class holds and is no parameter of ours: biases of routers."""
+        return {name: shape for name, shape in self._shapes.items() if name.startswith(BUFFERS)}
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return a whole weight, or its rows from the first to before the second, in the dtype of the file."""
         first, end = _checked_rows(name, self._shapes[name], rows)
-        parts = self._rows[name]
-        if parts[0].at is None:
-            return self._read_foreign(parts[0].theirs, first, end)
-        by_slice = {part.at: part for part in parts}
-        wanted = [by_slice[at] for at in range(first, end)]
-        return torch.stack([self._read_foreign(part.theirs, 0, part.shape[0]) for part in wanted])
+        held = self._held[name]
+        if held[0][0].sources[held[0][1]].at is None:
+            ((row, number),) = held
+            return read_ours(row, number, (first, end), self._read_foreign)
+        slices = {row.sources[number].at: (row, number) for row, number in held}
+        if first == end:
+            return self._read_foreign(held[0][0].theirs, False, 0, 0).new_empty(0, *self._shapes[name][1:])
+        return torch.stack([self._read_slice(*slices[at]) for at in range(first, end)])
 
-    def _read_foreign(self, name: str, first: int, end: int) -> Tensor:
-        with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_slice(name)[first:end]
+    def _read_slice(self, row: Row, number: int) -> Tensor:
+        return read_ours(row, number, (0, row.sources[number].shape[0]), self._read_foreign)
+
+    def _read_foreign(self, name: str, is_last_dim: bool, first: int, end: int) -> Tensor:
+        saved = self._saved_as[name]
+        with safe_open(self._file_of[saved], framework="pt") as file:
+            whole = file.get_slice(saved)
+            tensor: Tensor = whole[:, first:end] if is_last_dim else whole[first:end]
             return tensor
 
-    def _problems(self, rows: list[Row]) -> list[str]:
+    def _problems(self, rows: list[Row], family: Family) -> list[str]:
+        """Return every tensor that is missing, left over or of another shape, and note under which name each is saved.
+
+        Files of some classes leave the beginning of all names out, and hold masks; an output that is tied may be there
+        once more.
+        """
         wanted = {row.theirs: row.shape for row in rows}
-        problems = [f"{name} is missing" for name in sorted(wanted.keys() - self._file_of.keys())]
-        problems += [f"{name} has no place in the class" for name in sorted(self._file_of.keys() - wanted.keys())]
+        ignored = family.ignored.replace("NUM_LAYERS", str(self.config.num_layers))
+        left_over = []
+        for name in sorted(self._file_of):
+            if name in wanted or family.prefix + name in wanted:
+                self._saved_as[name if name in wanted else family.prefix + name] = name
+                continue
+            is_copy = self.config.tie_embeddings and name == TIED_OUTPUT
+            if not is_copy and not (ignored and re.search(ignored, name)):
+                left_over.append(name)
+        problems = [f"{name} {list(wanted[name])} is missing" for name in sorted(wanted.keys() - self._saved_as.keys())]
+        problems += [f"{name} has no place in the class" for name in left_over]
         for path in sorted(set(self._file_of.values())):
             with safe_open(path, framework="pt") as file:
-                for name in sorted(wanted.keys() & set(file.keys())):
-                    shape = tuple(file.get_slice(name).get_shape())
+                held = set(file.keys())
+                for name in sorted(name for name, saved in self._saved_as.items() if saved in held):
+                    shape = tuple(file.get_slice(self._saved_as[name]).get_shape())
                     if shape != wanted[name]:
                         problems.append(f"{name} is {list(shape)}, config.json says {list(wanted[name])}")
         return problems
@@ -239,6 +284,10 @@ def fill_model(model: nn.Module, weights: CheckpointWeights | ExportWeights) -> 
         raise ValueError(f"{weights.path} holds another model:\n  " + "\n  ".join(sorted(problems)))
     for name, parameter in parameters.items():
         parameter.copy_(weights.read(name))
+    there = weights.buffers()
+    for name, buffer in model.named_buffers():
+        if there.get(BUFFERS + name) == tuple(buffer.shape):  # others begin as in a new run
+            buffer.copy_(weights.read(BUFFERS + name))
 
 
 def _checked_rows(name: str, shape: tuple[int, ...], rows: tuple[int, int] | None) -> tuple[int, int]:
@@ -260,7 +309,11 @@ def _files_of(folder: Path) -> dict[str, Path]:
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise ConfigError(str(path), ["is missing"])
+            pickled = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
+            way_out = (
+                f"; {pickled[0]} cannot be read, save_pretrained of transformers writes safetensors" if pickled else ""
+            )
+            raise ConfigError(str(path), [f"is missing{way_out}"])
         try:
             with safe_open(path, framework="pt") as file:
                 found |= dict.fromkeys(file.keys(), path)

@@ -77,10 +77,10 @@ def verify_export(
     )
     model.eval()
     with torch.no_grad():
-        compared, choices = compare_logits(logits, lambda tokens: _their_logits(model, tokens), text.tokens)
+        compared, choices = compare_logits(logits, lambda tokens: their_logits(model, tokens), text.tokens)
         generated = _generate(model, text.tokens, new_tokens)
         choices += generated_choices(logits, generated, len(text.tokens) // 2)
-    tensors = compare_tensors(folder, family.mapping(config), weights, loading, EXPORT_DTYPES[dtype])
+    tensors = compare_tensors(folder, list(family.mapping(config)), weights, loading, EXPORT_DTYPES[dtype])
     return ExportReport(
         class_name=type(model).__name__,
         expected_class=family.class_name,
@@ -225,7 +225,7 @@ def rounding_effect(
     }
 
 
-def _their_logits(model: Any, tokens: Tensor) -> Tensor:
+def their_logits(model: Any, tokens: Tensor) -> Tensor:
     """Call a class of transformers, which is batch first, with our order of dims."""
     logits: Tensor = model(input_ids=tokens.T, use_cache=False).logits
     return logits.transpose(0, 1)
@@ -237,7 +237,7 @@ def _generate(model: Any, tokens: Tensor, new_tokens: int) -> Tensor:
     No more than the class has positions for: beyond them transformers only warns.
     """
     prompt = tokens[: len(tokens) // 2, :1].T
-    room = model.config.max_position_embeddings - prompt.shape[1]
+    room = getattr(model.config, "max_position_embeddings", len(tokens) + new_tokens) - prompt.shape[1]
     generated: Tensor = model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=min(new_tokens, room), do_sample=False
     )

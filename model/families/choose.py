@@ -1,11 +1,8 @@
 """Which foreign class is exactly this model; a model that none of them is is refused, with every reason.
 
-                          dense              MoE in some layers
-    without QK-norm       llama              mixtral
-    with QK-norm          qwen3              qwen3_moe
-
-Only one class can come near a configuration, because each has QK-norm or not and experts or not; what
-else the class asks for is its own list of reasons.
+Each family lists its reasons against a configuration (rules.py). The first one without any is taken, so that the plain
+and widely known ones stand first. Where all have reasons, those of the nearest are told: the one that has a place for
+the parts, and of these the one with the fewest.
 """
 
 from collections.abc import Mapping
@@ -14,14 +11,43 @@ from typing import Any
 from pydantic import ValidationError
 
 from meshwright.model.config import ModelConfig
+from meshwright.model.families.bloom import BLOOM
+from meshwright.model.families.deepseek_v3 import DEEPSEEK_V3
 from meshwright.model.families.family import Family
-from meshwright.model.families.foreign_keys import key_problems, shown, size_problems
+from meshwright.model.families.foreign_keys import fixed_problems, key_problems, shown, size_problems
+from meshwright.model.families.gemma import GEMMA
+from meshwright.model.families.gpt2 import GPT2
+from meshwright.model.families.granite_moe_hybrid import GRANITE_MOE_HYBRID
 from meshwright.model.families.llama import LLAMA
+from meshwright.model.families.mamba import MAMBA
+from meshwright.model.families.mamba2 import MAMBA2
 from meshwright.model.families.mixtral import MIXTRAL
+from meshwright.model.families.olmo2 import OLMO2
+from meshwright.model.families.olmoe import OLMOE
 from meshwright.model.families.qwen3 import QWEN3
 from meshwright.model.families.qwen3_moe import QWEN3_MOE
+from meshwright.model.families.qwen3_next import QWEN3_NEXT
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN3, MIXTRAL, QWEN3_MOE)}
+# Where several are exactly a model, the first is taken.
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        LLAMA,
+        QWEN3,
+        MIXTRAL,
+        QWEN3_MOE,
+        GEMMA,
+        OLMO2,
+        OLMOE,
+        DEEPSEEK_V3,
+        GRANITE_MOE_HYBRID,
+        MAMBA2,
+        MAMBA,
+        QWEN3_NEXT,
+        BLOOM,
+        GPT2,
+    )
+}
 
 
 class ForeignConfigError(ValueError):
@@ -44,24 +70,23 @@ class NotRepresentableError(ValueError):
 
 
 def choose_family(config: ModelConfig) -> Family:
-    """Return the class that represents the configuration exactly.
+    """Return the class that represents the configuration exactly; of several the first in the table.
 
     Raises:
-        NotRepresentableError: with every reason, if there is none.
+        NotRepresentableError: with every reason against the class that has the fewest, if there is none.
     """
-    family = nearest_family(config)
-    reasons = family.reasons_against(config)
-    if reasons:
-        raise NotRepresentableError(family.class_name, reasons)
-    return family
+    against: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        against[family.model_type] = family.reasons_against(config)
+        if not against[family.model_type]:
+            return family
+    nearest = min(against, key=lambda name: _distance(against[name]))
+    raise NotRepresentableError(FAMILIES[nearest].class_name, against[nearest])
 
 
-def nearest_family(config: ModelConfig) -> Family:
-    """Return the only class that could represent the configuration."""
-    has_experts = any(kinds.feedforward == "moe" for kinds in config.layers)
-    if has_experts:
-        return QWEN3_MOE if config.qk_norm else MIXTRAL
-    return QWEN3 if config.qk_norm else LLAMA
+def _distance(reasons: list[str]) -> tuple[int, int]:
+    """Return how far a class is from a configuration: first come parts that it has not, then keys."""
+    return sum(reason.startswith("model.pattern") for reason in reasons), len(reasons)
 
 
 def family_of_foreign(foreign: Mapping[str, Any]) -> Family:
@@ -88,13 +113,18 @@ def config_from_foreign(foreign: Mapping[str, Any]) -> ModelConfig:
     family = family_of_foreign(foreign)
     if problems := key_problems(foreign, family.needed):
         raise ForeignConfigError(problems)
+    problems = fixed_problems(foreign, family.fixed)
     try:
-        config = ModelConfig(**family.to_ours(foreign))
+        table = family.to_ours(foreign)
+    except ValueError as error:
+        problems += str(error).split("\n")
+    if problems:
+        raise ForeignConfigError(problems)
+    try:
+        config = ModelConfig(**table)
     except ValidationError as error:  # what passed the rules of single keys and no size of ours is
         lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors(include_url=False)]
         raise ForeignConfigError(lines) from None
-    except ValueError as error:
-        raise ForeignConfigError(str(error).split("; ")) from None
     if problems := size_problems(config):
         raise ForeignConfigError(problems)
     return config

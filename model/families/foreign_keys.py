@@ -13,7 +13,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from meshwright.model.config import MAX_LAYERS, MAX_SIZE, ModelConfig
+from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.sizes import MAX_LAYERS, MAX_SIZE
 
 MOST_SHOWN = 80
 MOST_IN_LINE = 300
@@ -47,6 +48,10 @@ def _is_object(value: Any) -> bool:
 SIZE = whole(MAX_SIZE)
 POSITIVE = Kind("a finite number above 0", lambda value: _is_number(value) and 0.0 < value < math.inf)
 SHARE = Kind("a finite number, 0 or above", lambda value: _is_number(value) and 0.0 <= value < math.inf)
+DROPPED = Kind("a number from 0 to below 1", lambda value: _is_number(value) and 0.0 <= value < 1.0)
+FRACTION = Kind("a number above 0, 1 at most", lambda value: _is_number(value) and 0.0 < value <= 1.0)
+COUNT = whole(MAX_SIZE, least=0)
+SIZE_OR_AUTO = Kind(f'{SIZE.rule}, or "auto"', lambda value: value == "auto" or SIZE.fits(value))
 BOOLEAN = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("text", lambda value: isinstance(value, str))
 OBJECT_OR_NULL = may_be_null(Kind("an object", _is_object))
@@ -57,9 +62,13 @@ LAYER_NUMBERS_OR_NULL = may_be_null(
         lambda value: isinstance(value, list) and all(type(it) is int and 0 <= it < MAX_LAYERS for it in value),
     )
 )
+NAMES_OR_NULL = may_be_null(
+    Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(it, str) for it in value))
+)
 
 KINDS = {
     "vocab_size": SIZE,
+    "max_position_embeddings": SIZE,
     "hidden_size": SIZE,
     "num_hidden_layers": whole(MAX_LAYERS),
     "num_attention_heads": SIZE,
@@ -68,8 +77,8 @@ KINDS = {
     "intermediate_size": SIZE,
     "moe_intermediate_size": SIZE,
     "num_experts": SIZE,
-    "num_local_experts": SIZE,
-    "num_experts_per_tok": SIZE,
+    "num_local_experts": COUNT,
+    "num_experts_per_tok": COUNT,
     "decoder_sparse_step": whole(MAX_LAYERS),
     "mlp_only_layers": LAYER_NUMBERS_OR_NULL,
     "rms_norm_eps": POSITIVE,
@@ -85,8 +94,74 @@ KINDS = {
     "attention_bias": BOOLEAN,
     "mlp_bias": BOOLEAN,
     "norm_topk_prob": BOOLEAN,
+    "shared_intermediate_size": SIZE,
+    "shared_expert_intermediate_size": SIZE,
+    "n_routed_experts": SIZE,
+    "n_shared_experts": COUNT,
+    "n_group": may_be_null(SIZE),
+    "topk_group": may_be_null(SIZE),
+    "routed_scaling_factor": POSITIVE,
+    "first_k_dense_replace": may_be_null(whole(MAX_LAYERS, least=0)),
+    "q_lora_rank": may_be_null(SIZE),
+    "kv_lora_rank": SIZE,
+    "qk_nope_head_dim": SIZE,
+    "qk_rope_head_dim": SIZE,
+    "v_head_dim": SIZE,
+    "embedding_multiplier": POSITIVE,
+    "attention_multiplier": POSITIVE,
+    "residual_multiplier": POSITIVE,
+    "logits_scaling": POSITIVE,
+    "position_embedding_type": may_be_null(TEXT),
+    "layer_types": NAMES_OR_NULL,
+    "full_attention_interval": whole(MAX_LAYERS),
+    "partial_rotary_factor": FRACTION,
+    "mamba_n_heads": SIZE,
+    "mamba_n_groups": SIZE,
+    "mamba_d_state": SIZE,
+    "mamba_d_head": SIZE_OR_AUTO,
+    "mamba_d_conv": SIZE,
+    "mamba_expand": SIZE,
+    "mamba_conv_bias": BOOLEAN,
+    "mamba_proj_bias": BOOLEAN,
+    "expand": SIZE,
+    "num_heads": SIZE,
+    "n_groups": SIZE,
+    "state_size": SIZE,
+    "conv_kernel": SIZE,
+    "use_bias": BOOLEAN,
+    "use_conv_bias": BOOLEAN,
+    "time_step_rank": SIZE_OR_AUTO,
+    "layer_norm_epsilon": POSITIVE,
+    "n_embd": SIZE,
+    "n_head": SIZE,
+    "n_layer": whole(MAX_LAYERS),
+    "n_positions": SIZE,
+    "n_inner": may_be_null(SIZE),
+    "embd_pdrop": DROPPED,
+    "resid_pdrop": DROPPED,
+    "attn_pdrop": DROPPED,
+    "hidden_dropout": DROPPED,
+    "linear_conv_kernel_dim": SIZE,
+    "linear_key_head_dim": SIZE,
+    "linear_value_head_dim": SIZE,
+    "linear_num_key_heads": SIZE,
+    "linear_num_value_heads": SIZE,
 }
-ROPE_KINDS = {"rope_type": TEXT, "type": TEXT, "rope_theta": POSITIVE}
+ROPE_KINDS = {
+    "rope_type": TEXT,
+    "type": TEXT,
+    "rope_theta": POSITIVE,
+    "factor": POSITIVE,
+    "original_max_position_embeddings": SIZE,
+    "beta_fast": POSITIVE,
+    "beta_slow": POSITIVE,
+    "mscale": SHARE,
+    "mscale_all_dim": SHARE,
+    "attention_factor": may_be_null(POSITIVE),
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    "partial_rotary_factor": FRACTION,
+}
 
 # What each key of ours is called there, for what several sizes together break.
 THEIR_NAMES = {
@@ -97,6 +172,13 @@ THEIR_NAMES = {
     "model.head_dim": "head_dim",
     "model.moe.num_experts": "num_experts (or num_local_experts)",
     "model.moe.top_k": "num_experts_per_tok",
+    "model.moe.num_groups": "n_group",
+    "model.moe.top_groups": "topk_group",
+    "model.latent.qk_rope_head_dim": "qk_rope_head_dim",
+    "model.mamba2.num_heads": "num_heads (or mamba_n_heads)",
+    "model.mamba2.num_groups": "n_groups (or mamba_n_groups)",
+    "model.gated_delta.num_heads": "linear_num_value_heads",
+    "model.gated_delta.num_key_heads": "linear_num_key_heads",
 }
 
 
@@ -108,6 +190,15 @@ def key_problems(foreign: Mapping[str, Any], needed: Sequence[str]) -> list[str]
         if isinstance(foreign.get(table), dict):
             found += _wrong(foreign[table], ROPE_KINDS, f"{table}.")
     return found
+
+
+def fixed_problems(foreign: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """Return a line for every key that asks for what is not computed here."""
+    return [
+        f"{key} = {shown(foreign[key])}: only {' or '.join(map(repr, values))} can be read"
+        for key, values in fixed.items()
+        if key in foreign and foreign[key] not in values
+    ]
 
 
 def size_problems(config: ModelConfig) -> list[str]:

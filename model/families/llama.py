@@ -3,38 +3,45 @@
 layers.N.feedforward.part.gate.weight   model.layers.N.mlp.gate_proj.weight   [f, h]   (up, down)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family, Row
+from meshwright.model.families.rules import ROPE, Parts, all_or_none, only, reasons
 from meshwright.model.families.table import (
+    ATTENTION_BIASES,
     NEEDED,
     attention_bias_parts,
-    attention_bias_reasons,
+    attention_rows,
     common_keys,
     common_keys_to_ours,
-    common_reasons,
     mlp_rows,
     stack_rows,
 )
-from meshwright.model.pattern import LayerKinds
+
+PARTS = Parts(("attention",), ("mlp",), "'*-'")
+RULES = {
+    **ROPE,
+    "qk_norm": only(False, why="a Llama has no norms of queries and keys", way_out="Qwen3 has them"),
+}
+FIXED = {"hidden_act": ("silu",), "attention_dropout": (0.0,), "pretraining_tp": (1,)}
 
 
 def reasons_against(config: ModelConfig) -> list[str]:
     """Return every reason why a Llama cannot be this model."""
-    reasons = common_reasons(config) + attention_bias_reasons(config)
-    if config.hidden_size % config.num_heads != 0:
-        reasons.append(
+    found = reasons(config, PARTS, RULES) + all_or_none(config, ATTENTION_BIASES)
+    if config.num_heads and config.hidden_size % config.num_heads != 0:
+        found.append(
             f"model.num_heads = {config.num_heads}: LlamaConfig refuses heads that do not divide "
             f"model.hidden_size = {config.hidden_size}, whatever head_dim is; Qwen3 (qk_norm = true) has no such rule"
         )
-    return reasons
+    return found
 
 
-def mapping(config: ModelConfig) -> list[Row]:
-    """Return all tensors of a Llama."""
-    return stack_rows(config, _feedforward_rows)
+def mapping(config: ModelConfig) -> Iterator[Row]:
+    """Yield all tensors of a Llama."""
+    return stack_rows(config, {"attention": attention_rows, "mlp": mlp_rows})
 
 
 def to_foreign(config: ModelConfig) -> dict[str, Any]:
@@ -43,7 +50,6 @@ def to_foreign(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.ffn_hidden_size,
         "attention_bias": "q" in config.bias,
         "mlp_bias": "ffn" in config.bias,
-        "pretraining_tp": 1,
     }
 
 
@@ -53,13 +59,18 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     return common_keys_to_ours(foreign, default_rope_base=10_000.0) | {
         "pattern": "*-",
         "ffn_hidden_size": foreign["intermediate_size"],
-        "qk_norm": False,
         "bias": attention_bias_parts(foreign) + mlp_bias,
     }
 
 
-def _feedforward_rows(config: ModelConfig, n: int, kinds: LayerKinds) -> list[Row]:
-    return mlp_rows(config, f"layers.{n}.feedforward.part", f"model.layers.{n}.mlp")
-
-
-LLAMA = Family("llama", "LlamaForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED)
+LLAMA = Family(
+    "llama",
+    "LlamaForCausalLM",
+    reasons_against,
+    mapping,
+    to_foreign,
+    to_ours,
+    NEEDED,
+    FIXED,
+    ignored=r"rotary_emb\.inv_freq$",
+)

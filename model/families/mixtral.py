@@ -6,70 +6,66 @@ layers.N.feedforward.part.experts.up   [i]    model.layers.N.block_sparse_moe.ex
 layers.N.feedforward.part.experts.down [i]    model.layers.N.block_sparse_moe.experts.i.w2.weight   [h, f]
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family, Row
+from meshwright.model.families.rules import ANY, ROPE, Parts, no_bias, only, reasons
 from meshwright.model.families.table import (
     ATTENTION_BIASES,
     NEEDED,
+    attention_rows,
     common_keys,
     common_keys_to_ours,
-    common_reasons,
     expert_rows,
-    experts_of,
-    layer_list,
-    moe_reasons,
     stack_rows,
 )
-from meshwright.model.pattern import LayerKinds
 
 EXPERT_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
+NOT_NORMALISED = only(
+    True,
+    why="Mixtral divides the chosen experts' weights by their sum",
+    way_out="Qwen3Moe and OLMoE (both with qk_norm = true) take both",
+)
+PARTS = Parts(("attention",), ("moe",), "'*E'")
+RULES = {**ROPE, "moe.normalise_top_k": NOT_NORMALISED}
+FIXED = {"hidden_act": ("silu",), "attention_dropout": (0.0,), "sliding_window": (None,)}
 
 
 def reasons_against(config: ModelConfig) -> list[str]:
     """Return every reason why a Mixtral cannot be this model."""
-    reasons = common_reasons(config) + moe_reasons(config)
-    moe = experts_of(config)
-    dense = [n for n, kinds in enumerate(config.layers) if kinds.feedforward == "mlp"]
-    if dense:
-        reasons.append(
-            f"model.pattern = {config.pattern!r}: {layer_list(dense)} an MLP, Mixtral has a MoE in every layer; "
-            "Qwen3Moe (qk_norm = true) takes both"
-        )
     # With every expert chosen the chosen scores sum to 1 already.
-    if not moe.normalise_top_k and moe.top_k < moe.num_experts:
-        reasons.append(
-            "model.moe.normalise_top_k = false: Mixtral divides the chosen experts' weights by their sum; "
-            "Qwen3Moe (qk_norm = true) takes both, OLMoE is no target yet"
-        )
-    biased = [part for part in ATTENTION_BIASES if part in config.bias]
-    if biased:
-        reasons.append(
-            f"model.bias has {biased}: Mixtral's attention has no biases; leave them out, or take Qwen3Moe "
-            "(qk_norm = true) with all of q, k, v, output"
-        )
-    return reasons
+    all_chosen = config.moe is not None and config.moe.top_k == config.moe.num_experts
+    rules = RULES | ({"moe.normalise_top_k": ANY} if all_chosen else {})
+    return reasons(config, PARTS, rules) + no_bias(config, [*ATTENTION_BIASES, "ffn"], "Mixtral has")
 
 
-def mapping(config: ModelConfig) -> list[Row]:
-    """Return all tensors of a Mixtral."""
-    return stack_rows(config, _feedforward_rows)
+def mapping(config: ModelConfig) -> Iterator[Row]:
+    """Yield all tensors of a Mixtral."""
+    experts = partial(expert_rows, names=EXPERT_NAMES, block="block_sparse_moe")
+    return stack_rows(config, {"attention": attention_rows, "moe": experts})
 
 
 def to_foreign(config: ModelConfig) -> dict[str, Any]:
     """Return the keys of a Mixtral's config.json."""
-    moe = experts_of(config)
     return common_keys(config) | {
-        "intermediate_size": moe.expert_hidden_size,
-        "num_local_experts": moe.num_experts,
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "sliding_window": None,
         "router_jitter_noise": 0.0,
+        **expert_keys(config, "intermediate_size"),
+    }
+
+
+def expert_keys(config: ModelConfig, width: str) -> dict[str, Any]:
+    """Return the keys of the experts, which many families call so; `width` is the name of an expert's width."""
+    assert config.moe is not None
+    return {
+        width: config.moe.expert_hidden_size,
+        "num_local_experts": config.moe.num_experts,
+        "num_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.top_k,
         "output_router_logits": False,
-        "router_aux_loss_coef": moe.load_balancing_weight,
+        "router_aux_loss_coef": config.moe.load_balancing_weight,
     }
 
 
@@ -78,8 +74,6 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     return common_keys_to_ours(foreign, default_rope_base=1_000_000.0) | {
         "pattern": "*E",
         "ffn_hidden_size": foreign["intermediate_size"],
-        "qk_norm": False,
-        "bias": [],
         "moe": {
             "num_experts": foreign.get("num_local_experts", foreign.get("num_experts", 8)),
             "top_k": foreign.get("num_experts_per_tok", 2),
@@ -89,8 +83,4 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _feedforward_rows(config: ModelConfig, n: int, kinds: LayerKinds) -> list[Row]:
-    return expert_rows(config, f"layers.{n}.feedforward.part", f"model.layers.{n}.block_sparse_moe", EXPERT_NAMES)
-
-
-MIXTRAL = Family("mixtral", "MixtralForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED)
+MIXTRAL = Family("mixtral", "MixtralForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED)

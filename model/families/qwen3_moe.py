@@ -5,70 +5,79 @@
     layers.N.feedforward.part.experts.down [i]    model.layers.N.mlp.experts.i.down_proj.weight   [h, f]
     layers.N.feedforward.part.gate.weight         model.layers.N.mlp.gate_proj.weight             a dense layer's
 
-`mlp_only_layers` lists the dense layers; `norm_topk_prob` says whether the chosen experts' weights are
-divided by their sum (llama.cpp always divides: docs/export.md).
+`mlp_only_layers` lists the dense layers; `norm_topk_prob` says whether the chosen experts' weights are divided by their
+sum (llama.cpp always divides: docs/export.md).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family, Row
-from meshwright.model.families.qwen3 import no_sliding_window
+from meshwright.model.families.mixtral import expert_keys
+from meshwright.model.families.qwen3 import FIXED, no_sliding_window
+from meshwright.model.families.rules import ANY, ROPE, Parts, all_or_none, no_bias, only, reasons
 from meshwright.model.families.table import (
-    MLP_NAMES,
+    ATTENTION_BIASES,
     NEEDED,
     attention_bias_parts,
-    attention_bias_reasons,
     common_keys,
     common_keys_to_ours,
-    common_reasons,
     expert_rows,
     experts_of,
+    full_attention_alone,
     mlp_rows,
-    moe_reasons,
+    normed_attention_rows,
+    shortest_pattern,
     stack_rows,
 )
-from meshwright.model.pattern import LayerKinds
+
+PARTS = Parts(("attention",), ("mlp", "moe"), "'*E' or '*E*-'")
+RULES = {
+    **ROPE,
+    "qk_norm": only(True, why="Qwen3Moe has norms of queries and keys", way_out="Mixtral has none"),
+    "moe.normalise_top_k": ANY,
+}
 
 
 def reasons_against(config: ModelConfig) -> list[str]:
     """Return every reason why a Qwen3Moe cannot be this model."""
-    return common_reasons(config) + attention_bias_reasons(config) + moe_reasons(config)
+    found = reasons(config, PARTS, RULES)
+    if config.moe is None:
+        found.append(f"model.pattern = {config.pattern!r}: has no experts; '*E' can be exported, and Qwen3 is dense")
+    return found + all_or_none(config, ATTENTION_BIASES) + no_bias(config, ["ffn"], "Qwen3Moe's experts have")
 
 
-def mapping(config: ModelConfig) -> list[Row]:
-    """Return all tensors of a Qwen3Moe."""
-    return stack_rows(config, _feedforward_rows)
+def mapping(config: ModelConfig) -> Iterator[Row]:
+    """Yield all tensors of a Qwen3Moe."""
+    return stack_rows(config, {"attention": normed_attention_rows, "mlp": mlp_rows, "moe": expert_rows})
 
 
 def to_foreign(config: ModelConfig) -> dict[str, Any]:
     """Return the keys of a Qwen3Moe's config.json."""
-    moe = experts_of(config)
-    layers = config.layers
     return (
         common_keys(config)
         | no_sliding_window(config)
-        | {
-            "intermediate_size": config.ffn_hidden_size,
-            "moe_intermediate_size": moe.expert_hidden_size,
-            "num_local_experts": moe.num_experts,
-            "num_experts": moe.num_experts,
-            "num_experts_per_tok": moe.top_k,
-            "norm_topk_prob": moe.normalise_top_k,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [n for n, kinds in enumerate(layers) if kinds.feedforward == "mlp"],
-            "output_router_logits": False,
-            "router_aux_loss_coef": moe.load_balancing_weight,
-        }
+        | expert_keys(config, "moe_intermediate_size")
+        | dense_layer_keys(config)
+        | {"intermediate_size": config.ffn_hidden_size, "norm_topk_prob": experts_of(config).normalise_top_k}
     )
+
+
+def dense_layer_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys that say which layers have no experts."""
+    return {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [n for n, kinds in enumerate(config.layers) if kinds.feedforward == "mlp"],
+    }
 
 
 def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a Qwen3Moe's config.json."""
+    full_attention_alone(foreign)
     common = common_keys_to_ours(foreign, default_rope_base=10_000.0)
     return common | {
-        "pattern": _pattern(foreign, common["num_layers"]),
+        "pattern": shortest_pattern([f"*{letter}" for letter in feedforward_letters(foreign)]),
         "ffn_hidden_size": foreign["intermediate_size"],
         "qk_norm": True,
         "bias": attention_bias_parts(foreign),
@@ -81,22 +90,11 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pattern(foreign: Mapping[str, Any], num_layers: int) -> str:
-    """Return the shortest period of `*E` and `*-` that gives the layers."""
+def feedforward_letters(foreign: Mapping[str, Any]) -> list[str]:
+    """Return the letter of each layer's feed-forward."""
     dense = set(foreign.get("mlp_only_layers") or [])
     every = foreign.get("decoder_sparse_step", 1)
-    letters = ["*-" if n in dense or (n + 1) % every != 0 else "*E" for n in range(num_layers)]
-    for period in range(1, num_layers + 1):
-        if num_layers % period == 0 and letters[:period] * (num_layers // period) == letters:
-            return "".join(letters[:period])
-    raise AssertionError("the whole list is always a period of itself")
-
-
-def _feedforward_rows(config: ModelConfig, n: int, kinds: LayerKinds) -> list[Row]:
-    ours, theirs = f"layers.{n}.feedforward.part", f"model.layers.{n}.mlp"
-    if kinds.feedforward == "mlp":
-        return mlp_rows(config, ours, theirs)
-    return expert_rows(config, ours, theirs, MLP_NAMES)
+    return ["-" if n in dense or (n + 1) % every != 0 else "E" for n in range(foreign["num_hidden_layers"])]
 
 
 QWEN3_MOE = Family(
@@ -107,4 +105,5 @@ QWEN3_MOE = Family(
     to_foreign,
     to_ours,
     (*NEEDED, "moe_intermediate_size"),
+    FIXED,
 )

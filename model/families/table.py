@@ -1,6 +1,6 @@
-"""Rows and keys that the Llama-like families share: embedding, attention, norms, RoPE.
+"""Rows and keys that families share: the stack, linear layers, attention, MLPs, experts, RoPE.
 
-All of them are pre-norm stacks of attention and feed-forward with RMSNorm and half-split RoPE, as ours:
+Names of a Llama, from which most others differ by a word (`Names`):
 
     ours                                foreign
     embedding.weight                    model.embed_tokens.weight
@@ -11,15 +11,19 @@ All of them are pre-norm stacks of attention and feed-forward with RMSNorm and h
     final_norm.weight                   model.norm.weight
     output.weight                       lm_head.weight                               (absent when tied)
 
-What stands at `layers.N.feedforward.part` differs and is the families' own.
+What stands at `part` a family says by kind: a function of (config, our name, their name of the layer).
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from meshwright.model.config import ModelConfig, MoeConfig
-from meshwright.model.families.family import Row
-from meshwright.model.pattern import LayerKinds
+from meshwright.model.config import ModelConfig
+from meshwright.model.families.family import Row, same
+from meshwright.model.families.rope import rope_keys, rope_to_ours
+from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.norms import norm_shapes
+from meshwright.model.kinds.table import KINDS
 
 ATTENTION_BIASES = ("q", "k", "v", "output")
 ATTENTION_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "output": "o_proj"}
@@ -27,182 +31,193 @@ MLP_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
-FeedforwardRows = Callable[[ModelConfig, int, LayerKinds], list[Row]]
+PartRows = Callable[[ModelConfig, str, str], Iterator[Row]]
 
 
-def stack_rows(config: ModelConfig, feedforward_rows: FeedforwardRows) -> list[Row]:
-    """Return the rows of a whole model; the caller says what a layer's feed-forward is made of."""
+class Names(NamedTuple):
+    """What a family calls what stands around the parts."""
+
+    embedding: str = "model.embed_tokens"
+    layer: str = "model.layers"
+    before: Mapping[str, str] = {"mixer": "input_layernorm", "feedforward": "post_attention_layernorm"}
+    """The norms before mixers and feed-forwards."""
+    behind: Mapping[str, str] = {}
+    """Those behind them."""
+    final: str = "model.norm"
+    output: str = "lm_head"
+    embedding_norm: str = ""
+    positions: str = ""
+
+
+LLAMA_NAMES = Names()
+
+
+def stack_rows(config: ModelConfig, parts: Mapping[str, PartRows], names: Names = LLAMA_NAMES) -> Iterator[Row]:
+    """Yield the rows of a whole model; `parts` says by kind what a part is made of."""
     v, h = config.vocab_size, config.hidden_size
-    rows = [Row("embedding.weight", None, "model.embed_tokens.weight", (v, h))]
+    yield same("embedding.weight", f"{names.embedding}.weight", (v, h))
+    if config.position == "learned":
+        yield same("positions.weight", f"{names.positions}.weight", (config.max_positions, h))
+    if config.embedding_norm:
+        yield from norm_rows(config, "embedding_norm", names.embedding_norm)
     for n, kinds in enumerate(config.layers):
-        ours, theirs = f"layers.{n}", f"model.layers.{n}"
-        rows.append(Row(f"{ours}.mixer.norm.weight", None, f"{theirs}.input_layernorm.weight", (h,)))
-        rows += attention_rows(config, f"{ours}.mixer.part", f"{theirs}.self_attn")
-        rows.append(Row(f"{ours}.feedforward.norm.weight", None, f"{theirs}.post_attention_layernorm.weight", (h,)))
-        rows += feedforward_rows(config, n, kinds)
-    rows.append(Row("final_norm.weight", None, "model.norm.weight", (h,)))
+        ours, theirs = f"layers.{n}", f"{names.layer}.{n}"
+        for name in kinds.names:
+            place = KINDS[name].place
+            form = config.forms[place]
+            if form.before:
+                yield from norm_rows(config, f"{ours}.{place}.norm", f"{theirs}.{names.before[place]}")
+            yield from parts[name](config, f"{ours}.{place}.part", theirs)
+            if "post_norm" in form.names:
+                yield from norm_rows(config, f"{ours}.{place}.post_norm", f"{theirs}.{names.behind[place]}")
+    yield from norm_rows(config, "final_norm", names.final)
     if not config.tie_embeddings:
-        rows.append(Row("output.weight", None, "lm_head.weight", (v, h)))
-    return rows
+        yield same("output.weight", f"{names.output}.weight", (v, h))
 
 
-def fewest_tensors(config: ModelConfig) -> int:
-    """Return a number that `stack_rows` has at least as many rows as, without making any."""
-    experts = config.moe.num_experts * 3 * config.num_moe_layers if config.moe is not None else 0
-    return config.num_layers + experts
+def norm_rows(config: ModelConfig, ours: str, theirs: str) -> Iterator[Row]:
+    """Yield the weight of a norm over the stream, and its bias if it has one."""
+    for name, shape in norm_shapes(config.norm, config.hidden_size):
+        yield same(f"{ours}.{name}", f"{theirs}.{name}", shape)
 
 
-def attention_rows(config: ModelConfig, ours: str, theirs: str) -> list[Row]:
-    """Return one attention layer's rows, with the biases and per-head norms that it has."""
+def linear_rows(ours: str, theirs: str, shape: tuple[int, ...], *, bias: bool = False) -> Iterator[Row]:
+    """Yield the weight of a product that both sides hold alike, and its bias."""
+    yield same(f"{ours}.weight", f"{theirs}.weight", shape)
+    if bias:
+        yield same(f"{ours}.bias", f"{theirs}.bias", shape[:1])
+
+
+def attention_rows(config: ModelConfig, ours: str, theirs: str) -> Iterator[Row]:
+    """Yield one attention part's rows, with the biases that it has; `theirs` is the layer."""
     h, d = config.hidden_size, config.head_dim
     q, kv = config.num_heads * d, config.num_kv_heads * d
-    shapes = {"q": (q, h), "k": (kv, h), "v": (kv, h), "output": (h, q)}
-    rows: list[Row] = []
-    for part, shape in shapes.items():
-        rows.append(Row(f"{ours}.{part}.weight", None, f"{theirs}.{ATTENTION_NAMES[part]}.weight", shape))
-        if part in config.bias:
-            rows.append(Row(f"{ours}.{part}.bias", None, f"{theirs}.{ATTENTION_NAMES[part]}.bias", shape[:1]))
-    if config.qk_norm:
-        rows += [Row(f"{ours}.{part}.weight", None, f"{theirs}.{part}.weight", (d,)) for part in ("q_norm", "k_norm")]
-    return rows
+    for part, shape in {"q": (q, h), "k": (kv, h), "v": (kv, h), "output": (h, q)}.items():
+        yield from linear_rows(
+            f"{ours}.{part}", f"{theirs}.self_attn.{ATTENTION_NAMES[part]}", shape, bias=part in config.bias
+        )
 
 
-def mlp_rows(config: ModelConfig, ours: str, theirs: str) -> list[Row]:
-    """Return one SwiGLU MLP's rows."""
-    h, f = config.hidden_size, config.ffn_hidden_size
-    rows: list[Row] = []
+def normed_attention_rows(config: ModelConfig, ours: str, theirs: str) -> Iterator[Row]:
+    """Yield the same with a norm of each head's queries and keys."""
+    yield from attention_rows(config, ours, theirs)
+    for part in ("q_norm", "k_norm"):
+        yield same(f"{ours}.{part}.weight", f"{theirs}.self_attn.{part}.weight", (config.head_dim,))
+
+
+def mlp_rows(config: ModelConfig, ours: str, theirs: str) -> Iterator[Row]:
+    """Yield the rows of one gated MLP, `mlp` in the layer `theirs`."""
+    yield from gated_rows(config, ours, f"{theirs}.mlp", config.ffn_hidden_size)
+
+
+def gated_rows(config: ModelConfig, ours: str, theirs: str, width: int) -> Iterator[Row]:
+    """Yield a gated MLP's rows under its own name there."""
+    h, f = config.hidden_size, width
     for part, shape in {"gate": (f, h), "up": (f, h), "down": (h, f)}.items():
-        rows.append(Row(f"{ours}.{part}.weight", None, f"{theirs}.{MLP_NAMES[part]}.weight", shape))
-        if "ffn" in config.bias:
-            rows.append(Row(f"{ours}.{part}.bias", None, f"{theirs}.{MLP_NAMES[part]}.bias", shape[:1]))
-    return rows
+        yield from linear_rows(f"{ours}.{part}", f"{theirs}.{MLP_NAMES[part]}", shape, bias="ffn" in config.bias)
 
 
-def expert_rows(config: ModelConfig, ours: str, theirs: str, names: Mapping[str, str]) -> list[Row]:
-    """Return a MoE layer's router and each expert's three matrices; `names` says what the family calls these."""
+def expert_rows(
+    config: ModelConfig, ours: str, theirs: str, names: Mapping[str, str] = MLP_NAMES, block: str = "mlp"
+) -> Iterator[Row]:
+    """Yield a MoE layer's router and each expert's three matrices; `names` says what the family calls these."""
     moe = experts_of(config)
     h, f, e = config.hidden_size, moe.expert_hidden_size, moe.num_experts
-    rows = [Row(f"{ours}.router.weight", None, f"{theirs}.gate.weight", (e, h))]
+    yield same(f"{ours}.router.weight", f"{theirs}.{block}.gate.weight", (e, h))
     for index in range(e):
         for part, shape in {"gate": (f, h), "up": (f, h), "down": (h, f)}.items():
-            name = f"{theirs}.experts.{index}.{names[part]}.weight"
-            rows.append(Row(f"{ours}.experts.{part}", index, name, shape))
-    return rows
+            name = f"{theirs}.{block}.experts.{index}.{names[part]}.weight"
+            yield same(f"{ours}.experts.{part}", name, shape, index)
 
 
-def common_keys(config: ModelConfig) -> dict[str, Any]:
-    """Return the foreign keys that all these families share, RoPE's in the new and in the old spelling."""
+def experts_of(config: ModelConfig) -> MoeConfig:
+    """Return the [model.moe] table of a model that has experts."""
+    assert config.moe is not None, "the checks let no E pass without a [model.moe]"
+    return config.moe
+
+
+def size_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys of sizes and first values that nearly all families call by the same names."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def rope_attention_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys of attention, RoPE's in the new and in the old spelling."""
+    return {
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "initializer_range": config.init_std,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tie_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        "rope_theta": config.rope_base,
+        **rope_keys(config),
     }
 
 
-def common_keys_to_ours(foreign: Mapping[str, Any], *, default_rope_base: float) -> dict[str, Any]:
-    """Return the keys of our [model] table that all these families share.
+def common_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the foreign keys that all Llama-like families share."""
+    return {
+        **size_keys(config),
+        **rope_attention_keys(config),
+        "rms_norm_eps": config.norm_eps,
+    }
 
-    Raises:
-        ValueError: with all that the configuration asks for and we do not compute.
-    """
-    rope = foreign.get("rope_parameters") or foreign.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    problems = []
-    if rope_type != "default":
-        problems.append(f"rope_type = {rope_type!r}: only 'default' RoPE, without scaling, can be read")
-    if foreign.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act = {foreign['hidden_act']!r}: only 'silu' can be read")
-    if foreign.get("sliding_window") is not None and foreign.get("use_sliding_window", True):
-        problems.append(
-            f"sliding_window = {foreign['sliding_window']}: only attention to all earlier tokens can be read"
-        )
-    if foreign.get("attention_dropout", 0.0) != 0.0:
-        problems.append(f"attention_dropout = {foreign['attention_dropout']}: only 0 can be read")
-    if problems:
-        raise ValueError("; ".join(problems))
-    hidden_size, num_heads = foreign["hidden_size"], foreign["num_attention_heads"]
+
+def sizes_to_ours(foreign: Mapping[str, Any], *, tied: bool = False) -> dict[str, Any]:
+    """Return our keys of sizes and first values; `tied` is the class's own default."""
     return {
         "vocab_size": foreign["vocab_size"],
-        "hidden_size": hidden_size,
+        "hidden_size": foreign["hidden_size"],
         "num_layers": foreign["num_hidden_layers"],
-        "num_heads": num_heads,
-        "num_kv_heads": foreign.get("num_key_value_heads") or num_heads,
-        "head_dim": foreign.get("head_dim") or hidden_size // num_heads,
-        "norm_eps": float(foreign.get("rms_norm_eps", 1e-6)),
         "init_std": float(foreign.get("initializer_range", 0.02)),
-        "tie_embeddings": bool(foreign.get("tie_word_embeddings", False)),
-        "rope_base": float(rope.get("rope_theta", foreign.get("rope_theta", default_rope_base))),
+        "tie_embeddings": bool(foreign.get("tie_word_embeddings", tied)),
     }
 
 
-def common_reasons(config: ModelConfig) -> list[str]:
-    """Return what none of these families can represent, each with the key, the value and a way out."""
-    layers = config.layers
-    reasons = []
-    other = sorted({kinds.mixer for kinds in layers if kinds.mixer not in (None, "attention")})
-    if other:
-        reasons.append(
-            f"model.pattern = {config.pattern!r}: the mixer {', '.join(other)} has no place beside attention here; "
-            "only attention (the letter *) can be exported"
-        )
-    bare = [n for n, kinds in enumerate(layers) if kinds.mixer is None]
-    if bare:
-        reasons.append(
-            f"model.pattern = {config.pattern!r}: {layer_list(bare)} no mixer; every layer needs attention and one "
-            "feed-forward, such as '*-' or '*E'"
-        )
-    open_ended = [n for n, kinds in enumerate(layers) if kinds.feedforward is None]
-    if open_ended:
-        reasons.append(
-            f"model.pattern = {config.pattern!r}: {layer_list(open_ended)} no feed-forward; every layer needs "
-            "attention and one feed-forward, such as '*-' or '*E'"
-        )
-    return reasons
+def attention_to_ours(foreign: Mapping[str, Any], default_rope_base: float) -> dict[str, Any]:
+    """Return our keys of attention with RoPE."""
+    num_heads = foreign["num_attention_heads"]
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": foreign.get("num_key_value_heads") or num_heads,
+        # Where nothing divides, 0: the checks of our configuration tell it.
+        "head_dim": foreign.get("head_dim")
+        or (0 if foreign["hidden_size"] % num_heads else foreign["hidden_size"] // num_heads),
+        **rope_to_ours(foreign, default_rope_base),
+    }
 
 
-def attention_bias_reasons(config: ModelConfig) -> list[str]:
-    """Return why the attention's biases are not all of q, k, v and output, or none."""
-    present = [part for part in ATTENTION_BIASES if part in config.bias]
-    if len(present) in (0, len(ATTENTION_BIASES)):
-        return []
-    fits = "; q, k, v alone would be Qwen2's, which is no target yet" if present == ["q", "k", "v"] else ""
-    return [f"model.bias has {present} of attention: the class knows all of {list(ATTENTION_BIASES)} or none{fits}"]
+def common_keys_to_ours(foreign: Mapping[str, Any], *, default_rope_base: float, tied: bool = False) -> dict[str, Any]:
+    """Return the keys of our [model] table that all Llama-like families share."""
+    return {
+        **sizes_to_ours(foreign, tied=tied),
+        **attention_to_ours(foreign, default_rope_base),
+        "norm_eps": float(foreign.get("rms_norm_eps", 1e-6)),
+    }
 
 
-def moe_reasons(config: ModelConfig) -> list[str]:
-    """Return what no MoE class here can represent: shared experts and biases of experts."""
-    reasons = []
-    shared = experts_of(config).num_shared_experts
-    if shared:
-        reasons.append(
-            f"model.moe.num_shared_experts = {shared}: neither Mixtral nor Qwen3Moe has shared experts, and Qwen2Moe "
-            "puts a learned gate on its own; GraniteMoeShared (softmax) or Glm4Moe (sigmoid) would fit and are no "
-            "targets yet; 0 can be exported"
-        )
-    if "ffn" in config.bias:
-        reasons.append("model.bias has 'ffn': experts have no biases in any of these classes; leave 'ffn' out")
-    return reasons
+def with_defaults(foreign: Mapping[str, Any], **defaults: Any) -> Mapping[str, Any]:
+    """Return the keys with a class's own values where a file does not name them."""
+    return ChainMap(foreign, defaults)  # type: ignore[arg-type]  # nothing is written to it
 
 
-def experts_of(config: ModelConfig) -> MoeConfig:
-    """Return the [model.moe] table of a model that has experts.
+def without(foreign: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """Return the keys with some of them null, which the class does not look at."""
+    return ChainMap(dict.fromkeys(keys), foreign)  # type: ignore[arg-type]
+
+
+def full_attention_alone(foreign: Mapping[str, Any]) -> None:
+    """Check that no layer has a window.
 
     Raises:
-        ValueError: if there is none, which `ModelConfig.problems` finds first.
+        ValueError: if one has.
     """
-    if config.moe is None:
-        raise ValueError(f"model.pattern = {config.pattern!r} has an E, but there is no table [model.moe]")
-    return config.moe
+    others = sorted(set(foreign.get("layer_types") or []) - {"full_attention"})
+    if others:
+        raise ValueError(f"layer_types: has {others}; only 'full_attention' can be read")
 
 
 def attention_bias_parts(foreign: Mapping[str, Any]) -> list[str]:
@@ -210,11 +225,31 @@ def attention_bias_parts(foreign: Mapping[str, Any]) -> list[str]:
     return list(ATTENTION_BIASES) if foreign.get("attention_bias", False) else []
 
 
-def layer_list(numbers: Iterable[int]) -> str:
-    """Return `layer 3 has`, or `layers 0, 2, 4 and 12 more have`, to begin a sentence."""
-    listed = list(numbers)
-    if len(listed) == 1:
-        return f"layer {listed[0]} has"
-    shown = ", ".join(str(number) for number in listed[:3])
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return f"layers {shown}{more} have"
+def shortest_pattern(layers: Sequence[str]) -> str:
+    """Return the shortest pattern that gives each layer its letters.
+
+    A period, or where only few layers differ from the most common one, `*E @0-2 *-`.
+    """
+    for period in range(1, len(layers) + 1):
+        if len(layers) % period == 0 and list(layers[:period]) * (len(layers) // period) == list(layers):
+            break
+    whole = "".join(layers[:period])
+    usual = max(set(layers), key=lambda letters: (list(layers).count(letters), letters))
+    others = sorted(set(layers) - {usual})
+    placed = usual + "".join(
+        f" @{_numbers([n for n, it in enumerate(layers) if it == other])} {other}" for other in others
+    )
+    return min(whole, placed, key=len)
+
+
+def _numbers(numbers: list[int]) -> str:
+    """Return `0-2,5` for 0, 1, 2 and 5."""
+    pieces: list[str] = []
+    start = last = numbers[0]
+    for number in [*numbers[1:], -1]:
+        if number == last + 1:
+            last = number
+            continue
+        pieces.append(str(start) if start == last else f"{start}-{last}")
+        start = last = number
+    return ",".join(pieces)

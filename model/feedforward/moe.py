@@ -1,26 +1,27 @@
 """A mixture of experts: router, exchange, experts, and perhaps an expert that all tokens share.
 
-    x [s, b, h] --router--> experts and weights [t, k] --dispatch--> rows of this rank's experts [r, h]
-    rows --grouped SwiGLU--> rows --combine--> y [s, b, h] (+ shared expert(x))
+    x [s, b, h] --router--> experts and weights [s, b, k] --dispatch--> rows of this rank's experts [r, h]
+    rows --grouped products--> rows --combine--> y [s, b, h] (+ shared expert(x), which may have a gate of its own)
 
 Dropless: every token reaches each of its experts, however uneven the load; unless there is a capacity, with which an
-expert takes no more of a sequence in training (model/routers/capacity.py). A rank holds e/ep neighbouring
-experts, stacked; one grouped product serves all of them. With expert tensor parallelism it holds f/etp of each, and
-the ranks of etp compute each other's rows:
-
-    rows [r, h] --share_rows--> everyone's rows [R, h] --gate, up, down--> partial sums [R, h] --return_rows--> [r, h]
+expert takes no more of a sequence in training (model/routers/capacity.py), or the experts choose themselves
+(model/routers/expert_choice.py). A step of inference drops nothing, and keeps where its tokens went.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from meshwright.kernels.grouped import grouped_linear
 from meshwright.kernels.precision import at_least_fp32
-from meshwright.model.feedforward.mlp import Mlp, SwiGlu
+from meshwright.model.config import ModelConfig
+from meshwright.model.feedforward.experts import Experts, RowTokens
+from meshwright.model.feedforward.mlp import Inner, Mlp
+from meshwright.model.feedforward.routing_record import RoutingRecord
+from meshwright.model.kinds.moe import NEVER_NORMALISED
+from meshwright.model.making import Making
 from meshwright.model.routers.balance import (
     choices_per_sequence,
     sequence_balance_loss,
@@ -28,93 +29,18 @@ from meshwright.model.routers.balance import (
     z_loss,
 )
 from meshwright.model.routers.capacity import taken_choices
-from meshwright.model.routers.topk import Routing, TopKRouter
+from meshwright.model.routers.expert_choice import ExpertChoiceRouter
+from meshwright.model.routers.router import Router, Routing, Ways
+from meshwright.model.routers.table import make_router
 from meshwright.parallel.collectives import all_reduce
-from meshwright.parallel.dropout import jitter
-from meshwright.parallel.experts.exchange import AllToAll, return_rows, share_rows
-from meshwright.parallel.initialise import ZEROS, InitPolicy, InitRule
-from meshwright.parallel.mesh import NO_EP, NO_ETP, Axis
-from meshwright.parallel.placement import Placement, Split, partial_over
+from meshwright.parallel.counter_rng import stream_key
+from meshwright.parallel.experts.deep_ep import DeepEpExchange
+from meshwright.parallel.experts.exchange import AllToAll
+from meshwright.parallel.initialise import InitPolicy, InitRule
+from meshwright.parallel.mesh import NO_TP, Axis
+from meshwright.parallel.placement import Placement, partial_over
 from meshwright.parallel.tally import Tally, attach_loss
-from meshwright.parallel.tensor.linear import divide
 from meshwright.parallel.where import Where
-
-NO_TOKEN = Axis("token")
-
-
-@runtime_checkable
-class Exchange(Protocol):
-    """How tokens come to the ranks of their experts, and back."""
-
-    def send(
-        self, x: Tensor, expert: Tensor, weight: Tensor, taken: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Return this rank's rows by expert, how many each expert has, and what is needed to bring them back."""
-
-    def bring_back(self, rows: Tensor, sent: Any) -> Tensor:
-        """Return each token's weighted sum of its experts' rows."""
-
-
-class Experts(nn.Module):
-    """This rank's experts, each a SwiGLU feed-forward; matrices of one kind are stacked, [e/ep, f/etp, h]."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        expert_hidden_size: int,
-        num_experts: int,
-        *,
-        ep: Axis = NO_EP,
-        etp: Axis = NO_ETP,
-        bias: bool = False,
-        init: InitPolicy | None = None,
-        exchange: Exchange | None = None,
-    ) -> None:
-        """Take global sizes; hold 1/ep of the experts, and 1/etp of each.
-
-        `exchange` brings tokens to their experts and back over ep, by an all-to-all if it is not given.
-
-        Raises:
-            ValueError: if ep does not divide the experts, or etp their width.
-        """
-        super().__init__()
-        e_local = divide(num_experts, ep.size, what="num_experts", by=ep.name)
-        h, f = hidden_size, divide(expert_hidden_size, etp.size, what="expert_hidden_size", by=etp.name)
-        self.ep, self.etp, init = ep, etp, init or InitPolicy()
-        self.exchange = exchange or AllToAll(num_experts, ep)
-        inward = init.matrix(h, expert_hidden_size)
-        self.rules = {"gate": inward, "up": inward, "down": init.matrix(expert_hidden_size, h, to_residual=True)}
-        self.activation = SwiGlu()
-        self.gate = nn.Parameter(torch.empty(e_local, f, h))
-        self.up = nn.Parameter(torch.empty(e_local, f, h))
-        self.down = nn.Parameter(torch.empty(e_local, h, f))
-        self.gate_bias = nn.Parameter(torch.empty(e_local, f)) if bias else None
-        self.up_bias = nn.Parameter(torch.empty(e_local, f)) if bias else None
-        self.down_bias = nn.Parameter(torch.empty(e_local, h)) if bias else None
-        if bias:
-            self.rules |= {"gate_bias": ZEROS, "up_bias": ZEROS, "down_bias": ZEROS}
-
-    def placements(self) -> dict[str, Placement]:
-        """Say that every stack is cut over ep, along the experts, and over etp, along their inner width."""
-        of_experts = Split(0, self.ep)
-        wide = Placement((of_experts, Split(1, self.etp)), factorisation="expert")
-        table = dict.fromkeys(("gate", "up", "gate_bias", "up_bias"), wide)
-        table["down"] = Placement((of_experts, Split(2, self.etp)), factorisation="expert")
-        table["down_bias"] = Placement((of_experts,), grad_sum=partial_over(self.etp), factorisation="expert")
-        return table
-
-    def init_rules(self) -> dict[str, InitRule]:
-        """Say how each parameter begins."""
-        return self.rules
-
-    def forward(self, rows: Float[Tensor, "r h"], counts: Int64[Tensor, " e_local"]) -> Float[Tensor, "r h"]:
-        """Apply each expert to its stretch of rows."""
-        shared = share_rows(rows, counts, self.etp)
-        gate = _add_bias(grouped_linear(shared.rows, self.gate, shared.counts), self.gate_bias, shared.counts)
-        up = _add_bias(grouped_linear(shared.rows, self.up, shared.counts), self.up_bias, shared.counts)
-        inner = self.activation(gate, up)
-        y = return_rows(grouped_linear(inner, self.down, shared.counts), shared, self.etp)
-        return _add_bias(y, self.down_bias, counts)  # after the sum over etp, so once
 
 
 @dataclass(frozen=True)
@@ -126,6 +52,29 @@ class RouterLosses:
     z_loss_weight: float = 0.0
 
 
+class SharedGate(nn.Module):
+    """How much of the shared expert a token takes: sigmoid(x w) (Qwen2Moe, Qwen3Next `shared_expert_gate`)."""
+
+    def __init__(self, hidden_size: int, *, init: InitPolicy | None = None, tp: Axis = NO_TP) -> None:
+        """Take the width; each rank of `tp` sees other tokens."""
+        super().__init__()
+        self.tp, self.rule = tp, (init or InitPolicy()).matrix(hidden_size, 1)
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+
+    def placements(self) -> dict[str, Placement]:
+        """Say that the weight is whole, and its gradient the sum of the ranks'."""
+        return {"weight": Placement(grad_sum=partial_over(self.tp))}
+
+    def init_rules(self) -> dict[str, InitRule]:
+        """Say how each parameter begins."""
+        return {"weight": self.rule}
+
+    def forward(self, x: Float[Tensor, "s b h"]) -> Float[Tensor, "s b 1"]:
+        """Return a number from 0 to 1 for each token, in at least fp32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return (at_least_fp32(x) @ at_least_fp32(self.weight).T).sigmoid()
+
+
 class Moe(nn.Module):
     """Routed experts, and optionally one that every token goes to."""
 
@@ -133,25 +82,30 @@ class Moe(nn.Module):
 
     def __init__(
         self,
-        router: TopKRouter,
+        router: Router,
         experts: Experts,
         *,
-        name: str = "moe",
         shared: Mlp | None = None,
+        shared_gate: SharedGate | None = None,
         losses: RouterLosses | None = None,
         capacity_factor: float = 0.0,
-        router_jitter: float = 0.0,
-        token: Axis = NO_TOKEN,
     ) -> None:
-        """Compose the parts; `name` is the layer's global name, under which load and losses are tallied.
+        """Compose the parts; load and losses are tallied under the router's name, the layer's global one.
 
-        `token` is the axis over which the tokens of one sequence lie, cp and tp together.
+        Raises:
+            ValueError: if the parts do not go together.
         """
         super().__init__()
-        self.capacity_factor, self.router_jitter = capacity_factor, router_jitter
-        self.name, self.num_experts = name, router.weight.shape[0]
-        self.router, self.experts, self.shared = router, experts, shared
-        self.losses, self.token = losses or RouterLosses(), token
+        if capacity_factor and isinstance(router, ExpertChoiceRouter):
+            raise ValueError(
+                f"capacity_factor = {capacity_factor}: experts that choose take top_k * tokens / experts; leave it out"
+            )
+        if shared_gate is not None and shared is None:
+            raise ValueError("a gate of the shared expert needs a shared expert")
+        self.capacity_factor = capacity_factor
+        self.name, self.num_experts, self.token = router.name, router.num_experts, router.token
+        self.router, self.experts, self.shared, self.shared_gate = router, experts, shared, shared_gate
+        self.losses = losses or RouterLosses()
         if self.losses.load_balancing == "step":
             self.register_buffer("previous_share", torch.empty(self.num_experts))
 
@@ -163,7 +117,8 @@ class Moe(nn.Module):
     def tally_entries(self) -> dict[str, int]:
         """Declare the sums that this layer adds to a step's tally."""
         entries = {f"{self.name}.load": self.num_experts, f"{self.name}.balance": 1, f"{self.name}.z": 1}
-        return entries | ({f"{self.name}.dropped": 1} if self.capacity_factor else {})
+        can_drop = self.capacity_factor or isinstance(self.router, ExpertChoiceRouter)
+        return entries | ({f"{self.name}.dropped": 1} if can_drop else {})
 
     def finish_step(self, sums: dict[str, Tensor]) -> None:
         """Take the step's global load, once it is known, as what the next step's loss counts with."""
@@ -173,69 +128,89 @@ class Moe(nn.Module):
 
     def forward(self, x: Float[Tensor, "s b h"], where: Where, tally: Tally | None) -> Float[Tensor, "s b h"]:
         """Send each token through its experts; attach the router's losses and count its load when training."""
-        tokens = x.flatten(0, 1)
-        # Recomputed scores could round otherwise and send a token elsewhere than to the expert whose gradient is due.
-        routing: Routing = self.router(
-            self._jittered(x, where).flatten(0, 1), lambda choose: where.decide(f"experts/{id(self)}", choose)
-        )
-        taken = self._taken(routing.expert, where) if self.training and self.capacity_factor else None
+        routing: Routing = self.router(x, where)
+        taken = routing.taken
+        if self.training and self.capacity_factor:
+            taken = self._within_capacity(routing.expert, where)
         if self.training and tally is not None:
-            tokens = self._attach_losses(tokens, routing, where, tally)
-            if taken is not None:
-                tally.add(f"{self.name}.dropped", (where.counted.flatten()[:, None] & ~taken).sum())
-        return self._experts_and_shared(tokens, routing, taken).view_as(x)
+            x = self._attach_losses(x, routing, where, tally)
+            self._count_dropped(taken, routing, where, tally)
+        return self._experts_and_shared(x, routing._replace(taken=taken), where)
 
-    def initial_state(self, batch: int, max_len: int) -> None:
-        """Return nothing: tokens do not see each other here."""
+    def initial_state(self, batch: int, max_len: int) -> RoutingRecord:
+        """Return an empty record with room for `max_len` tokens of `batch` samples."""
+        shape = (max_len, batch, self.router.most_choices)
+        weights = at_least_fp32(self.router.weight.new_empty(shape))
+        return RoutingRecord(weights.new_empty(shape, dtype=torch.int32), weights)
 
-    def step(self, x: Float[Tensor, "s b h"], state: None) -> Float[Tensor, "s b h"]:
+    def step(self, x: Float[Tensor, "s b h"], state: RoutingRecord) -> Float[Tensor, "s b h"]:
         """Compute the next tokens; nothing is dropped, because nobody knows yet how many there will be."""
-        tokens = x.flatten(0, 1)
-        return self._experts_and_shared(tokens, self.router(tokens)).view_as(x)
+        if state.is_replayed:
+            return self._experts_and_shared(x, state.again(x), None)
+        routing: Routing = self.router(x)
+        state.add(routing)
+        return self._experts_and_shared(x, routing, None)
 
-    def _jittered(self, x: Tensor, where: Where) -> Tensor:
-        """Return what the router sees: in training perhaps with each feature of each token a little off."""
-        if not (self.training and self.router_jitter):
-            return x
-        return jitter(at_least_fp32(x), self.router_jitter, where=where, name=f"{self.name}/router_jitter")
-
-    def _taken(self, expert: Tensor, where: Where) -> Tensor:
+    def _within_capacity(self, expert: Tensor, where: Where) -> Tensor:
         """Return which choices their experts have room for."""
 
         def choose() -> Tensor:
-            chosen = expert.view(*where.counted.shape, -1)
             factor, num_experts = self.capacity_factor, self.num_experts
-            return taken_choices(chosen, where, self.token, factor=factor, num_experts=num_experts).flatten(0, 1)
+            return taken_choices(expert, where, self.token, factor=factor, num_experts=num_experts)
 
         return where.decide(f"taken/{id(self)}", choose)
 
-    def _experts_and_shared(self, tokens: Tensor, routing: Routing, taken: Tensor | None = None) -> Tensor:
-        rows, counts, sent = self.experts.exchange.send(tokens, routing.expert, routing.weight, taken)
-        y = self.experts.exchange.bring_back(self.experts(rows, counts), sent)
-        return y if self.shared is None else y + self.shared(tokens)
+    def _count_dropped(self, taken: Tensor | None, routing: Routing, where: Where, tally: Tally) -> None:
+        """Count what was dropped: choices beyond the capacity, or tokens that no expert chose."""
+        if taken is None:
+            return
+        served = taken.any(-1, keepdim=True) if routing.taken is not None else taken
+        tally.add(f"{self.name}.dropped", (where.counted[..., None] & ~served).sum())
 
-    def _attach_losses(self, tokens: Tensor, routing: Routing, where: Where, tally: Tally) -> Tensor:
-        s, b = where.counted.shape
-        probability = routing.probability.view(s, b, -1)
-        choices = choices_per_sequence(routing.expert.view(s, b, -1), where.counted, self.num_experts)
+    def _experts_and_shared(self, x: Tensor, routing: Routing, where: Where | None) -> Tensor:
+        tokens, flat = x.flatten(0, 1), routing.flat()
+        rows, counts, sent = self.experts.exchange.send(tokens, flat.expert, flat.weight, flat.taken)
+        drawn = None
+        if self.training and where is not None and self.experts.inner.dropout:
+            drawn = self._row_tokens(flat, where)
+        y = self.experts.exchange.bring_back(self.experts(rows, counts, drawn), sent).view_as(x)
+        if self.shared is None:
+            return y
+        shared: Tensor = self.shared(x, where) if where is not None else self.shared.step(x, None)
+        if self.shared_gate is not None:
+            shared = self.shared_gate(x).to(shared.dtype) * shared
+        return y + shared
+
+    def _row_tokens(self, flat: Routing, where: Where) -> RowTokens:
+        """Send with the tokens which ones they are, so that an expert draws by the token and not by its rank."""
+        shape = where.counted.shape
+        places = torch.stack((where.sample[None].expand(shape), where.position[:, None].expand(shape)), dim=-1)
+        rows, _, _ = self.experts.exchange.send(places.flatten(0, 1), flat.expert, flat.weight, flat.taken)
+        return RowTokens(rows, stream_key(where.seed, f"{self.name}/expert_dropout"), where.step, where.limits)
+
+    def _attach_losses(self, x: Tensor, routing: Routing, where: Where, tally: Tally) -> Tensor:
+        choices = choices_per_sequence(routing.expert, where.counted, self.num_experts, routing.taken)
         tally.add(f"{self.name}.load", choices.sum(0))
+        self.router.count(routing, where, tally)
         if self.losses.load_balancing != "none":
-            if self.losses.load_balancing == "step":
-                loss = step_balance_loss(probability, self.previous_share, where.counted, step_tokens=where.step_tokens)
-            else:
-                loss = sequence_balance_loss(
-                    probability,
-                    self._of_whole_sequences(choices, where),
-                    where.counted,
-                    sequence_tokens=where.sequence_tokens,
-                    top_k=self.router.top_k,
-                    step_tokens=where.step_tokens,
-                )
+            loss = self._balance(routing.probability, choices, where)
             tally.add(f"{self.name}.balance", loss)
-            tokens = attach_loss(tokens, loss * self.losses.load_balancing_weight)
-        z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=where.step_tokens)
+            x = attach_loss(x, loss * self.losses.load_balancing_weight)
+        z = z_loss(routing.scores, where.counted, step_tokens=where.step_tokens)
         tally.add(f"{self.name}.z", z)
-        return attach_loss(tokens, z * self.losses.z_loss_weight)
+        return attach_loss(x, z * self.losses.z_loss_weight)
+
+    def _balance(self, probability: Tensor, choices: Int64[Tensor, "b e"], where: Where) -> Tensor:
+        if self.losses.load_balancing == "step":
+            return step_balance_loss(probability, self.previous_share, where.counted, step_tokens=where.step_tokens)
+        return sequence_balance_loss(
+            probability,
+            self._of_whole_sequences(choices, where),
+            where.counted,
+            sequence_tokens=where.sequence_tokens,
+            top_k=self.router.top_k,
+            step_tokens=where.step_tokens,
+        )
 
     def _of_whole_sequences(self, choices: Tensor, where: Where) -> Tensor:
         """Return how often each expert was chosen in each sequence, over all ranks that share it."""
@@ -250,10 +225,28 @@ class Moe(nn.Module):
         return where.decide(f"choices/{id(self)}", summed)
 
 
-def _add_bias(rows: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-    """Add to each row the bias of its expert; by a product, whose gradient sums rows in a fixed order."""
-    if bias is None:
-        return rows
-    expert = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    one_hot = torch.nn.functional.one_hot(expert, len(counts)).to(bias.dtype)
-    return rows + (one_hot @ bias).to(rows.dtype)
+def make(config: ModelConfig, making: Making) -> Moe:
+    """Return the mixture of experts, of which this rank holds 1/(ep * etp)."""
+    moe, h = config.moe, config.hidden_size
+    assert moe is not None, "the checks let no E pass without a [model.moe]"
+    mesh, init, name = making.mesh, making.init, making.layer
+    inner = Inner(config.ffn_activation, "ffn" in config.bias, config.ffn_dropout)
+    shared = shared_gate = None
+    if moe.num_shared_experts:
+        shared = Mlp(h, moe.shared_hidden_size, inner, name=f"{name}.shared", init=init, tp=mesh.tp)
+    if moe.shared_expert_gate:
+        shared_gate = SharedGate(h, init=init, tp=mesh.tp)
+    way = {"all_to_all": AllToAll, "deep_ep": DeepEpExchange}[making.ways.expert_exchange]
+    sizes, exchange = (h, moe.expert_hidden_size, moe.num_experts), way(moe.num_experts, mesh.ep)
+    of_expert = inner._replace(dropout=moe.expert_dropout)
+    normalise = None if moe.router in NEVER_NORMALISED else moe.normalise_top_k
+    ways = Ways(normalise, moe.weight_scale, moe.num_groups, moe.top_groups, moe.bias_rate, moe.router_jitter)
+    sizes_of_router = (h, moe.num_experts, moe.top_k, ways)
+    return Moe(
+        make_router(moe.router, *sizes_of_router, name=name, init=init, tp=mesh.tp, token=mesh.token),
+        Experts(*sizes, of_expert, ep=mesh.ep, etp=mesh.etp, init=init, exchange=exchange),
+        shared=shared,
+        shared_gate=shared_gate,
+        losses=RouterLosses(moe.load_balancing, moe.load_balancing_weight, moe.z_loss_weight),
+        capacity_factor=moe.capacity_factor,
+    )

@@ -16,12 +16,16 @@ from torch import Tensor
 
 
 def choices_per_sequence(
-    expert: Int64[Tensor, "s b k"], counted: Bool[Tensor, "s b"], num_experts: int
+    expert: Int64[Tensor, "s b k"],
+    counted: Bool[Tensor, "s b"],
+    num_experts: int,
+    taken: Bool[Tensor, "s b k"] | None = None,
 ) -> Int64[Tensor, "b e"]:
-    """Return how often each expert was chosen by the counted tokens of each sequence."""
+    """Return how often each expert was chosen by the counted tokens of each sequence; `taken`: not all are choices."""
     b = expert.shape[1]
     sequence = torch.arange(b, device=expert.device)[None, :, None]
-    flat = torch.where(counted[..., None], sequence * num_experts + expert, b * num_experts)
+    is_choice = counted[..., None] if taken is None else counted[..., None] & taken
+    flat = torch.where(is_choice, sequence * num_experts + expert, b * num_experts)
     counts = torch.bincount(flat.flatten(), minlength=b * num_experts + 1)[:-1]
     return counts.view(b, num_experts)
 

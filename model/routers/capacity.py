@@ -19,7 +19,7 @@ before anything is dropped.
 from fractions import Fraction
 
 import torch
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from meshwright.parallel.collectives import gather
@@ -80,3 +80,14 @@ def _first_come(
     place[order] = torch.arange(queue.numel(), device=queue.device) - begins[queue[order]]
     room = torch.cat((capacity.repeat_interleave(num_experts), capacity.new_zeros(1)))
     return (place < room[queue]).view(expert.shape)
+
+
+def first_tokens(
+    ranking: Float[Tensor, "s b *e"], counted: Bool[Tensor, "s b"], number: Int64[Tensor, " b"]
+) -> Bool[Tensor, "s b *e"]:
+    """Say for each sequence (and expert) which `number` of its counted tokens rank highest; ties go to the earlier."""
+    shape = (*counted.shape, *[1] * (ranking.dim() - 2))
+    order = ranking.masked_fill(~counted.view(shape), -torch.inf).sort(dim=0, descending=True, stable=True).indices
+    place = torch.arange(len(ranking), device=ranking.device).view(-1, *[1] * (ranking.dim() - 1))
+    rank = torch.empty_like(order).scatter_(0, order, place.expand_as(order))
+    return (rank < number.view(1, -1, *[1] * (ranking.dim() - 2))) & counted.view(shape)

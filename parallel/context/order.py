@@ -8,7 +8,8 @@ A sample is cut in 2 * cp chunks; rank r holds chunks r and 2*cp - 1 - r, in thi
 Causal attention lets chunk i see the chunks up to i: rank r's two see (r + 1) + (2*cp - r) chunks, the same number on
 every rank. Blocks of neighbouring positions would give the last rank 2*cp - 1 times the work of the first.
 
-Keys that come from rank `source` meet a rank's queries as whole rectangles (c: causal, all: every key):
+What else is seen (a window, keys to both sides) is decided chunk by chunk. Of causal attention to all, keys that come
+from rank `source` meet a rank's queries as whole rectangles (c: causal, all: every key):
 
     source = rank      queries  low high      source < rank             source > rank
               keys low   c     all            all   all                  -    all
@@ -21,12 +22,25 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from meshwright.kernels.seen import CAUSAL, Seen
 from meshwright.parallel.mesh import Axis
 
 Meeting = Literal["none", "some", "all"]
 """How much of a chunk's keys its queries may see on account of their documents."""
 Meetings = tuple[tuple[Meeting, ...], ...]
 """By the queries' chunk, then by the keys'."""
+
+
+class Documents(NamedTuple):
+    """Which documents the tokens of a batch belong to, where each is attended to alone."""
+
+    of: Int[Tensor, "s b"] | None = None
+    """By position, of whole samples; None: all of a sample is one document."""
+    meet: Meetings | None = None
+    """What `meetings` makes of it, where the caller has it already; the ring uses it."""
+
+
+NO_DOCUMENTS = Documents()
 
 
 class Pair(NamedTuple):
@@ -37,6 +51,8 @@ class Pair(NamedTuple):
     is_causal: bool
     by_document: bool
     """Whether some of the keys belong to other documents."""
+    chunks: tuple[int, int] | None = None
+    """Those of the queries and of the keys, where what is seen depends on the positions within them."""
 
 
 def chunks_of(rank: int, cp: int) -> tuple[int, int]:
@@ -94,12 +110,14 @@ def meetings(document: Int[Tensor, "s b"], cp: Axis) -> Meetings:
     return tuple(tuple(words[number] for number in row) for row in (meet.int() + (meet & same).int()).tolist())
 
 
-def pairs(rank: int, source: int, cp: int, rows: int, meet: Meetings | None) -> list[Pair]:
+def pairs(rank: int, source: int, cp: int, rows: int, meet: Meetings | None, seen: Seen = CAUSAL) -> list[Pair]:
     """Return what a rank's queries have to see of the keys of `source`, `rows` of each; leave out what they need not.
 
-    Without documents that is one rectangle; with them the chunks are looked at one by one.
+    Without documents causal attention to all is one rectangle; else the chunks are looked at one by one.
     """
     low, high, both = slice(0, rows // 2), slice(rows // 2, rows), slice(0, rows)
+    if not (seen.is_plain and seen.is_causal):
+        return _pairs_by_place(rank, source, cp, rows // 2, meet, seen)
     if meet is None:
         if source == rank:
             return [Pair(both, both, is_causal=True, by_document=False)]
@@ -109,4 +127,20 @@ def pairs(rank: int, source: int, cp: int, rows: int, meet: Meetings | None) -> 
         for keys, theirs in zip((low, high), chunks_of(source, cp), strict=True):
             if theirs <= mine and meet[mine][theirs] != "none":
                 found.append(Pair(queries, keys, theirs == mine, meet[mine][theirs] == "some"))
+    return found
+
+
+def _pairs_by_place(rank: int, source: int, cp: int, chunk: int, meet: Meetings | None, seen: Seen) -> list[Pair]:
+    """Return the pairs of chunks of which something is seen, and whether their positions are needed to know what."""
+    found, rows = [], (slice(0, chunk), slice(chunk, 2 * chunk))
+    for queries, mine in zip(rows, chunks_of(rank, cp), strict=True):
+        for keys, theirs in zip(rows, chunks_of(source, cp), strict=True):
+            of_mine, of_theirs = (range(at * chunk, (at + 1) * chunk) for at in (mine, theirs))
+            met: Meeting = "all" if meet is None else meet[mine][theirs]
+            if met == "none" or not seen.key_ranges(of_mine, of_theirs):
+                continue
+            is_causal = seen.is_causal and mine == theirs
+            reach = seen._replace(is_causal=False) if is_causal else seen
+            by_place = seen.bias is not None or seen.drop is not None or not reach.sees_all(of_mine, of_theirs)
+            found.append(Pair(queries, keys, is_causal, met == "some", (mine, theirs) if by_place else None))
     return found

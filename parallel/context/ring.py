@@ -10,6 +10,9 @@
     backward   the blocks go around again; dk and dv of a block follow it one step behind, each rank adds its share,
                and after the last step they are sent once more, home
 
+A block is the keys and the values, one after the other. What a rank's queries see nothing of, because it is later or
+beyond the window, is passed on and not computed with.
+
 Kept for the backward: q, k, v, the output and the log-sum-exp, s/cp rows each. Two blocks of keys and values are held
 at a time (the backward: five, three of them gradients in at least fp32: the one at work, the one on its way from here
 and the one on its way to here).
@@ -19,14 +22,15 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from meshwright.kernels.flash import Sight, merge_parts, partial_attention, partial_attention_gradients
 from meshwright.kernels.limits import USUAL
 from meshwright.kernels.precision import at_least_fp32, autocast_inputs
+from meshwright.kernels.seen import CAUSAL, Seen
 from meshwright.parallel.collectives import Passing, pass_on
-from meshwright.parallel.context.order import Meetings, Pair, meetings, pairs, zigzag_part
+from meshwright.parallel.context.order import NO_DOCUMENTS, Documents, Pair, meetings, pairs, zigzag_part
 from meshwright.parallel.mesh import Axis
 
 
@@ -34,9 +38,9 @@ class _Ring(NamedTuple):
     """What decides which keys a rank's queries see."""
 
     cp: Axis
-    document: Tensor | None
-    """Of the whole sample, in the order of positions."""
-    meet: Meetings | None
+    documents: Documents
+    seen: Seen
+    """Its bias without a gradient."""
     mask_entries: int
 
     def source(self, step: int) -> int:
@@ -46,37 +50,38 @@ class _Ring(NamedTuple):
     def meeting(self, step: int, rows: int) -> list[tuple[Pair, Sight]]:
         """Return the pairs of a step, and what is seen within each."""
         source = self.source(step)
-        found = pairs(self.cp.rank, source, self.cp.size, rows, self.meet)
-        if not any(pair.by_document for pair in found):
-            return [(pair, Sight(pair.is_causal)) for pair in found]
-        assert self.document is not None, "there are pairs by document only where documents are given"
-        mine, theirs = (zigzag_part(self.document, replace(self.cp, rank=rank)) for rank in (self.cp.rank, source))
-        return [
-            (pair, Sight(pair.is_causal, mine[pair.queries], theirs[pair.keys], self.mask_entries))
-            if pair.by_document
-            else (pair, Sight(pair.is_causal))
-            for pair in found
-        ]
+        found, sights = pairs(self.cp.rank, source, self.cp.size, rows, self.documents.meet, self.seen), []
+        for pair in found:
+            sight = Sight(pair.is_causal, mask_entries=self.mask_entries, scale=self.seen.scale)
+            if pair.chunks is not None:
+                first_query, first_key = (chunk * (rows // 2) for chunk in pair.chunks)
+                sight = sight._replace(seen=self.seen, first_query=first_query, first_key=first_key)
+            sights.append(sight)
+        if any(pair.by_document for pair in found):
+            whole = self.documents.of
+            assert whole is not None, "there are pairs by document only where documents are given"
+            mine, theirs = (zigzag_part(whole, replace(self.cp, rank=rank)) for rank in (self.cp.rank, source))
+            for at, pair in enumerate(found):
+                if pair.by_document:
+                    sights[at] = sights[at]._replace(of_queries=mine[pair.queries], of_keys=theirs[pair.keys])
+        return list(zip(found, sights, strict=True))
 
 
 def ring_attention(
     q: Float[Tensor, "s_local b n d"],
     k: Float[Tensor, "s_local b k d"],
-    v: Float[Tensor, "s_local b k d"],
+    v: Float[Tensor, "s_local b k e"],
     cp: Axis,
-    document: Int[Tensor, "s b"] | None = None,
-    meet: Meetings | None = None,
+    documents: Documents = NO_DOCUMENTS,
+    seen: Seen = CAUSAL,
     mask_entries: int = USUAL.mask_entries,
-) -> Float[Tensor, "s_local b n d"]:
-    """Attend causally over the whole sample from this rank's positions (`zigzag_positions`).
-
-    `document` is that of every position of the whole sample; `meet` is what `meetings` makes of it, which need not be
-    computed for every layer.
+) -> Float[Tensor, "s_local b n e"]:
+    """Attend over the whole sample from this rank's positions (`zigzag_positions`).
 
     Raises:
         ValueError: if this rank's positions are not two chunks, or `document` is not as long as the sample.
     """
-    rows, batch = q.shape[:2]
+    (rows, batch), document = q.shape[:2], documents.of
     if rows % 2 != 0:
         raise ValueError(
             f"{rows} positions on a rank are not two chunks; seq_len must divide by 2 * cp = {2 * cp.size}"
@@ -85,26 +90,29 @@ def ring_attention(
         raise ValueError(
             f"document has shape {list(document.shape)}; it must be the whole sample's, {[rows * cp.size, batch]}"
         )
-    if document is not None and meet is None:
-        meet = meetings(document, cp)
+    if document is not None and documents.meet is None:
+        documents = Documents(document, meetings(document, cp))
     q, k, v = autocast_inputs(q, k, v)
-    mixed: Tensor = _RingAttention.apply(q, k, v, _Ring(cp, document, meet, mask_entries))  # type: ignore[no-untyped-call]
+    bias = seen.bias
+    ring = _Ring(cp, documents, seen if bias is None else seen._replace(bias=bias.detach()), mask_entries)
+    mixed: Tensor = _RingAttention.apply(q, k, v, bias, ring)  # type: ignore[no-untyped-call]
     return mixed
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, ring: _Ring) -> Tensor:
         rows, wide = q.shape[0], at_least_fp32(q[:0]).dtype
-        out = torch.zeros_like(q, dtype=wide)
+        out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
-        block = torch.stack([k, v])
+        block = _block(k, v)
         for step in range(ring.cp.size):
             following = _send_unless_last(block, step, ring.cp)
             for pair, sight in ring.meeting(step, rows):
-                at = pair.queries
-                part = partial_attention(q[at], block[0, pair.keys], block[1, pair.keys], sight)
+                at, (keys, values) = pair.queries, _keys_and_values(block, k, v, pair.keys)
+                part = partial_attention(q[at], keys, values, sight)
                 out[at], lse[at] = merge_parts(out[at], lse[at], *part)
+                del keys, values, part  # a view of a block would hold it beside the next two
             block = following.wait()
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
@@ -112,33 +120,50 @@ class _RingAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         ring, grad, rows = ctx.ring, grads[0].contiguous(), q.shape[0]
-        of_q = torch.zeros_like(at_least_fp32(q))
-        block = torch.stack([k, v])
+        of_q, bias = torch.zeros_like(at_least_fp32(q)), ring.seen.bias
+        of_bias = torch.zeros_like(at_least_fp32(bias)) if ctx.needs_input_grad[3] else None
+        block = _block(k, v)
         behind: Passing | None = None  # the gradients of the block that this rank has, from those that had it before
         for step in range(ring.cp.size):
             following = _send_unless_last(block, step, ring.cp)
             of_block = torch.zeros_like(block, dtype=of_q.dtype)
             for pair, sight in ring.meeting(step, rows):
                 at = pair.queries
-                inputs = (grad[at], q[at], block[0, pair.keys], block[1, pair.keys], out[at], lse[at])
-                _add_gradients(inputs, sight, (of_q[at], of_block[0, pair.keys], of_block[1, pair.keys]))
+                inputs = (grad[at], q[at], *_keys_and_values(block, k, v, pair.keys), out[at], lse[at])
+                totals = (of_q[at], *_keys_and_values(of_block, k, v, pair.keys))
+                _add_gradients(inputs, sight, totals, of_bias)
+                del inputs, totals
             if behind is not None:
                 of_block += behind.wait()
                 behind = None  # its two blocks need not lie beside the next two
             behind = pass_on(of_block, ring.cp)
             block = following.wait()
         assert behind is not None, "an axis has at least one rank"
-        of_k, of_v = behind.wait().to(k.dtype).unbind()
-        return of_q.to(q.dtype), of_k, of_v, None
+        of_k, of_v = _keys_and_values(behind.wait().to(k.dtype), k, v)
+        if of_bias is not None:
+            of_bias = of_bias.to(bias.dtype)
+        return of_q.to(q.dtype), of_k, of_v, of_bias, None
 
 
-def _add_gradients(inputs: tuple[Tensor, ...], sight: Sight, totals: tuple[Tensor, Tensor, Tensor]) -> None:
+def _block(k: Tensor, v: Tensor) -> Tensor:
+    """Return keys and values, which may differ in width, as one row of numbers."""
+    return torch.cat([k.flatten(), v.flatten()])
+
+
+def _keys_and_values(block: Tensor, k: Tensor, v: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Return rows of the two in a block as views of it, in the shapes of k and v."""
+    return block[: k.numel()].view(k.shape)[rows], block[k.numel() :].view(v.shape)[rows]
+
+
+def _add_gradients(
+    inputs: tuple[Tensor, ...], sight: Sight, totals: tuple[Tensor, Tensor, Tensor], of_bias: Tensor | None
+) -> None:
     """Add a pair's gradients of q, k and v to the totals; no longer than that do they live."""
     grad, q, k, v, out, lse = inputs
-    for total, some in zip(totals, partial_attention_gradients(grad, q, k, v, out, lse, sight), strict=True):
+    for total, some in zip(totals, partial_attention_gradients(grad, q, k, v, out, lse, sight, of_bias), strict=True):
         total += some
 
 

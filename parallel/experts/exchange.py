@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from meshwright.parallel.collectives import exchange_counts, exchange_rows, gather, scatter_sum
@@ -44,12 +44,12 @@ class Dispatch:
 
 
 def dispatch(
-    x: Float[Tensor, "t h"],
+    x: Shaped[Tensor, "t h"],
     expert: Int64[Tensor, "t k"],
     num_experts: int,
     ep: Axis,
     taken: Bool[Tensor, "t k"] | None = None,
-) -> tuple[Float[Tensor, "r h"], Dispatch]:
+) -> tuple[Shaped[Tensor, "r h"], Dispatch]:
     """Bring each token to its experts; return the rows of this rank's experts, sorted by expert.
 
     `taken` says which choices are sent at all; None is all of them.
@@ -102,11 +102,11 @@ class AllToAll:
 
     def send(
         self,
-        x: Float[Tensor, "t h"],
+        x: Shaped[Tensor, "t h"],
         expert: Int64[Tensor, "t k"],
         weight: Float[Tensor, "t k"],
         taken: Bool[Tensor, "t k"] | None = None,
-    ) -> tuple[Float[Tensor, "r h"], Int64[Tensor, " e_local"], tuple[Dispatch, Tensor]]:
+    ) -> tuple[Shaped[Tensor, "r h"], Int64[Tensor, " e_local"], tuple[Dispatch, Tensor]]:
         """Bring each token to its experts; return this rank's rows by expert, how many each has, and the way back."""
         rows, plan = dispatch(x, expert, self.num_experts, self.ep, taken)
         return rows, plan.counts, (plan, weight)
@@ -121,7 +121,7 @@ class AllToAll:
 class Shared:
     """The rows of all ranks of etp, sorted by expert, and how they lie in the exchanged, padded stretches."""
 
-    rows: Float[Tensor, "R h"]
+    rows: Shaped[Tensor, "R h"]
     counts: Int64[Tensor, " e_local"]
     place: Int64[Tensor, " R"] | None
     """Where each row stands among the etp stretches of `padded` rows each; None where nothing was shared."""
@@ -129,7 +129,7 @@ class Shared:
     padded: int
 
 
-def share_rows(rows: Float[Tensor, "r h"], counts: Int64[Tensor, " e_local"], etp: Axis) -> Shared:
+def share_rows(rows: Shaped[Tensor, "r h"], counts: Int64[Tensor, " e_local"], etp: Axis) -> Shared:
     """Gather the rows of all ranks of etp, which are sorted by expert, and sort them all by expert."""
     own = rows.shape[0]
     if not etp.is_split:
@@ -141,24 +141,26 @@ def share_rows(rows: Float[Tensor, "r h"], counts: Int64[Tensor, " e_local"], et
     expert = torch.arange(counts.shape[0], device=rows.device).repeat(etp.size).repeat_interleave(of_ranks.flatten())
     stands = [torch.arange(padded * rank, padded * rank + n, device=rows.device) for rank, n in enumerate(lengths)]
     place = torch.cat(stands)[torch.argsort(expert, stable=True)]
-    return Shared(_take_rows(everyone, place), of_ranks.sum(0), place, own, padded)
+    return Shared(take_rows(everyone, place), of_ranks.sum(0), place, own, padded)
 
 
 def return_rows(partial: Float[Tensor, "R h"], shared: Shared, etp: Axis) -> Float[Tensor, "r h"]:
     """Sum the ranks' partial rows and give each rank its own back, in the order in which it gave them."""
     if shared.place is None:
         return partial
-    whole = _put_rows(partial, shared.place, shared.padded * etp.size)
+    whole = put_rows(partial, shared.place, shared.padded * etp.size)
     # Not a view: FSDP2 hangs its hooks on the result, and a view could lose them.
     return scatter_sum(whole, etp)[: shared.own].clone()
 
 
-def _take_rows(x: Tensor, place: Tensor) -> Tensor:
+def take_rows(x: Tensor, place: Tensor) -> Tensor:
+    """Return rows place[i], each at most once; nothing but `place` is kept for the gradient."""
     taken: Tensor = _TakeRows.apply(x, place)  # type: ignore[no-untyped-call]
     return taken
 
 
-def _put_rows(x: Tensor, place: Tensor, size: int) -> Tensor:
+def put_rows(x: Tensor, place: Tensor, size: int) -> Tensor:
+    """Return `size` rows of which place[i] is row i and the others are zeros; nothing but `place` is kept."""
     put: Tensor = _PutRows.apply(x, place, size)  # type: ignore[no-untyped-call]
     return put
 

@@ -26,6 +26,8 @@ from meshwright.parallel.placement import Placement, Split, partial_over
 from meshwright.parallel.tensor.gathered import Matrix, products_of_gathered
 
 NO_COPIES = Axis("copies")
+NARROW, MANY_TOKENS = 128, 256
+"""Layers of so few features (B, C and dt of Mamba-2) are slow one by one; joining costs a copy of their weights."""
 
 
 class ColumnLinear(nn.Module):
@@ -96,13 +98,28 @@ class RowLinear(nn.Module):
 
 
 def column_products(
-    x: Float[Tensor, "s_local *rest i"], columns: Sequence[ColumnLinear], tp: Axis
+    x: Float[Tensor, "s_local *rest i"], columns: Sequence[ColumnLinear], tp: Axis, *, joins_narrow: bool = False
 ) -> list[Float[Tensor, "s *rest o_local"]]:
-    """Return what each of the layers makes of all ranks' tokens."""
+    """Return what each of the layers makes of all ranks' tokens.
+
+    `joins_narrow`: narrow layers may share one product on one rank. Their results then lie in one tensor, which is kept
+    as a whole if one of them is; for callers that keep them all.
+    """
     if not tp.is_split:
-        return [column(x) for column in columns]
+        return _products(x, columns) if joins_narrow else [column(x) for column in columns]
     results: list[Tensor] = products_of_gathered(x, [Matrix(column.weight, column.bias) for column in columns], tp)
     return results
+
+
+def _products(x: Tensor, columns: Sequence[ColumnLinear]) -> list[Tensor]:
+    """Return what each of the layers makes of x; narrow ones share one product, if there are tokens enough."""
+    narrow = [at for at, column in enumerate(columns) if column.weight.shape[0] <= NARROW and column.bias is None]
+    if len(narrow) < 2 or x.numel() < MANY_TOKENS * x.shape[-1]:
+        return [column(x) for column in columns]
+    weights: list[Tensor] = [columns[at].weight for at in narrow]
+    joined = torch.split(linear(x, torch.cat(weights)), [len(weight) for weight in weights], -1)
+    of_narrow = dict(zip(narrow, joined, strict=True))
+    return [of_narrow[at] if at in of_narrow else column(x) for at, column in enumerate(columns)]
 
 
 def divide(size: int, parts: int, *, what: str, by: str) -> int:
@@ -114,3 +131,12 @@ def divide(size: int, parts: int, *, what: str, by: str) -> int:
     if size % parts != 0:
         raise ValueError(f"{what} = {size} does not divide by {by} = {parts}")
     return size // parts
+
+
+def copies_of(units: int, ranks: int, *, what: str) -> int:
+    """Return on how many neighbouring ranks of tp each of the units (groups, key heads) lies that it cuts.
+
+    Raises:
+        ValueError: if neither divides the other.
+    """
+    return 1 if units % ranks == 0 else divide(ranks, units, what="tp", by=what)

@@ -1,0 +1,57 @@
+"""What [init] asks of a model that begins from a dense one (launcher/weights/upcycle.py). Nothing here loads torch."""
+
+from collections.abc import Iterator
+
+from meshwright.launcher.runfile.messages import problem
+from meshwright.launcher.runfile.tables import InitConfig, RunFile
+from meshwright.model.config import ModelConfig
+
+Wrong = tuple[str, object, str, str]
+"""Key, value, rule, and what would fit."""
+
+
+def upcycling_problems(run_file: RunFile) -> list[str]:
+    """Return every reason why this model cannot begin as it is asked for."""
+    rows = _wrong(run_file.model, run_file.init)
+    return [problem(key, value, rule, f"{fits} would fit") for key, value, rule, fits in rows]
+
+
+def _wrong(model: ModelConfig, init: InitConfig) -> Iterator[Wrong]:
+    if (init.upcycle != "none" or init.pool_kv_heads) and not init.source:
+        yield "init.from", init.source, "must name the dense model to upcycle", "a run, a checkpoint or an export"
+    if init.upcycle_noise and init.upcycle == "none":
+        yield "init.upcycle_noise", init.upcycle_noise, "is for experts that are made of a dense model", "0.0"
+    if init.upcycle == "none":
+        return
+    if init.load != "weights":
+        yield "init.load", init.load, "a dense model's moments are none of the experts'", '"weights"'
+    moe = model.moe
+    if moe is None:
+        yield "init.upcycle", init.upcycle, "needs experts, and the model has none (no table [model.moe])", '"none"'
+        return
+    if moe.router not in ("softmax", "sigmoid", "noisy") or not moe.normalise_top_k:
+        rule = "must have weights that sum to 1, so that experts of equal output give the dense model's"
+        yield "model.moe.router", moe.router, rule, '"softmax" with normalise_top_k = true'
+    if moe.router == "noisy" and init.upcycle == "partition":
+        rule = "would send a token to pieces of several feed-forwards: its noise parts those of one"
+        yield "model.moe.router", moe.router, rule, '"softmax"'
+    if moe.num_shared_experts:
+        rule = "a dense model has nothing that shared experts could begin with"
+        yield "model.moe.num_shared_experts", moe.num_shared_experts, rule, "0"
+    if init.upcycle == "copy" and moe.expert_hidden_size != model.ffn_hidden_size:
+        rule = f"must be model.ffn_hidden_size = {model.ffn_hidden_size}, the dense model's, whose copies experts are"
+        yield "model.moe.expert_hidden_size", moe.expert_hidden_size, rule, f"{model.ffn_hidden_size}"
+    if init.upcycle == "partition":
+        yield from _partition_problems(model.ffn_hidden_size, moe.expert_hidden_size, moe.num_experts, moe.top_k)
+
+
+def _partition_problems(dense: int, width: int, experts: int, top_k: int) -> Iterator[Wrong]:
+    if dense % width != 0:
+        rule = f"must divide model.ffn_hidden_size = {dense}, the dense model's, whose pieces experts are"
+        yield "model.moe.expert_hidden_size", width, rule, f"{dense // 2 if dense % 2 == 0 else dense}"
+        return
+    pieces = dense // width
+    for key, value in (("num_experts", experts), ("top_k", top_k)):
+        if value % pieces != 0:
+            rule = f"must be a multiple of the {pieces} pieces of a dense feed-forward of {dense}"
+            yield f"model.moe.{key}", value, rule, f"{-(-value // pieces) * pieces}"

@@ -1,0 +1,76 @@
+"""Rotary positions in a foreign config.json: one table in the new spelling, two keys in the old one.
+
+    new   "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, ...}
+    old   "rope_theta": 10000.0, "rope_scaling": {"type": "yarn", "factor": 40.0, ...} or null
+
+Scaled frequencies are read and written for linear, yarn and llama3; a base that is changed once (ntk) has no name
+there, and "dynamic" changes it with the length of each sample, which is not computed here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from meshwright.model.config import ModelConfig
+
+KINDS = ("linear", "yarn", "llama3")
+OF_YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+OF_LLAMA3 = ("low_freq_factor", "high_freq_factor")
+
+
+def rope_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return RoPE's keys in both spellings."""
+    scaling = _scaling(config)
+    kind = {"rope_type": scaling["type"]} if scaling else {"rope_type": "default"}
+    partial = {"partial_rotary_factor": config.rope_fraction} if config.rope_fraction != 1.0 else {}
+    new = {"rope_theta": config.rope_base, **kind, **{k: v for k, v in scaling.items() if k != "type"}, **partial}
+    return {
+        "rope_parameters": new,
+        "rope_theta": config.rope_base,
+        **({"rope_scaling": {**scaling, "rope_type": scaling["type"]}} if scaling else {}),
+        **partial,
+    }
+
+
+def rope_to_ours(foreign: Mapping[str, Any], default_base: float, default_fraction: float = 1.0) -> dict[str, Any]:
+    """Return our keys of the rotary positions.
+
+    Raises:
+        ValueError: if their frequencies are scaled in a way that is not computed here.
+    """
+    rope = foreign.get("rope_parameters") or foreign.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", *KINDS):
+        raise ValueError(f"rope_type = {kind!r}: only 'default' (without scaling), {', '.join(KINDS)} can be read")
+    fraction = rope.get("partial_rotary_factor", foreign.get("partial_rotary_factor", default_fraction))
+    return {
+        "rope_base": float(rope.get("rope_theta", foreign.get("rope_theta", default_base))),
+        "rope_fraction": float(fraction),
+        **({"rope_scaling": _scaling_to_ours(foreign, rope, kind)} if kind != "default" else {}),
+    }
+
+
+def _scaling(config: ModelConfig) -> dict[str, Any]:
+    """Return the table of the old spelling; empty where nothing is scaled."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {}
+    found: dict[str, Any] = {"type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        found["original_max_position_embeddings"] = scaling.original_length
+    of_kind = {"yarn": OF_YARN, "llama3": OF_LLAMA3}.get(scaling.kind, ())
+    return found | {name: value for name in of_kind if (value := getattr(scaling, name))}
+
+
+def _scaling_to_ours(foreign: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    if "factor" not in rope:
+        raise ValueError(f"rope_parameters.factor: is missing, and rope_type = {kind!r} needs it")
+    found: dict[str, Any] = {"kind": kind, "factor": float(rope["factor"])}
+    if kind != "linear":
+        length = rope.get("original_max_position_embeddings", foreign.get("max_position_embeddings"))
+        if length is None:
+            raise ValueError(
+                f"rope_parameters.original_max_position_embeddings: is missing, and rope_type = {kind!r} needs it"
+            )
+        found["original_length"] = length
+    of_kind = {"yarn": OF_YARN, "llama3": OF_LLAMA3}.get(kind, ())
+    return found | {name: float(rope[name]) for name in of_kind if rope.get(name)}
