@@ -17,7 +17,8 @@ from commit_slice import commit, is_drawn, seed_of
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _ALWAYS = ("::test_sampled_", "::test_a_run_file_computes_")
-"""Always drawn: tests that take a slice of their own (`commit_slice.py`), and what is promised of runs/."""
+"""Always drawn: tests that take a slice of their own (`commit_slice.py`), and what is promised of runs/*.toml; of the
+files in runs/parts/ a share is drawn."""
 LONGEST_FILE = "tests/slurm/test_pretrain_moe.py"  # the main job, four times
 
 

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from meshwright.launcher.runfile.tables import OptimizerConfig
 from meshwright.launcher.training.optimizer import Optimizer
-from meshwright.model.config import ModelConfig, MoeConfig
-from meshwright.model.parts import Ways, build_model, reset_buffers
+from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.unread import keys_read
+from meshwright.model.making import Ways
+from meshwright.model.parts import build_model, reset_buffers
 from meshwright.model.stack import LanguageModel
 from meshwright.model.stage import HeldStages, MicroBatch, stage_parts
 from meshwright.parallel.apply import Plan, apply, fill_initial_weights
@@ -69,19 +72,24 @@ class Run:
     model: LanguageModel
     engine: ZeroEngine
     tally: Tally
+    hidden_size: int
     pipeline: Pipeline | None = None
     samples: Samples = CAUSAL
 
 
 def dense_config(**changes: object) -> ModelConfig:
     sizes = {"pattern": "*-", "num_layers": 2, "hidden_size": 22, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
-    return ModelConfig(**{**sizes, "ffn_hidden_size": 52, "vocab_size": VOCAB, **changes})
+    keys = {**sizes, "ffn_hidden_size": 52, "vocab_size": VOCAB, **changes}
+    heads = {key: keys[key] for key in ("num_heads", "num_kv_heads", "head_dim")}
+    read = keys_read(str(keys["pattern"]), heads)
+    return ModelConfig(**{key: value for key, value in keys.items() if key in read or key not in heads})
 
 
 def moe_config(**changes: object) -> ModelConfig:
     moe = {"num_experts": 6, "top_k": 2, "expert_hidden_size": 20, "num_shared_experts": 1}
     moe |= {key: changes.pop(key) for key in list(changes) if key in MoeConfig.model_fields}
-    return dense_config(**{"pattern": "*E", "qk_norm": True, "moe": MoeConfig(**moe), **changes})
+    normed = keys_read(str(changes.get("pattern", "*E")), {"qk_norm": True})
+    return dense_config(**{"pattern": "*E", **normed, "moe": MoeConfig(**moe), **changes})
 
 
 def start(
@@ -100,8 +108,8 @@ def start(
     model = build_model(config, mesh=mesh, device="meta", dtype=dtype, held=held, ways=Ways(samples.context))
     table = placement_table(model)
     tally = Tally({"loss": 1, **everyones_entries(declared_entries(model), mesh.pp)})
-    layers = list(model.layers.values())
-    experts = [layer.feedforward.part.experts for layer in layers if hasattr(layer.feedforward.part, "experts")]
+    layers = model.held_layers
+    experts = [module for layer in layers for name, module in layer.named_modules() if name.endswith("experts")]
     parts = stage_parts(model, held) if mesh.pp.is_split else {}
     if parts:
         plan = replace(plan, schedule="split backward" if stages.splits_backward else "whole backward")
@@ -110,7 +118,7 @@ def start(
     fill_initial_weights(model, engine, seed=5)
     reset_buffers(model)
     pipeline = Pipeline(parts, stages, mesh.pp, torch.device("cpu"), plan.compute_dtype or dtype) if parts else None
-    return Run(mesh, model, engine, tally, pipeline, samples)
+    return Run(mesh, model, engine, tally, config.hidden_size, pipeline, samples)
 
 
 def train(
@@ -180,9 +188,8 @@ def forward_backward(run: Run, step: int, micro_batch: int) -> Tensor:
     if run.pipeline is not None:
         for part in run.pipeline.parts.values():
             part.start_step(micro_batches, run.tally)
-        hidden = run.model.layers[next(iter(run.model.layers))].blocks[0].norm.weight.shape[0]
         held = len(micro_batches[0].where.position)
-        total = run.pipeline.step(len(starts), (held, micro_batch, hidden)).double()
+        total = run.pipeline.step(len(starts), (held, micro_batch, run.hidden_size)).double()
     else:
         total = torch.zeros((), dtype=torch.float64)
         for each in micro_batches:
@@ -205,6 +212,7 @@ def micro_batch_of(run: Run, step: int, begin: int, size: int) -> MicroBatch:
         step=step,
         step_tokens=float((targets != -100).sum()),
         mask_documents=run.samples.mask_documents,
+        whole_tokens=(tokens[:, some], targets[:, some]),
     )
     mine = where.position_mixed
     return MicroBatch(tokens[mine, some], targets[mine, some], where)

@@ -84,6 +84,7 @@ CASES: dict[str, Callable[[Tensor, Axis], Tensor]] = {
     "reduce_scatter": _into(collectives.reduce_scatter),
     "all_gather": _into(collectives.all_gather),
     "gather": collectives.gather,
+    "sum_over_ranks": collectives.sum_over_ranks,
     "scatter_sum": collectives.scatter_sum,
     "gather_rows": collectives.gather_rows,
     "scatter_sum_of_rows": collectives.scatter_sum_of_rows,
@@ -128,7 +129,7 @@ def forced_collectives(device: str) -> dict[str, float]:
     return found
 
 
-DIFFERENTIABLE = {"gather", "scatter_sum", "exchange_rows", "sequence_to_heads", "heads_to_sequence"}
+DIFFERENTIABLE = {"gather", "sum_over_ranks", "scatter_sum", "exchange_rows", "sequence_to_heads", "heads_to_sequence"}
 
 
 def forced_training(device: str) -> dict[str, list[float]]:

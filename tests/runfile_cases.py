@@ -12,7 +12,7 @@ def run_file(**tables: dict[str, Any]) -> RunFile:
     """Return a sound run file with some keys changed, table by table."""
     sound: dict[str, dict[str, Any]] = {
         "run": {"name": "x"},
-        "model": {"preset": "tiny"},
+        "model": {"preset": "dense-tiny"},
         "data": {"store": "s", "seq_len": 64},
         "train": {"steps": 100, "global_batch_size": 24},
         "learning_rate": {"peak": 1e-3},

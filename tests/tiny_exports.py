@@ -12,7 +12,10 @@ from meshwright.data.store import TokenStore
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import write_resolved
 from meshwright.launcher.weights.hf_writer import ExportSettings, write_hf_folder
-from meshwright.model.config import ModelConfig, MoeConfig
+from meshwright.model.config import ModelConfig
+from meshwright.model.families.family import BUFFERS
+from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.unread import keys_read
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
 from meshwright.parallel.checkpoint.save import save_checkpoint
@@ -44,28 +47,104 @@ class ModelWeights:
     def __init__(self, model: nn.Module) -> None:
         """Take a model that was built without a mesh; a tied embedding stands under its first name."""
         self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._buffers = {BUFFERS + name: buffer for name, buffer in model.named_buffers()}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
+    def buffers(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(buffer.shape) for name, buffer in self._buffers.items()}
+
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return a whole weight, or its rows from the first to before the second."""
-        return self._tensors[name] if rows is None else self._tensors[name][slice(*rows)]
+        tensor = (self._tensors | self._buffers)[name]
+        return tensor if rows is None else tensor[slice(*rows)]
 
 
 def tiny_config(**changes: object) -> ModelConfig:
-    return ModelConfig(**(SIZES | changes))  # type: ignore[arg-type]
+    return ModelConfig(**(keys_read(str(changes.get("pattern", "*-")), SIZES) | changes))  # type: ignore[arg-type]
 
+
+QK_TOKENS = {"qk_norm": True, "qk_norm_over": "tokens"}
+UN_NORMALISED = MOE.model_copy(update={"normalise_top_k": False})
+# One of four experts in each of two groups is let in; the shared ones are two.
+DEEPSEEK_MOE = MOE.model_copy(
+    update={"router": "sigmoid", "num_experts": 8, "num_groups": 4, "top_groups": 2, "weight_scale": 2.5}
+    | {"num_shared_experts": 2}
+)
+LATENT = {"kv_lora_rank": 14, "qk_nope_head_dim": 4, "qk_rope_head_dim": 6, "v_head_dim": 10}
+GRANITE = {
+    "head_dim": 4,
+    "attention_scale": 0.3,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 1.5,
+}
+MAMBA2 = {"num_heads": 4, "head_dim": 8, "num_groups": 1, "state_size": 5, "conv_kernel": 3, "chunk_size": 4}
+DELTA = {"num_heads": 4, "num_key_heads": 2, "key_head_dim": 6, "value_head_dim": 5, "conv_kernel": 3}
+NEXT = {"norm": "rmsnorm_zero_centred", "qk_norm": True, "attention_gate": True, "rope_fraction": 0.5, "head_dim": 8}
+SHARED_GATED = MOE.model_copy(update={"num_shared_experts": 2, "shared_expert_gate": True})
+YARN = {"kind": "yarn", "factor": 4.0, "original_length": 16, "mscale": 0.7, "mscale_all_dim": 1.1}
+LLAMA3 = {"kind": "llama3", "factor": 4.0, "original_length": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+EVERYWHERE = (*ALL_ATTENTION, "ffn")
+BLOOM = {
+    "num_kv_heads": 4,
+    "head_dim": 4,
+    "ffn_hidden_size": 64,
+    "ffn_activation": "gelu_tanh",
+    "position": "alibi",
+    "norm": "layernorm",
+    "embedding_norm": True,
+    "bias": EVERYWHERE,
+}
 
 CONFIGS = {
     "llama": tiny_config(rope_base=500.0),
-    "llama tied with biases": tiny_config(tie_embeddings=True, bias=(*ALL_ATTENTION, "ffn")),
+    "llama tied with biases": tiny_config(tie_embeddings=True, bias=EVERYWHERE),
+    "llama of longer samples": tiny_config(rope_scaling=LLAMA3),
     "qwen3": tiny_config(qk_norm=True, norm_eps=1e-3),
     "mixtral": tiny_config(pattern="*E", moe=MOE),
     "qwen3_moe": tiny_config(pattern="*E", moe=MOE, qk_norm=True),
     "qwen3_moe un-normalised, mixed, with biases": tiny_config(
-        pattern="*-*E", moe=MOE.model_copy(update={"normalise_top_k": False}), qk_norm=True, bias=ALL_ATTENTION
+        pattern="*-*E", moe=UN_NORMALISED, qk_norm=True, bias=ALL_ATTENTION
     ),
+    "gemma": tiny_config(
+        norm="rmsnorm_zero_centred", ffn_activation="geglu", embedding_multiplier=4.0, tie_embeddings=True
+    ),
+    "olmo2": tiny_config(norm_placement="branch", **QK_TOKENS),
+    "olmoe": tiny_config(pattern="*E", moe=UN_NORMALISED, head_dim=4, **QK_TOKENS),
+    "deepseek_v3": tiny_config(
+        pattern="+E @0 +-", moe=DEEPSEEK_MOE, latent=LATENT | {"q_lora_rank": 12}, norm_eps=1e-6, rope_scaling=YARN
+    ),
+    "deepseek_v3 without latents of queries, with biases": tiny_config(
+        pattern="+E", moe=DEEPSEEK_MOE, latent=LATENT, norm_eps=1e-6, bias=ALL_ATTENTION
+    ),
+    "granitemoehybrid": tiny_config(
+        pattern="ME*E", moe=MOE.model_copy(update={"num_shared_experts": 1}), mamba2=MAMBA2, position="none", **GRANITE
+    ),
+    "granitemoehybrid dense, with RoPE and groups": tiny_config(
+        pattern="M-*-", mamba2=MAMBA2 | {"num_groups": 2, "bias": True}, bias=ALL_ATTENTION, **GRANITE
+    ),
+    "mamba2": tiny_config(pattern="M", mamba2=MAMBA2 | {"num_groups": 2}),
+    "mamba2 with biases": tiny_config(pattern="M", mamba2=MAMBA2 | {"bias": True}, tie_embeddings=True),
+    "mamba": tiny_config(
+        pattern="m", mamba1={"dt_rank": 3, "state_size": 5, "conv_kernel": 3, "chunk_size": 4}, tie_embeddings=True
+    ),
+    "qwen3_next": tiny_config(pattern="GE*E", moe=SHARED_GATED, gated_delta=DELTA, **NEXT),
+    "qwen3_next mixed, with biases": tiny_config(
+        pattern="G-*E", moe=SHARED_GATED, gated_delta=DELTA, bias=ALL_ATTENTION, **NEXT
+    ),
+    "gpt2": tiny_config(
+        num_kv_heads=4,
+        head_dim=4,
+        ffn_activation="gelu_tanh",
+        position="learned",
+        max_positions=40,
+        norm="layernorm",
+        bias=EVERYWHERE,
+        tie_embeddings=True,
+    ),
+    "bloom": tiny_config(tie_embeddings=True, **BLOOM),
 }
 
 
@@ -77,6 +156,9 @@ def tiny_model(config: ModelConfig) -> LanguageModel:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith("router.bias"):
+                buffer.add_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
 
 

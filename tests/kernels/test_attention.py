@@ -11,6 +11,7 @@ from meshwright.kernels import attention_blocks, reference
 from meshwright.kernels.attention import attention, cached_attention
 from meshwright.kernels.attention_blocks import BLOCK, block_attention
 from meshwright.kernels.choose import Choices, use
+from meshwright.kernels.seen import Seen
 
 F64 = torch.float64
 BLOCKS = Choices(fp32_attention="blocks", bf16_attention="blocks")
@@ -31,7 +32,7 @@ def test_attention_is_its_twin(choices: Choices, dtype: torch.dtype, kv_heads: i
     s, b, d = 70, 3, 6
     q, k, v = (leaf(s, b, heads, d, dtype=dtype) for heads in (4, kv_heads, kv_heads))
     document = documents(s, b) if "document" in masks else None
-    assert_like_twin(attention, reference.attention, [q, k, v], is_causal="all" not in masks, document=document)
+    assert_like_twin(attention, reference.attention, [q, k, v], seen=Seen("all" not in masks), document=document)
 
 
 @pytest.mark.parametrize(

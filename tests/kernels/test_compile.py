@@ -11,6 +11,7 @@ import pytest
 PROGRAM = """
 import torch
 
+from meshwright.kernels.activations import gated_unit, plain_unit
 from meshwright.kernels.attention import attention
 from meshwright.kernels.choose import Choices, use
 from meshwright.kernels.cross_entropy import linear_cross_entropy
@@ -18,7 +19,6 @@ from meshwright.kernels.grouped import grouped_linear
 from meshwright.kernels.linear import linear
 from meshwright.kernels.norms import rms_norm
 from meshwright.kernels.rope import apply_rope
-from meshwright.kernels.swiglu import swiglu
 
 ANGLE = torch.linspace(0, 1, 5 * 2).view(5, 2)
 COUNTS = torch.tensor([6, 0, 4])
@@ -29,7 +29,8 @@ def model(x, weight, experts, norm):
     heads = linear(rms_norm(x, norm, 1e-5), weight).view(s, b, 2, 4)
     q = apply_rope(heads, ANGLE.cos(), ANGLE.sin())
     y = attention(q, heads, heads).reshape(s * b, h)
-    y = swiglu(grouped_linear(y, experts, COUNTS), y)
+    y = gated_unit(grouped_linear(y, experts, COUNTS), y, "geglu")
+    y = plain_unit(y, "relu2")
     return linear_cross_entropy(y, weight, torch.arange(s * b) % 8, divisor=10.0)
 
 

@@ -58,7 +58,7 @@ def test_a_part_is_its_twin(dtype: torch.dtype, kv_heads: int, kind: str, entrie
     whole_lse = lse.logaddexp(torch.randn_like(lse))  # there are other keys: no row is without any
     grad, whole = torch.randn_like(q), torch.randn_like(q)
     found = partial_attention_gradients(grad, q, k, v, whole, whole_lse, sight)
-    expected = reference.partial_attention_gradients(grad, q, k, v, whole, whole_lse, seen)
+    expected = reference.partial_attention_gradients(grad, q, k, v, (whole, whole_lse), seen)
     for gradient, twin in zip(found, expected, strict=True):
         assert_near(gradient.to(dtype), twin)
 
@@ -203,13 +203,13 @@ def cuda_backward(
     if of_q is None:
         whole = [x.transpose(0, 1) for x in (grad, q * heal, k, v, out)]
         seen = mask_of(q.shape[1], k.shape[1], Sight(is_causal))
-        found = reference.partial_attention_gradients(*whole, lse.permute(2, 0, 1), seen)
+        found = reference.partial_attention_gradients(*whole[:4], (whole[4], lse.permute(2, 0, 1)), seen)
         return found[0].transpose(0, 1) * heal, found[1].transpose(0, 1), found[2].transpose(0, 1)
     results = tuple(torch.empty_like(x) for x in (q, k, v))
     for mine, theirs in pieces(q, k, (of_q, of_k)):
         seen = mask_of(mine.stop - mine.start, theirs.stop - theirs.start, Sight(is_causal))
-        some = (grad[mine], q[mine] * heal, k[theirs], v[theirs], out[mine])
-        found = reference.partial_attention_gradients(*(x[:, None] for x in some), lse[:, mine].T[:, None], seen)
+        *some, mixed = (x[:, None] for x in (grad[mine], q[mine] * heal, k[theirs], v[theirs], out[mine]))
+        found = reference.partial_attention_gradients(*some, (mixed, lse[:, mine].T[:, None]), seen)
         results[0][mine], results[1][theirs], results[2][theirs] = found[0][:, 0] * heal, found[1][:, 0], found[2][:, 0]
     return results
 
@@ -224,7 +224,7 @@ def test_pieces_of_documents_for_cuda_are_the_mask(kind: str, kv_heads: int, mon
         sight = Sight(False, ids(S, 9), ids(C, 1))
     q, k, v = inputs(kv_heads, F64, c=c)
     by = (sight.is_causal, sight.of_queries, sight.of_keys)
-    out, lse = flash_cuda.forward(q, k, v, *by)
+    out, lse = flash_cuda.forward(q, k, v, by)
     wanted, wanted_lse = partial_attention(q, k, v, sight)
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(lse.to(F64), wanted_lse, rtol=1e-6, atol=1e-6)  # the operator's is fp32
@@ -234,7 +234,7 @@ def test_pieces_of_documents_for_cuda_are_the_mask(kind: str, kv_heads: int, mon
         torch.randn_like(q),
         torch.randn_like(q),
     )
-    found = flash_cuda.backward(grad, q, k, v, whole, whole_lse, by)
+    found = flash_cuda.backward(grad, q, k, v, (whole, whole_lse), by)
     expected = partial_attention_gradients(grad, q, k, v, whole, whole_lse, sight)
     for gradient, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, wanted)

@@ -1,4 +1,4 @@
-"""rms_norm, apply_rope and swiglu are their twins, and their hand-written gradients are right."""
+"""rms_norm and apply_rope are their twins, and their hand-written gradients are right."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from meshwright.kernels import reference
 from meshwright.kernels.norms import rms_norm
 from meshwright.kernels.precision import at_least_fp32
 from meshwright.kernels.rope import apply_rope
-from meshwright.kernels.swiglu import swiglu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 F64 = torch.float64
@@ -45,17 +44,10 @@ def test_rope_turns_without_changing_lengths() -> None:
     assert not torch.allclose(y, x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 3, 7), (1, 33)])
-def test_swiglu_is_its_twin(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    assert_like_twin(swiglu, reference.swiglu, [leaf(*shape, dtype=dtype), leaf(*shape, dtype=dtype)])
-
-
 def test_gradients_agree_with_differences() -> None:
     angle = torch.randn(3, 2, dtype=F64)
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (leaf(3, 5, dtype=F64), leaf(5, dtype=F64)))
     assert torch.autograd.gradcheck(lambda x: apply_rope(x, angle.cos(), angle.sin()), leaf(3, 1, 2, 4, dtype=F64))
-    assert torch.autograd.gradcheck(swiglu, (leaf(3, 4, dtype=F64), leaf(3, 4, dtype=F64)))
 
 
 def test_at_least_fp32_widens_bf16_only() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.launcher.__main__ import COMMANDS, is_told_by_us, load_command, main
+from meshwright.launcher.__main__ import COMMANDS, function_of, is_told_by_us, load_command, main
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.runfile.resume_rules import compare_for_resume
@@ -66,7 +66,7 @@ def test_check_tells_problems_with_status_2_and_without_a_traceback() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_explains_itself(name: str) -> None:
-    path = ROOT / "launcher" / "commands" / f"{name.replace('-', '_')}.py"
+    path = ROOT / "launcher" / "commands" / f"{function_of(name)}.py"
     assert path.exists()
     command = load_command(name)
     assert command.name == name

@@ -5,19 +5,71 @@ import torch
 from rank_pool import run_mesh
 from torch import Tensor
 
-from meshwright.model.activations import ActivationBytes, Degrees, Held, Types, activation_bytes, layer_bytes
-from meshwright.model.config import ModelConfig, MoeConfig
+from meshwright.model.activations import ActivationBytes, Held, activation_bytes, layer_bytes
+from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.gated_delta import GatedDeltaConfig
+from meshwright.model.kinds.kind import Degrees, Types
+from meshwright.model.kinds.mamba1 import Mamba1Config
+from meshwright.model.kinds.mamba2 import Mamba2Config
+from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.s4d import S4dConfig
+from meshwright.model.kinds.table import KINDS
+from meshwright.model.kinds.unread import keys_read
 from meshwright.model.parts import build_model
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.where import place
 
 SIZES = {"num_layers": 2, "hidden_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 4096}
 MOE = MoeConfig(num_experts=4, top_k=2, expert_hidden_size=40, num_shared_experts=1)
+WEIGHED = MOE.model_copy(update={"shared_expert_gate": True, "router": "sigmoid", "expert_dropout": 0.1})
 CONFIGS = {
     "dense": ModelConfig(pattern="*-", ffn_hidden_size=160, **SIZES),
     "normed": ModelConfig(pattern="*-", ffn_hidden_size=160, qk_norm=True, **SIZES),
     "moe": ModelConfig(pattern="*E", moe=MOE, **SIZES),
+    "plain": ModelConfig(pattern="*-", ffn_hidden_size=240, ffn_activation="relu2", ffn_dropout=0.1, **SIZES),
+    "weighed": ModelConfig(pattern="*E", moe=WEIGHED, ffn_activation="gelu_tanh", **SIZES),
+    "routed": ModelConfig(pattern="*-[*-]", ffn_hidden_size=160, depth={"capacity": 0.25}, **SIZES),
 }
+WITH_STATE = {"num_layers": 2, "hidden_size": 96, "vocab_size": 64, "ffn_hidden_size": 160}
+MAMBA2 = Mamba2Config(num_heads=6, head_dim=24, num_groups=2, state_size=16, chunk_size=32)
+DELTA = GatedDeltaConfig(num_heads=4, num_key_heads=2, key_head_dim=16, value_head_dim=24, chunk_size=32)
+OF_STATES = {
+    "mamba2": ModelConfig(pattern="M-", mamba2=MAMBA2, **WITH_STATE),
+    "mamba1": ModelConfig(pattern="m-", mamba1=Mamba1Config(dt_rank=10, bias=True), **WITH_STATE),
+    "gated delta": ModelConfig(pattern="G-", gated_delta=DELTA, **WITH_STATE),
+    "s4d": ModelConfig(pattern="S-", s4d=S4dConfig(state_size=8, chunk_size=64), **WITH_STATE),
+}
+CONFIGS |= OF_STATES
+LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "q_lora_rank": 40}
+YARN = {"kind": "yarn", "factor": 4.0, "original_length": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
+OF_LATENTS = ["q", "k", "v", "output"]
+OF_ATTENTION = {
+    "sliding": {"pattern": "L-", "sliding": {"window": 64}, "position": "alibi", "attention_scale": 0.1},
+    "block sparse": {"pattern": "B-", "block_sparse": {"block_size": 16, "local_blocks": 3}, "position": "none"},
+    "latent": {"pattern": "+-", "latent": LATENT, "rope_scaling": YARN},
+    "latent without queries' latent": {"pattern": "+-", "latent": LATENT | {"q_lora_rank": 0}, "bias": OF_LATENTS},
+    "switch head": {"pattern": "H-", "position": "t5"},
+    "gate": {"pattern": "*-", "attention_gate": True, "rope_fraction": 0.5, "bias": ["q"]},
+    "norms of tokens": {"pattern": "*-", "qk_norm": True, "qk_norm_over": "tokens", "rope_scaling": YARN},
+    "hybrid norm": {"pattern": "*-", "norm_placement": "hybrid_norm", "position": "t5", "t5_buckets": 8},
+}
+CONFIGS |= {
+    name: ModelConfig.model_validate(
+        keys_read(str(keys["pattern"]), SIZES) | {"ffn_hidden_size": 160, "vocab_size": 64} | keys
+    )
+    for name, keys in OF_ATTENTION.items()
+}
+# By default each kind once, and those of most models also where numbers are of two widths.
+DEFAULT = ("dense", "moe", "sliding", "block sparse", "latent", "switch head", *OF_STATES)
+CASES = [
+    (name, autocast, tp)
+    if tp == 1 and name in DEFAULT and (not autocast or name == "moe")
+    else pytest.param(name, autocast, tp, marks=pytest.mark.slow)
+    for name in CONFIGS
+    for autocast in (False, True)
+    for tp in (1, 2)
+    if tp == 1 or name not in OF_ATTENTION
+]
 # 8 billion weights: 32 layers, hidden 4096, 32 heads and 8 key heads of width 128, feed-forward 14336.
 LARGE = ModelConfig(pattern="*-", num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8,
                     head_dim=128, ffn_hidden_size=14336, vocab_size=128256)  # fmt: skip
@@ -29,7 +81,7 @@ MILLION, ALL = 1 << 20, frozenset(range(32))
 def saved_bytes(mesh: Mesh, config: ModelConfig, autocast: bool) -> int:
     """Return the bytes of all storages that a forward pass saves for its backward, but those of the weights."""
     torch.manual_seed(0)
-    tokens = torch.randint(0, 4096, (SEQ, BATCH))
+    tokens = torch.randint(0, config.vocab_size, (SEQ, BATCH))
     no_document, all_counted = torch.zeros_like(tokens), torch.ones_like(tokens, dtype=torch.bool)
     where = place(
         torch.arange(BATCH),
@@ -56,9 +108,11 @@ def saved_bytes(mesh: Mesh, config: ModelConfig, autocast: bool) -> int:
         return sum(saved.values())
 
 
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
+def test_each_kind_is_counted() -> None:
+    assert {kind.name for name in DEFAULT for kind in CONFIGS[name].part_kinds} == KINDS.keys()
+
+
+@pytest.mark.parametrize(("name", "autocast", "tp"), CASES)
 def test_the_count_is_what_torch_saves(name: str, autocast: bool, tp: int) -> None:
     config, sizes = CONFIGS[name], Sizes(tp=tp)
     found = run_mesh(sizes, saved_bytes, config, autocast) if tp > 1 else [saved_bytes(ONE, config, autocast)]

@@ -11,8 +11,10 @@ from storages import Peak
 from torch import Tensor
 
 from meshwright.kernels.limits import Limits
-from meshwright.model.activations import Degrees, Types, context_bytes, gathered_bytes, layer_bytes, loss_bytes
+from meshwright.model.activations import gathered_bytes, layer_bytes, loss_bytes
 from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.kind import Degrees, Types
+from meshwright.model.kinds.table import KINDS
 from meshwright.parallel.config import ContextWay
 from meshwright.parallel.context.attend import context_attention
 from meshwright.parallel.initialise import ZEROS
@@ -73,7 +75,7 @@ def test_attention_over_cp_keeps_and_holds_what_is_counted(
     found = run_mesh(Sizes(cp=cp), least, attention_bytes, way, num_kv_heads, types)
     assert [kept - kept_by_one for kept, _ in found] == [(of_many - of_one) * LOCAL] * cp
     besides = max(besides for _, besides in found) - besides_by_one
-    counted = context_bytes(config, spread, types) * LOCAL
+    counted = KINDS["attention"].at_work(config, spread, types) * LOCAL
     assert counted - sums <= besides <= counted + 3 * sums
 
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from meshwright.model.mixers.attention import Attention, Heads
-from meshwright.model.positions import rotary_angles
+from meshwright.model.mixers.attention import Attention, Heads, Look, Products, rms_norms
+from meshwright.model.mixers.attention_norms import NO_NORMS
+from meshwright.model.positions import Rope
 from meshwright.parallel.where import Where, where_of_plain_tokens
 
 S, B, H, N, K, D = 7, 2, 12, 6, 2, 4
@@ -24,8 +25,13 @@ def randomised(module: nn.Module) -> nn.Module:
     return module
 
 
+def biases(*names: str) -> Products:
+    return Products(frozenset(names))
+
+
 def attention(**changes: object) -> Attention:
-    options = {"rope_base": BASE, "qk_norm_eps": EPS, "bias": frozenset({"q", "k", "v", "output"})} | changes
+    usual = {"look": Look(Rope(BASE)), "norms": rms_norms(EPS), "products": biases("q", "k", "v", "output")}
+    options = usual | changes
     return randomised(Attention(H, Heads(N, K, D), **options).double())
 
 
@@ -90,8 +96,8 @@ DOCUMENTS = torch.tensor([[0, 5], [0, 5], [0, 6], [1, 6], [1, 6], [1, 6], [2, 6]
     ("changes", "place"),
     [
         ({}, where()),
-        ({"bias": frozenset(), "qk_norm_eps": None}, where(start=11)),
-        ({"bias": frozenset({"k"}), "qk_norm_eps": None}, where(document=DOCUMENTS)),
+        ({"products": biases(), "norms": NO_NORMS}, where(start=11)),
+        ({"products": biases("k"), "norms": NO_NORMS}, where(document=DOCUMENTS)),
     ],
 )
 def test_attention_is_a_loop_over_what_each_token_sees(changes: dict[str, object], place: Where) -> None:
@@ -122,8 +128,7 @@ def test_attention_is_that_of_transformers(qkv_bias: bool) -> None:
         attn_implementation="eager",
     )
     theirs = randomised(LlamaAttention(config, layer_idx=0).double())
-    bias = frozenset({"q", "k", "v", "output"}) if qkv_bias else frozenset()
-    ours = attention(bias=bias, qk_norm_eps=None)
+    ours = attention(products=biases("q", "k", "v", "output") if qkv_bias else biases(), norms=NO_NORMS)
     with torch.no_grad():
         for mine, name in ((ours.q, "q_proj"), (ours.k, "k_proj"), (ours.v, "v_proj"), (ours.output, "o_proj")):
             mine.weight.copy_(getattr(theirs, name).weight)
@@ -150,7 +155,7 @@ def test_tokens_one_after_the_other_give_what_the_whole_sequence_gives(steps: li
 
 def test_the_angles_of_far_positions_are_exact() -> None:
     position = 1_000_003
-    cos, sin = rotary_angles(torch.tensor([position]), 8, 10_000.0, torch.float32)
+    cos, sin = Rope(10_000.0).angles(torch.tensor([position]), 8, torch.float32)
     assert cos.dtype == torch.float32
     for i in range(4):
         angle = position * 10_000.0 ** (-2 * i / 8)  # in fp32 the angle itself would be off by 0.03
@@ -166,9 +171,9 @@ def test_heads_that_do_not_share_evenly_are_refused() -> None:
 def test_layers_of_one_micro_batch_share_their_angles() -> None:
     place, part = where(), attention()
     part(x_of(), place, None)
-    angles = place.derived[f"rope/{D}/{BASE}"]
+    angles = place.derived[f"rope/{D}/{Rope(BASE)}"]
     part(x_of(), place, None)
-    assert place.derived[f"rope/{D}/{BASE}"] is angles
-    other = Attention(H, Heads(N, K, D), rope_base=7.0).double()
+    assert place.derived[f"rope/{D}/{Rope(BASE)}"] is angles
+    other = Attention(H, Heads(N, K, D), look=Look(Rope(7.0))).double()
     other(x_of(), place, None)
     assert len([key for key in place.derived if key.startswith("rope/")]) == 2

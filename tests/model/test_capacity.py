@@ -12,8 +12,10 @@ from torch import Tensor
 from meshwright.launcher.observe.clock import Laps
 from meshwright.launcher.observe.metrics import Meter, RawStep
 from meshwright.launcher.observe.peak import Peak
+from meshwright.model.feedforward import moe as moe_module
 from meshwright.model.feedforward.moe import Moe, RouterLosses
-from meshwright.model.parts import Ways, initialise, make_moe
+from meshwright.model.making import Making, Ways
+from meshwright.model.parts import initialise
 from meshwright.model.routers.capacity import capacity_of, within_capacity
 from meshwright.parallel.experts import exchange
 from meshwright.parallel.initialise import InitPolicy
@@ -86,7 +88,9 @@ def test_the_capacity_is_exact() -> None:
 
 def built(factor: float, mesh: Mesh | None = None) -> Moe:
     config = engine_cases.moe_config(hidden_size=H, num_experts=E if mesh is None else 6, capacity_factor=factor)
-    moe = make_moe(config, 0, mesh or single_process_mesh(), InitPolicy(std=0.7), Ways()).double()
+    moe = moe_module.make(
+        config, Making("layers.0", mesh or single_process_mesh(), InitPolicy(std=0.7), Ways())
+    ).double()
     initialise(moe, seed=1)
     return moe
 
@@ -139,7 +143,7 @@ def test_evaluation_and_generation_drop_nothing() -> None:
     x, where = batch()
     moe, plain = built(0.3).eval(), built(0.0).eval()
     assert torch.equal(moe(x, where, None), plain(x, where, None))
-    assert torch.equal(moe.step(x, None), plain.step(x, None))
+    assert torch.equal(moe.step(x, moe.initial_state(B, S)), plain.step(x, plain.initial_state(B, S)))
     assert not torch.equal(moe.train()(x, where, None), plain(x, where, None))
 
 

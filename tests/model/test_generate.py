@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from engine_cases import moe_config
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meshwright.model.config import ModelConfig
+from meshwright.model.feedforward.routing_record import replay_routing
 from meshwright.model.generate import generate
 from meshwright.model.parts import build_model
 from meshwright.model.sampling import Sampling
@@ -140,3 +142,33 @@ def test_no_tokens_are_asked_for_or_none_are_there() -> None:
     assert list(generate(model_of(), prompt(), 0, sampling=GREEDY)) == []
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         next(generate(model_of(), prompt(s=0), 3, sampling=GREEDY))
+
+
+@pytest.mark.parametrize("router", ["softmax", "expert_choice"])
+def test_recorded_routing_is_replayed_whatever_the_routers_say(router: str) -> None:
+    model = build_model(moe_config(num_layers=2, router=router), seed=5).eval()
+    tokens = torch.randint(0, 8, (9, 2))
+    recorded = model.initial_state(2, 9)
+    first = torch.cat([model.step(tokens[:4], recorded), model.step(tokens[4:], recorded)])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name:
+                parameter.normal_()
+    assert not torch.equal(model.step(tokens, model.initial_state(2, 9)), first)
+    again = replay_routing(model.initial_state(2, 9), recorded)
+    torch.testing.assert_close(model.step(tokens, again), first)
+    longer = replay_routing(model.initial_state(2, 20), recorded)
+    model.step(tokens, longer)
+    with pytest.raises(ValueError, match=r"recorded routing is of \[9, 2\]"):
+        model.step(tokens[:1], longer)
+    with pytest.raises(ValueError, match="2 layers of experts, the recorded one 1"):
+        replay_routing(model.initial_state(2, 9), recorded.layers[0])
+
+
+def test_tokens_beyond_the_learned_positions_are_refused() -> None:
+    model = build_model(CONFIG.model_copy(update={"position": "learned", "max_positions": 8}), seed=0)
+    assert len(tokens_of(model, prompt(5), 4)) == 4
+    with pytest.raises(ValueError, match=r"max_new_tokens = 5: behind a prompt of 5 tokens needs 9 positions.* 1 to 4"):
+        tokens_of(model, prompt(5), 5)
+    with pytest.raises(ValueError, match="the prompt has 9 tokens, and the model positions for 8"):
+        tokens_of(model, prompt(9), 1)

@@ -1,4 +1,4 @@
-"""The Python that docs/library.md shows runs as it stands, and computes what the page says."""
+"""The Python that docs/library.md and docs/parts.md show runs as it stands, and computes what the pages say."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-PAGE = Path(__file__).parents[2] / "docs" / "library.md"
+from meshwright.model import library
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "library.md"
+PARTS = re.findall(r"```python\n(.*?)```", (DOCS / "parts.md").read_text(), re.DOTALL)
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
@@ -35,4 +39,21 @@ def test_the_blocks_of_the_page_run_in_order() -> None:
 
 
 def test_the_page_has_all_its_blocks() -> None:
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 11
+
+
+def test_every_part_works_in_a_few_lines() -> None:
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in PARTS:
+        exec(compile(block, "parts.md", "exec"), names)
+    assert names["text"].shape == (8, 2)
+
+
+def test_the_page_of_parts_shows_all_that_is_importable() -> None:
+    shown = set(re.findall(r"\w+", "\n".join(PARTS)))
+    of_library = {
+        *("PRESETS", "LanguageModel", "Ends", "Extras", "Layer", "Form", "Depth", "MixtureOfDepths", "FurtherToken"),
+        *("HeadNorms", "Embedding", "VocabularyRows", "InitPolicy", "Where", "Tally"),
+    }
+    assert set(library.__all__) - shown == of_library

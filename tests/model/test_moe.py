@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshwright.model.feedforward.mlp import Mlp
-from meshwright.model.feedforward.moe import Experts, Moe, RouterLosses
+from meshwright.model.feedforward.experts import Experts
+from meshwright.model.feedforward.mlp import Inner, Mlp
+from meshwright.model.feedforward.moe import Moe, RouterLosses
+from meshwright.model.routers.router import Ways
 from meshwright.model.routers.topk import TopKRouter
 from meshwright.parallel.mesh import Axis, single_process_mesh
 from meshwright.parallel.tally import Tally
@@ -17,9 +19,9 @@ S, B, H, F_, E, K = 6, 2, 5, 7, 4, 2
 
 def moe(*, bias: bool = True, shared: bool = True, normalise: bool = True, **changes: object) -> Moe:
     part = Moe(
-        TopKRouter(H, E, K, normalise=normalise),
-        Experts(H, F_, E, bias=bias),
-        shared=Mlp(H, 3, bias=bias) if shared else None,
+        TopKRouter(H, E, K, Ways(normalise)),
+        Experts(H, F_, E, Inner(bias=bias)),
+        shared=Mlp(H, 3, Inner(bias=bias)) if shared else None,
         **changes,
     ).double()
     generator = torch.Generator().manual_seed(0)
@@ -156,7 +158,8 @@ def test_the_step_loss_counts_with_the_share_of_the_step_before_and_keeps_it_in_
 
 def test_tokens_one_after_the_other_give_what_the_sequence_gives() -> None:
     part, x = moe(), x_of()
-    steps = torch.cat([part.step(token, None) for token in x.split(1)])
+    state = part.initial_state(B, S)
+    steps = torch.cat([part.step(token, state) for token in x.split(1)])
     torch.testing.assert_close(steps, part(x, where(), None))
 
 

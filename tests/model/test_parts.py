@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from meshwright.model.config import ModelConfig, MoeConfig
+from meshwright.model.config import ModelConfig
 from meshwright.model.feedforward.mlp import Mlp
 from meshwright.model.feedforward.moe import Moe, RouterLosses
-from meshwright.model.mixers.attention import Attention, Heads
+from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.table import KINDS
+from meshwright.model.mixers.attention import Attention, Heads, Products, rms_norms
 from meshwright.model.norms import RMSNorm
-from meshwright.model.parts import FEEDFORWARDS, MIXERS, build_model, initialise
+from meshwright.model.parts import MAKERS, build_model, initialise
+from meshwright.model.positions import Rope
 from meshwright.model.presets import preset
 from meshwright.parallel.initialise import InitPolicy
 
@@ -68,14 +71,13 @@ def test_a_config_is_spent_on_its_parts() -> None:
     model = build_model(config)
     attention, moe = model.layers["0"].mixer.part, model.layers["1"].feedforward.part
     assert isinstance(attention, Attention)
-    assert attention.rope_base == 77.0
+    assert attention.core.look.position == Rope(77.0)
     assert {module.eps for module in model.modules() if isinstance(module, RMSNorm)} == {0.25}
     assert isinstance(moe, Moe)
     assert moe.losses == RouterLosses("sequence", 0.01, 0.001)
     assert (moe.router.top_k, moe.router.normalise, moe.name) == (1, True, "layers.1")
     assert isinstance(model.layers["0"].feedforward.part, Mlp)
-    assert set(MIXERS) == {"attention"}
-    assert set(FEEDFORWARDS) == {"mlp", "moe"}
+    assert set(MAKERS) == set(KINDS)
 
 
 def test_weights_have_the_type_and_the_seed_that_are_asked_for() -> None:
@@ -90,7 +92,13 @@ def test_weights_have_the_type_and_the_seed_that_are_asked_for() -> None:
 
 
 def test_a_part_by_itself_begins_as_its_policy_says() -> None:
-    part = Attention(64, Heads(4, 2, 16), qk_norm_eps=1e-6, bias=frozenset({"q"}), init=InitPolicy("normal", std=0.5))
+    part = Attention(
+        64,
+        Heads(4, 2, 16),
+        norms=rms_norms(1e-6),
+        products=Products(frozenset({"q"})),
+        init=InitPolicy("normal", std=0.5),
+    )
     initialise(part, seed=3)
     assert part.v.weight.std().item() == pytest.approx(0.5, rel=0.1)
     assert part.q_norm.weight.unique().tolist() == [1.0]

@@ -1,4 +1,4 @@
-"""The whole model: losses, gradients by finite differences, token by token, documents, and its two ends."""
+"""The whole model: losses, gradients by finite differences, a document alone, and its two ends."""
 
 import engine_cases
 import pytest
@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshwright.model.config import ModelConfig, MoeConfig
+from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.moe import MoeConfig
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
 from meshwright.parallel.tally import Tally, declared_entries
@@ -44,29 +45,6 @@ def test_the_loss_is_the_cross_entropy_of_the_logits_over_the_tokens_of_the_step
     of_step = Where(**{**vars(plain), "step_tokens": 100.0, "derived": {}})
     torch.testing.assert_close(model(tokens, targets), summed / (S * B))
     torch.testing.assert_close(model(tokens, targets, of_step), summed / 100)
-
-
-@pytest.mark.parametrize("name", ["dense", "moe", "mixed"])
-@pytest.mark.parametrize("steps", [[1] * S, [4, 1, 4]])
-def test_token_by_token_gives_the_logits_of_the_whole(steps: list[int], name: str) -> None:
-    model, tokens = built(CONFIGS[name]), tokens_of()
-    with torch.no_grad():
-        whole = model(tokens)
-        state = model.initial_state(B, S)
-        pieces = [model.step(piece, state) for piece in tokens.split(steps)]
-    torch.testing.assert_close(torch.cat(pieces), whole)
-
-
-def test_no_token_sees_the_future_or_another_sample() -> None:
-    model, tokens = built(CONFIGS["moe"]), tokens_of()
-    changed = tokens.clone()
-    changed[5:, 0] = (changed[5:, 0] + 1) % V
-    with torch.no_grad():
-        before, after = model(tokens), model(changed)
-    # Not bitwise: an expert that gets another number of rows may add up its products in another order.
-    torch.testing.assert_close(before[:5, 0], after[:5, 0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(before[:, 1:], after[:, 1:], rtol=1e-12, atol=1e-12)
-    assert (before[5:, 0] - after[5:, 0]).abs().amax(-1).min() > 1e-3
 
 
 def test_a_masked_document_is_computed_as_if_it_stood_alone() -> None:

@@ -26,7 +26,7 @@ SUMS = [
     ),
     Fault(
         "router gradient not summed under sequence parallelism",
-        "model/routers/topk.py",
+        "model/routers/router.py",
         'return {"weight": Placement(grad_sum=partial_over(self.tp))}',
         'return {"weight": Placement()}',
         named="feedforward.part.router.weight",
@@ -36,8 +36,8 @@ SUMS = [
     Fault(
         "norm gradient not summed under sequence parallelism",
         "model/norms.py",
-        'return {"weight": Placement(grad_sum=partial_over(self.tp))}',
-        'return {"weight": Placement()}',
+        "return dict.fromkeys(self.rules, Placement(grad_sum=partial_over(self.tp)))",
+        "return dict.fromkeys(self.rules, Placement())",
         named="gradient of final_norm.weight",
         axis="tp",
         not_axis="dp_shard",
@@ -45,9 +45,9 @@ SUMS = [
     ),
     Fault(
         "norms of queries and keys summed over the wrong ranks",
-        "model/mixers/attention.py",
-        "self.q_norm = RMSNorm(head_dim, qk_norm_eps, tp=tp) if",
-        "self.q_norm = RMSNorm(head_dim, qk_norm_eps) if",
+        "model/mixers/attention_norms.py",
+        "return RMSNorm(size, eps, tp=tp)",
+        "return RMSNorm(size, eps)",
         named="mixer.part.q_norm.weight",
         axis="tp",
     ),
@@ -74,7 +74,7 @@ SUMS = [
     ),
     Fault(
         "an expert's last bias has the gradient of one of the ranks that share the expert",
-        "model/feedforward/moe.py",
+        "model/feedforward/experts.py",
         'table["down_bias"] = Placement((of_experts,), grad_sum=partial_over(self.etp), factorisation="expert")',
         'table["down_bias"] = Placement((of_experts,), factorisation="expert")',
         named="experts.down_bias",
@@ -133,8 +133,8 @@ SUMS = [
     Fault(
         "the router's z-loss averaged by micro-batch instead of by token",
         "model/feedforward/moe.py",
-        "z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=where.step_tokens)",
-        "z = z_loss(routing.scores.view(s, b, -1), where.counted, step_tokens=float(where.counted.sum() + 1))",
+        "z = z_loss(routing.scores, where.counted, step_tokens=where.step_tokens)",
+        "z = z_loss(routing.scores, where.counted, step_tokens=float(where.counted.sum() + 1))",
         named="sum of layers.0.z",
         is_alone=True,
         model=MOE,
@@ -209,8 +209,8 @@ SUMS = [
     Fault(
         "gradients of keys and values left one rank short of home",
         "parallel/context/ring.py",
-        "of_k, of_v = behind.wait().to(k.dtype).unbind()",
-        "of_k, of_v = (behind.wait() * 0 + of_block).to(k.dtype).unbind()",
+        "of_k, of_v = _keys_and_values(behind.wait().to(k.dtype), k, v)",
+        "of_k, of_v = _keys_and_values((behind.wait() * 0 + of_block).to(k.dtype), k, v)",
         named="gradient of layers.1.mixer.part.",
         axis="cp",
         layout={"cp": 4, "dp_shard": 1},

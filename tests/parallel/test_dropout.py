@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from meshwright.kernels.limits import Limits
+from meshwright.kernels.limits import USUAL, Limits
 from meshwright.parallel.counter_rng import stream_key
-from meshwright.parallel.dropout import dropout, jitter
+from meshwright.parallel.dropout import RowsOf, dropout, dropout_of_rows, jitter
 from meshwright.parallel.where import Where, where_of_plain_tokens
 
 S, B, H = 12, 5, 22  # H is no multiple of the four words of a counter
@@ -156,3 +156,28 @@ def test_draws_never_change() -> None:
     assert stream_key(7, "layers.0.mixer") == (3014438206, 2661669849)
     kept = drop(torch.ones(S, B, H), somewhere())[0, 0, :12] != 0
     assert kept.int().tolist() == [1, 1, 1, 0, 1, 1, 0, 1, 0, 1, 1, 0]
+
+
+def test_rows_of_experts_draw_by_token_expert_and_feature_wherever_they_lie() -> None:
+    r, width, p = 300, 10, 0.3
+    generator = torch.Generator().manual_seed(0)
+    sample, position, expert = (torch.randint(0, n, (r,), generator=generator) for n in (7, 50, 6))
+    x = torch.ones(r, width, dtype=torch.float64)
+
+    def drawn(rows: torch.Tensor, features: slice, **changes: object) -> torch.Tensor:
+        of = {"key": stream_key(1, "layer"), "step": 2, "first_feature": features.start, "width": width}
+        place = {"sample": sample[rows], "position": position[rows], "expert": expert[rows]}
+        return dropout_of_rows(x[rows][:, features], p, RowsOf(**{**of, **place, "limits": USUAL, **changes}))
+
+    every, all_features = torch.arange(r), slice(0, width)
+    whole = drawn(every, all_features)
+    assert set(whole.unique().tolist()) == {0.0, 1 / (1 - p)}
+    assert abs((whole == 0).double().mean() - p) < 0.03
+    some = torch.randperm(r, generator=generator)[:50]
+    for features in (slice(0, 5), slice(5, 10), slice(3, 4)):
+        assert torch.equal(drawn(some, features), whole[some][:, features])
+    for changes in ({"step": 3}, {"key": stream_key(2, "layer")}, {"expert": expert + 1}, {"position": position + 1}):
+        assert not torch.equal(drawn(every, all_features, **changes), whole)
+    columns = torch.stack([drawn(every[:1].expand(6), all_features, expert=torch.arange(6))[e] for e in range(6)])
+    assert len({tuple(row.tolist()) for row in columns}) > 3  # experts of one token draw each their own
+    assert torch.equal(drawn(every, all_features, limits=replace(USUAL, factors_on_cpu=40)), whole)

@@ -50,6 +50,29 @@ def test_a_part_holds_the_elements_of_the_whole(cut: tuple[slice, ...]) -> None:
     assert torch.equal(held, expected)
 
 
+@pytest.mark.parametrize("kind", ["between", "log_of_uniform", "softplus_inverse", "column", "log_of_column"])
+def test_every_rule_gives_a_part_the_elements_of_the_whole(kind: str) -> None:
+    rule = InitRule(kind, 0.5, low=0.01, high=2.0)
+    held = torch.empty(3, 4, 3, dtype=torch.float64)
+    fill(held, rule, seed=3, name="w", global_shape=SHAPE, offset=(2, 1, 1), at_once=7)
+    assert torch.equal(held, whole(rule)[2:5, 1:5, 1:4])
+
+
+def test_rules_give_the_numbers_that_they_are_named_for() -> None:
+    between, logs, steps = (
+        whole(InitRule(kind, low=0.01, high=2.0), shape=(4000,))
+        for kind in ("between", "log_of_uniform", "softplus_inverse")
+    )
+    assert torch.equal(logs, between.log())
+    assert 0.01 <= between.min() < 0.02
+    assert 1.99 < between.max() <= 2.0
+    made = torch.nn.functional.softplus(steps).log()  # even from log(low) to log(high)
+    assert made.mean().item() == pytest.approx((math.log(0.01) + math.log(2.0)) / 2, abs=0.1)
+    assert made.std().item() == pytest.approx((math.log(2.0) - math.log(0.01)) / math.sqrt(12), abs=0.1)
+    assert torch.equal(whole(InitRule("column", 0.5))[0, 0], torch.tensor([0.0, 0.5, 1.0, 1.5]).double())
+    torch.testing.assert_close(whole(InitRule("log_of_column"))[1, 2].exp(), torch.arange(1.0, 5.0).double())
+
+
 def test_pieces_do_not_change_the_elements() -> None:
     assert torch.equal(whole(at_once=11), whole())
 

@@ -114,7 +114,7 @@ class Same(nn.Module):
 
 def masks(mesh: Mesh) -> tuple[Tensor, Tensor]:
     """Return this rank's positions and what dropout leaves of ones."""
-    block = Block(Same(), Same(), residual_dropout=0.5, name="layers.3.mixer")
+    block = Block(Same(), norm=Same(), residual_dropout=0.5, name="layers.3.mixer")
     document, counted = torch.zeros(8, 2, dtype=torch.int64), torch.ones(8, 2, dtype=torch.bool)
     where = place(torch.tensor([5, 6]), document, counted, torch.arange(8), mesh.tp, step=2, step_tokens=16.0, seed=9)
     return where.position, block(torch.ones(len(where.position), 2, 6), where, None)

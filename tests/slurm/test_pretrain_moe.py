@@ -75,6 +75,7 @@ def test_without_an_environment_a_job_stops_in_seconds_and_names_the_command(
     clone, no_python = tmp_path / "clone", tmp_path / "bin"
     for name in (
         "slurm/environment.sh",
+        "slurm/pretrain.sh",
         "slurm/pretrain_moe.sh",
         "runs/moe_tiny.toml",
         "pyproject.toml",

@@ -118,3 +118,14 @@ def test_options_that_cannot_be_honoured_are_told(trained: Path) -> None:
     run("generate", trained, "--samples", 10**11).told(2, "--samples", "1024")
     generate(trained, "--top-k", 10**20).told(2, "top_k = 1", "at most 16777216")
     generate(trained, "-p", "a\udcff").told(2, "--prompt is not UTF-8")
+
+
+def test_what_learned_positions_cannot_hold_is_told_before_it_begins(tmp_path: Path) -> None:
+    start(tmp_path, "model.position='learned'", "model.max_positions=16", "train.steps=1")
+    run_folder = tmp_path / "run"
+    refused = run("generate", run_folder, "-p", "a", "--max-new-tokens", 17)
+    refused.told(2, "--max-new-tokens = 17: behind a prompt of 1 token needs 17 positions", "1 to 16 would fit")
+    assert refused.out == ""
+    run("generate", run_folder, "-p", "a", "--max-new-tokens", 16, "--temperature", 0).told(0)
+    refused = run("generate", run_folder, "-p", "\u00e9" * 20, "--max-new-tokens", 1)
+    refused.told(2, "the prompt has 40 tokens", "a prompt of 1 to 16 would fit")

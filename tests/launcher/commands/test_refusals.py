@@ -50,8 +50,8 @@ CASES = {
     "sequence, cp": (2, ["parallel.cp=2", "data.seq_len=14"], "data.seq_len = 14: must be a multiple of 4"),
     "mixer without cp": (
         2,
-        ["parallel.cp=2", "model.pattern=M*E"],
-        'model.pattern = "M*E": ',
+        ["parallel.cp=2", "model.pattern=S*E"],
+        "parallel.cp = 2: S4D ",
     ),
     "batch": (3, [], "train.global_batch_size = 8: must be a multiple of the 3 data-parallel ranks"),
     "batch of a ramp": (

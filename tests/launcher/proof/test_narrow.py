@@ -256,3 +256,19 @@ def test_the_cover_of_a_cluster_fits_the_narrow_run() -> None:
     layouts = cover(target, has_experts=True).layouts
     small = narrow(run_file, target, layouts).run_file
     assert [check(on_layout(small, sizes), sizes.world) for sizes in layouts] == [[]] * len(layouts)
+
+
+@pytest.mark.parametrize(
+    ("keys", "turned"),
+    [
+        ({"rope_fraction": 0.125}, 4),
+        ({"rope_fraction": 0.25}, 2),
+        ({"rope_fraction": 0.25, "rope_scaling": {"kind": "ntk", "factor": 2.0}}, 4),
+        ({"rope_scaling": {"kind": "ntk", "factor": 2.0}}, 8),
+    ],
+)
+def test_what_is_turned_of_a_head_stays_pairs(keys: dict[str, object], turned: int) -> None:
+    sizes = {"num_layers": 2, "hidden_size": 256, "num_heads": 4, "head_dim": 64, "vocab_size": 64}
+    found = narrowed({**sizes, **keys}, Sizes())
+    assert found.problems() == []
+    assert int(found.head_dim * found.rope_fraction) == turned

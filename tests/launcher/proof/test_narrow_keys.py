@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 
 from meshwright.launcher.proof.narrow import narrow
 from meshwright.launcher.runfile.tables import RunFile
-from meshwright.model.pattern import parse_pattern
+from meshwright.model.kinds.table import ALL
+from meshwright.model.pattern import kinds_in
 from meshwright.parallel.mesh import Sizes
 
 Table = dict[str, Any]
@@ -30,12 +31,17 @@ def stays_on(given: Any, narrowed: Any) -> bool:
 
 def stays_many(given: Any, narrowed: Any) -> bool:
     """0 stays 0, 1 stays 1, and of several there are several, or as many as before."""
-    return stays_on(given, narrowed) and (given == 1) == (narrowed == 1)
+    return given == narrowed or (stays_on(given, narrowed) and (given == 1) == (narrowed == 1))
 
 
 def grows_not(given: Any, narrowed: Any) -> bool:
     """What is on stays on, and is no more than it was."""
     return stays_on(given, narrowed) and narrowed <= given
+
+
+def is_given(_given: Any, narrowed: Any) -> bool:
+    """0 stands for what follows from other sizes, which become others: the small model says its own."""
+    return bool(narrowed > 0)
 
 
 def becomes(value: object) -> Rule:
@@ -68,18 +74,51 @@ CHANGED: dict[str, Rule] = {
     "data.seq_len": stays_on,
     "train.global_batch_size": stays_on,
     "train.micro_batch_size": stays_many,
-    "model.pattern": lambda given, narrowed: set(parse_pattern(given)) == set(parse_pattern(narrowed)),
+    "model.pattern": lambda given, narrowed: kinds_in(given) == kinds_in(narrowed),
     "model.num_layers": stays_many,
+    "model.distinct_layers": stays_on,
+    "model.multi_token.depth": stays_many,
+    "model.max_positions": stays_on,
     "model.hidden_size": stays_on,
     "model.num_heads": stays_on,
     "model.num_kv_heads": stays_on,
     "model.head_dim": stays_on,
+    "model.rope_fraction": lambda given, narrowed: (given < 1.0) == (narrowed < 1.0),
     "model.ffn_hidden_size": stays_on,
     "model.vocab_size": stays_on,
     "model.moe.num_experts": stays_on,
     "model.moe.top_k": stays_many,
+    "model.moe.num_groups": stays_many,
+    "model.moe.top_groups": stays_on,
     "model.moe.expert_hidden_size": stays_on,
     "model.moe.num_shared_experts": stays_many,
+    "model.sliding.window": grows_not,
+    "model.block_sparse.block_size": grows_not,
+    "model.block_sparse.local_blocks": grows_not,
+    "model.block_sparse.leading_blocks": grows_not,
+    "model.switch_head.num_experts": stays_many,
+    "model.switch_head.top_k": stays_many,
+    "model.latent.kv_lora_rank": stays_on,
+    "model.latent.q_lora_rank": stays_on,
+    "model.latent.qk_nope_head_dim": stays_on,
+    "model.latent.qk_rope_head_dim": stays_on,
+    "model.latent.v_head_dim": stays_on,
+    "model.mamba2.num_heads": is_given,
+    "model.mamba2.head_dim": stays_on,
+    "model.mamba2.num_groups": stays_many,
+    "model.mamba2.state_size": grows_not,
+    "model.mamba2.chunk_size": grows_not,
+    "model.mamba1.inner_size": is_given,
+    "model.mamba1.dt_rank": is_given,
+    "model.mamba1.state_size": grows_not,
+    "model.mamba1.chunk_size": grows_not,
+    "model.gated_delta.num_heads": is_given,
+    "model.gated_delta.num_key_heads": is_given,
+    "model.gated_delta.key_head_dim": stays_on,
+    "model.gated_delta.value_head_dim": stays_on,
+    "model.gated_delta.chunk_size": grows_not,
+    "model.s4d.state_size": grows_not,
+    "model.s4d.chunk_size": grows_not,
 }
 BASE: Table = {
     "run": {"name": "x"},
@@ -93,13 +132,21 @@ BASE: Table = {
 }  # fmt: skip
 # Where any value would do for the field, and not for the model.
 GIVEN: dict[str, list[Any]] = {
-    "model.pattern": ["E*", "*-*E", "2(*-)5(*E)-"],
+    "model.pattern": ["E*", "*-*E", "2(*-)5(*E)-", "*E @0,3-4 *-"],
     "model.num_heads": [32, 8],
     "model.num_kv_heads": [2, 1, 16],
     "model.head_dim": [64, 12],
+    "model.rope_fraction": [0.125, 0.5],
     "model.moe.top_k": [1, 2, 64],
     "model.moe.num_experts": [8, 128],
+    "model.switch_head.num_experts": [3, 8],
+    "model.s4d.state_size": [2, 128],
     "parallel.dp_shard": [2, 4],
+}
+# What else a table must have.
+NEEDED: dict[str, dict[str, Any]] = {
+    "latent": {"kv_lora_rank": 64, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_length": 64},
 }
 NUMBERS = (0, 1, 2, 3, 7, 16, 0.25, 0.6, 1.5)
 
@@ -186,8 +233,18 @@ def at(table: Table, key: str) -> Any:
     """Return what stands at a key."""
     held: Any = table
     for name in key.split("."):
+        if held is None:  # a table that is left out
+            return None
         held = held[name]
     return held
+
+
+def pattern_with(key: str) -> dict[str, Any]:
+    """Return a pattern that has the kind of part whose table a key stands in."""
+    examples = {kind.table: kind.example for kind in ALL if kind.table} | {"depth": "[*-]"}
+    table = key.split(".")[1] if key.count(".") == 2 else ""
+    needed = {f"model.{table}.{name}": value for name, value in NEEDED.get(table, {}).items()}
+    return needed | ({"model.pattern": "*E" + examples[table]} if table in examples and table != "moe" else {})
 
 
 TARGETS = [Sizes(dp_shard=8, ep=8), Sizes(tp=2, pp=2, dp_shard=2), Sizes(dp_shard=2)]
@@ -207,13 +264,15 @@ def wrong_keys(run_file: RunFile, target: Sizes) -> list[str]:
 
 
 def allowed(key: str, given: Any, narrowed: Any) -> bool:
-    return CHANGED[key](given, narrowed) if key in CHANGED else bool(given == narrowed)
+    if key not in CHANGED or given is None:  # of a table that is left out
+        return bool(given == narrowed)
+    return CHANGED[key](given, narrowed)
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_key_stays_as_the_user_wrote_it_or_stays_on(key: str) -> None:
     for value in values_of(key):
-        run_file = with_values({key: value})
+        run_file = with_values(pattern_with(key) | {key: value})
         assert at(run_file.model_dump(by_alias=True), key) != KEYS[key].get_default(), "this shows nothing"
         for target in TARGETS:
             assert wrong_keys(run_file, target) == []
@@ -227,7 +286,7 @@ def test_all_keys_together_stay_as_the_user_wrote_them_or_stay_on(target: Sizes)
 
 def test_each_key_that_may_change_is_one_and_does() -> None:
     assert set(CHANGED) <= set(KEYS)
-    files = [with_values({key: value}) for key in CHANGED for value in values_of(key)]
+    files = [with_values(pattern_with(key) | {key: value}) for key in CHANGED for value in values_of(key)]
     dumps = [before_and_after(run_file, target) for run_file in files for target in TARGETS]
     for key in CHANGED:
         assert any(at(before, key) != at(after, key) for before, after in dumps), f"{key} need not be in CHANGED"

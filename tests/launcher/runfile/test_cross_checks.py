@@ -111,6 +111,23 @@ def test_experts_on_ranks_that_divide_them_have_no_problems() -> None:
             ' "activation" or "experts"; one of ["norm", "mixer"] would fit',
         ),
         (
+            {"model": {"multi_token": {"depth": 8}}, "data": {"seq_len": 8}},
+            1,
+            "model.multi_token.depth = 8: must be below data.seq_len = 8, as no token of a sample has one so far"
+            " behind it; 1 to 7 would fit",
+        ),
+        (
+            {"model": {"multi_token": {}}, "data": {"seq_len": 1}},
+            1,
+            "model.multi_token.depth = 1: must be below data.seq_len = 1, as no token of a sample has one so far"
+            " behind it; leave the table out",
+        ),
+        (
+            {"model": {"pattern": "S*-"}, "parallel": {"cp": 2}},
+            2,
+            "parallel.cp = 2: S4D convolves whole samples; 1 would fit",
+        ),
+        (
             {"train": {"compile": True}, "recompute": {"offload": True}},
             1,
             "train.compile = true: is not possible with recompute.offload in this version; false, or"
@@ -243,8 +260,29 @@ def test_what_is_wrong_with_the_model_hides_nothing_of_the_layout_and_of_the_opt
     ]
 
 
-@pytest.mark.parametrize("pattern", ["*?", "", "*E", "M-"])
+@pytest.mark.parametrize("pattern", ["*?", "", "*E", "M-]"])
 def test_layers_that_cannot_be_known_are_the_pattern_s_problem_alone(pattern: str) -> None:
     odd = run_file(model={"pattern": pattern}, parallel={"tp": 2}, optimizer={"groups": ({"match": "no.*"},)})
     (line,) = check(odd, 2)
     assert line.startswith("model.pattern = ")
+
+
+@pytest.mark.parametrize("further", [{}, {"multi_token": {}}])
+def test_a_layer_beyond_the_stack_hides_nothing_else(further: dict[str, Any]) -> None:
+    model = {"pattern": "*- @5 *", "num_heads": 5, "head_dim": 16, "num_kv_heads": 5, "distinct_layers": 1}
+    groups = ({"match": "layers.0.mixer.*"}, {"match": "no.*"})
+    odd = run_file(model={**model, **further}, parallel={"tp": 4, "pp": 2}, optimizer={"groups": groups})
+    assert [line.partition(";")[0].partition(", whose")[0] for line in check(odd, 8)] == [
+        'model.pattern = "*- @5 *": layer 5 is none of model.num_layers = 2',
+        "parallel.tp = 4: must divide model.num_heads = 5",
+        "parallel.pp = 2: would spread the uses of shared weights (model.distinct_layers = 1) over stages",
+        'optimizer.groups[1].match = "no.*": matches no parameter',
+    ]
+
+
+def test_places_and_a_period_that_do_not_go_with_the_layers_are_both_told() -> None:
+    found = check(run_file(model={"pattern": "*--  @99999 *", "num_layers": 3}), 1)
+    assert [line.partition(";")[0].partition(": ")[2] for line in found] == [
+        "layer 99999 is none of model.num_layers = 3",
+        'must be a multiple of the 2 layers of model.pattern = "*--  @99999 *"',
+    ]

@@ -14,15 +14,14 @@ from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
 from meshwright.model.activations import (
     ActivationBytes,
-    Degrees,
-    Types,
-    context_bytes,
     gathered_bytes,
     head_bytes,
     head_matrix_bytes,
     layer_bytes,
 )
 from meshwright.model.costs import parameter_count
+from meshwright.model.kinds.kind import Degrees, Types
+from meshwright.model.kinds.table import KINDS
 from meshwright.model.parts import build_model
 from meshwright.model.shapes import parameter_shapes, weights
 from meshwright.model.stage import HeldStages
@@ -202,7 +201,7 @@ def test_a_micro_batch_of_a_rank_is_its_part_of_the_tokens() -> None:
     assert kept_by(*LONG).kept == pytest.approx(2 * layer + head)
     some = kept_by(*LONG, "recompute.mode=full", "recompute.every=2")
     assert some.kept == pytest.approx(64 / 2 * 2 * tokens / 4 + layer + head)
-    working = (gathered_bytes(model, spread, 2 + 2) + context_bytes(model, spread, types)) * tokens / 4
+    working = (gathered_bytes(model, spread, 2 + 2) + KINDS["attention"].at_work(model, spread, types)) * tokens / 4
     assert some.at_work == pytest.approx(working + layer)
 
 

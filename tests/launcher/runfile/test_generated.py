@@ -4,22 +4,35 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from meshwright.launcher.runfile.keys import all_keys, field_of
+from meshwright.launcher.runfile.models_page import with_tables
 from meshwright.launcher.runfile.read import examine, load_toml, read_run_file
 from meshwright.launcher.runfile.schema import json_schema, key_list, with_key_list
+from meshwright.model.kinds.attention_keys import PositionName
+from meshwright.model.kinds.mlp import FfnActivation
+from meshwright.model.kinds.moe import RouterKind
+from meshwright.model.kinds.norms import NormName, Placing
+from meshwright.model.kinds.table import KINDS
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNS = ROOT / "runs"
 PAGE = ROOT / "docs" / "run-file.md"
+PARTS = sorted((RUNS / "parts").glob("*.toml"))
+# What is like another that is used, and left to the tests of the parts.
+UNUSED = {"norm": {"adaptive_rmsnorm"}, "norm_placement": {"post"}, "position": {"learned", "sinusoidal"}}
 ANEW = "run `python -m meshwright.launcher.runfile.schema`"
 
 # The ranks that each file is to be sound on, on which scaling experiments are made; a new file must be named here.
 WORLD_SIZES = {
     "moe_tiny": (2, 4, 8, 16, 32),
     "dense_tiny": (1, 2, 4, 8),
+    "dense_small": (1, 2, 4, 8, 16, 32),
+    "mamba_tiny": (1, 2, 4, 8, 16, 32),
+    "hybrid_tiny": (2, 4, 8, 16, 32),
     "llama3_8b": (32, 64),
     "qwen3_30b_a3b": (32, 64, 128, 256),
 }
@@ -32,6 +45,14 @@ def test_the_schema_is_current() -> None:
 def test_the_list_of_keys_is_current() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert page == with_key_list(page), ANEW
+
+
+def test_the_page_of_models_is_current_and_has_every_choice() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert page == with_tables(page), ANEW
+    choices = (NormName, Placing, PositionName, RouterKind, FfnActivation)
+    for value in (value for choice in choices for value in get_args(choice)):
+        assert f'`"{value}"`' in page, value
 
 
 def test_a_page_without_its_markers_is_refused() -> None:
@@ -70,7 +91,7 @@ def test_the_schema_asks_for_the_keys_without_a_default_unless_a_preset_has_them
     definitions = json.loads(json_schema())["$defs"]
     with_preset, without = definitions["ModelConfig"]["anyOf"]
     assert with_preset == {"required": ["preset"]}
-    assert without["required"] == ["num_layers", "hidden_size", "num_heads"]
+    assert without["required"] == ["num_layers", "hidden_size"]
     assert without["properties"]["moe"]["required"] == ["num_experts", "top_k", "expert_hidden_size"]
     assert definitions["TrainConfig"]["required"] == ["steps", "global_batch_size"]
 
@@ -84,7 +105,8 @@ def test_a_run_file_has_the_keys_that_the_schema_asks_for(name: str) -> None:
     model = tables["model"]
     if "preset" not in model:
         assert set(without["required"]) <= set(model)
-        assert set(without["properties"]["moe"]["required"]) <= set(model["moe"])
+        if "E" in model["pattern"]:
+            assert set(without["properties"]["moe"]["required"]) <= set(model["moe"])
 
 
 def test_every_run_file_is_known_here() -> None:
@@ -97,6 +119,27 @@ def test_a_run_file_is_sound_on_its_ranks(name: str, ranks: int) -> None:
     run_file = read_run_file(path, world_size=ranks)
     assert run_file.run.name == name.replace("_", "-")
     assert path.read_text(encoding="utf-8").startswith("#:schema schema.json\n")
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
+def test_a_run_file_of_a_part_is_sound_on_the_ranks_that_it_names(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("#:schema ../schema.json\n")
+    assert f"meshwright train runs/parts/{path.name} --ranks 2\n" in text
+    run_file = read_run_file(path, world_size=2)
+    assert run_file.run.name == path.stem.replace("_", "-")
+    assert run_file.evaluation.every * 2 <= run_file.train.steps
+
+
+def test_every_kind_of_part_every_router_norm_and_placement_is_in_some_run_file() -> None:
+    models = [read_run_file(path).model for path in (*PARTS, *RUNS.glob("*.toml"))]
+    used = {kind.name for model in models for kind in model.part_kinds}
+    assert used == set(KINDS)
+    choices = {"norm": NormName, "norm_placement": Placing, "position": PositionName}
+    for key, values in choices.items():
+        missing = set(get_args(values)) - {getattr(model, key) for model in models}
+        assert missing == UNUSED.get(key, set()), key
+    assert set(get_args(RouterKind)) == {model.moe.router for model in models if model.moe}
 
 
 def test_the_main_jobs_file_explains_each_of_its_keys() -> None:

@@ -9,6 +9,7 @@ from runfile_cases import MOE, run_file
 from meshwright.launcher.runfile.cross_checks import check
 
 WIDE = {**MOE, "moe": {"num_experts": 12, "expert_hidden_size": 40, "num_shared_experts": 1}}
+DROPPED = {**MOE, "moe": {**MOE["moe"], "expert_dropout": 0.1}}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,14 @@ WIDE = {**MOE, "moe": {"num_experts": 12, "expert_hidden_size": 40, "num_shared_
             {"parallel": {"tp": 4}, "model": {"ffn_hidden_size": 106}},
             4,
             ["parallel.tp = 4: must divide model.ffn_hidden_size = 106; one of [1, 2] would fit"],
+        ),
+        (
+            {
+                "parallel": {"tp": 4},
+                "model": {"hidden_size": 54, "num_heads": 4, "head_dim": 8, "ffn_hidden_size": 96, "multi_token": {}},
+            },
+            4,
+            ["parallel.tp = 4: must divide model.hidden_size = 54; one of [1, 2] would fit"],
         ),
         (
             {"parallel": {"tp": 4}, "data": {"seq_len": 66}},
@@ -61,13 +70,14 @@ WIDE = {**MOE, "moe": {"num_experts": 12, "expert_hidden_size": 40, "num_shared_
             ],
         ),
         (
-            {"parallel": {"expert_exchange": "deep_ep"}, "model": MOE, "run": {"device": "cpu"}},
+            {"parallel": {"expert_exchange": "deep_ep"}, "model": DROPPED, "run": {"device": "cpu"}},
             2,
             [
                 f'parallel.expert_exchange = "deep_ep": {rule}; "all_to_all" would fit'
                 for rule in (
                     "exchanges tokens over parallel.ep, which is 1",
                     'runs on NVIDIA GPUs, not on run.device = "cpu"',
+                    "does not send the numbers that model.moe.expert_dropout is drawn by",
                     'moves bf16, and train.precision = "fp32"',
                 )
             ],

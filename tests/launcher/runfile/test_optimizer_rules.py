@@ -5,6 +5,7 @@ import pytest
 from meshwright.launcher.runfile.optimizer_rules import changed_kinds, settings_of
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import OptimizerConfig, RunFile
+from meshwright.model.config import ModelConfig
 from meshwright.model.shapes import parameter_shapes
 
 
@@ -35,6 +36,20 @@ def test_muon_takes_the_matrices_of_the_layers_and_nothing_else() -> None:
     assert of_layer - shared == products | stacks
     assert {name for name, kind in found.items() if kind == "muon" and not name.startswith("layers.")} == set()
     assert set(kinds().values()) == {"adamw"}
+
+
+def test_what_governs_a_state_is_not_decayed_and_its_products_go_to_muon() -> None:
+    model = ModelConfig(pattern="MmGS-", num_layers=4, hidden_size=96, vocab_size=320)
+    config = OptimizerConfig.model_validate({"kind": "muon", "weight_decay": 0.1})
+    found = {name: settings_of(name, shape, config) for name, shape in parameter_shapes(model).items()}
+    parts = {name.partition(".part.")[2]: settings for name, settings in found.items() if ".mixer.part." in name}
+    undecayed = {name for name, settings in parts.items() if settings.weight_decay == 0.0}
+    convolutions = {f"conv_{each}.weight" for each in ("x", "B", "C", "q", "k", "v")}
+    biases = {f"conv_{each}.bias" for each in ("x", "B", "C")} | {"output.bias", "gate.bias"}
+    of_state = {"A_log", "A_imag", "C", "D", "log_dt", "dt_bias", "norm.weight"}
+    assert undecayed == of_state | convolutions | biases
+    by_muon = {name.removesuffix(".weight") for name, settings in parts.items() if settings.kind == "muon"}
+    assert by_muon == {"z", "x", "B", "C", "output", "gate", "q", "k", "v"}
 
 
 def test_a_group_chooses_the_kind_both_ways() -> None:

@@ -16,7 +16,7 @@ ALL = ["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "d
 def run_file(*overrides: str) -> RunFile:
     tables = {
         "run": {"name": "x"},
-        "model": {"preset": "tiny", "num_layers": 8, "vocab_size": 320},
+        "model": {"preset": "dense-tiny", "num_layers": 8, "vocab_size": 320},
         "data": {"store": "s", "seq_len": 64},
         "train": {"steps": 100, "global_batch_size": 32},
         "learning_rate": {"peak": 1e-3},

@@ -116,7 +116,7 @@ def test_the_name_of_a_preset_is_no_change_if_its_keys_are_the_same() -> None:
 
 
 def test_experts_that_are_left_out_are_told() -> None:
-    _, problems = compare("model.preset=tiny")
+    _, problems = compare("model.preset=dense-tiny")
     assert any(line.startswith("model.moe.num_experts: is left out; the checkpoint has 4") for line in problems)
 
 

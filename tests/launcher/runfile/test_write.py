@@ -14,7 +14,7 @@ ODD_TEXT = 'a "quoted" \\ path \n\t\x7f\x01 with é and \U0001f600'
 def run_file(*overrides: str, store: str = "s") -> RunFile:
     tables = {
         "run": {"name": "x"},
-        "model": {"preset": "tiny"},
+        "model": {"preset": "dense-tiny"},
         "data": {"store": store, "seq_len": 64},
         "train": {"steps": 100, "global_batch_size": 24},
         "learning_rate": {"peak": 1e-3},

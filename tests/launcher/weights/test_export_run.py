@@ -99,12 +99,12 @@ def test_a_model_that_no_class_is_is_refused_with_every_reason_and_status_2(
     store: TokenStore, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     config = tiny_config(
-        pattern="*E", moe=MOE.model_copy(update={"num_shared_experts": 1, "normalise_top_k": False}), bias=("v",)
+        pattern="*E", moe=MOE.model_copy(update={"normalise_top_k": False}), bias=("v",), position="alibi"
     )
     write_tiny_run(tmp_path / "run", config, store)
     assert meshwright("export", tmp_path / "run") == 2
     told = capsys.readouterr().err
-    for key in ("model.moe.num_shared_experts = 1", "model.moe.normalise_top_k = false", "model.bias has ['v']"):
+    for key in ('model.position = "alibi"', "model.moe.normalise_top_k = false", "model.bias has ['v']"):
         assert key in told
     assert "Traceback" not in told
     assert not (tmp_path / "run" / "export").exists()

@@ -30,6 +30,9 @@ class Changed:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
+    def buffers(self) -> Mapping[str, tuple[int, ...]]:
+        return {}
+
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         raise AssertionError("nothing may be read before all weights fit")
 

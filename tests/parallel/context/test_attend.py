@@ -12,7 +12,7 @@ from rank_pool import run_ranks
 from torch import Tensor
 
 from meshwright.parallel.context.attend import context_attention
-from meshwright.parallel.context.order import zigzag_part
+from meshwright.parallel.context.order import Documents, zigzag_part
 from meshwright.parallel.context.ring import ring_attention
 from meshwright.parallel.context.ulysses import ulysses_attention
 from meshwright.parallel.mesh import Axis
@@ -53,7 +53,7 @@ def errors(cp: Axis, way: str, kv_heads: int, lengths: Lengths | None, dtype: to
     of_wanted = torch.autograd.grad(wanted, whole, grad.double())
 
     held = [zigzag_part(x.detach(), cp).requires_grad_() for x in whole]
-    result = context_attention(*held, cp, way, document)
+    result = context_attention(*held, cp, way, Documents(document))
     gradients = torch.autograd.grad(result, held, zigzag_part(grad, cp))
     return [
         ((ours.double() - zigzag_part(theirs, cp)).abs().max() / scale(theirs)).item()
@@ -154,6 +154,6 @@ def test_wrong_shapes_name_the_rule() -> None:
     with pytest.raises(ValueError, match=r"5 positions on a rank are not two chunks; .* 2 \* cp = 6"):
         ring_attention(q, k, k, cp)
     with pytest.raises(ValueError, match=r"document has shape \[4, 2\]; .* \[12, 2\]"):
-        ring_attention(q[:4], k[:4], k[:4], cp, torch.zeros(4, B, dtype=torch.int64))
+        ring_attention(q[:4], k[:4], k[:4], cp, Documents(torch.zeros(4, B, dtype=torch.int64)))
     with pytest.raises(ValueError, match="num_heads = 4 on a rank does not divide by cp = 3"):
         ulysses_attention(q, k, k, cp)

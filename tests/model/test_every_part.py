@@ -1,0 +1,158 @@
+"""Every part in a whole model: decoding is the full pass, documents do not leak, names, shapes and gradients agree."""
+
+from itertools import product
+
+import pytest
+import torch
+from engine_cases import VOCAB
+from part_samples import OF_ACTIVATIONS, OF_KINDS, OF_NORMS, OF_POSITIONS, OF_ROUTERS, SAMPLES
+from torch import Tensor
+
+from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.attention_keys import PositionName
+from meshwright.model.kinds.norms import NormName, Placing
+from meshwright.model.kinds.table import KINDS
+from meshwright.model.parts import MAKERS, build_model
+from meshwright.model.pattern import parse_pattern
+from meshwright.model.routers.table import ROUTERS
+from meshwright.model.shapes import parameter_shapes, weights
+from meshwright.model.stack import LanguageModel
+from meshwright.parallel.mesh import NO_TP
+from meshwright.parallel.where import Where, place, where_of_plain_tokens
+
+S, B = 12, 2
+F64 = torch.float64
+STRETCHES = {"one by one": [1] * S, "a prompt, then one by one": [7] + [1] * (S - 7)}
+# By default each kind once, and what is decided anew in decoding; the rest are these parts once more.
+DEFAULT = {*OF_KINDS, "depth by sigmoid", "router expert_choice"}
+NAMES = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLES]
+# In training these choose among the tokens of a whole sample; which they are in evaluation each token says by itself.
+COMPETING = ("depth", "router expert_choice", "router sinkhorn", "router switch", "router with capacity")
+
+
+def built(config: ModelConfig) -> LanguageModel:
+    """Return the model with weights so large that every path matters, and no norm or bias at 1 or 0."""
+    model = build_model(config, dtype=F64, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=F64))
+    return model
+
+
+def one_layer(config: ModelConfig, **changes: object) -> ModelConfig:
+    """Return as few layers of it as there are of its own."""
+    period = config.distinct_layers or len(parse_pattern(config.pattern))
+    layers = 1 if period == 1 and not config.distinct_layers else config.num_layers
+    return config.model_copy(update={"num_layers": layers, **changes})
+
+
+def tokens_of(seed: int = 0, s: int = S) -> Tensor:
+    return torch.randint(0, VOCAB, (s, B), generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_samples_are_of_everything_that_a_config_can_ask_for() -> None:
+    assert OF_KINDS.keys() == KINDS.keys() == MAKERS.keys()
+    for name, config in OF_KINDS.items():
+        assert config.has(name)
+    configs = SAMPLES.values()
+    assert {config.norm for config in configs} == set(NormName.__args__)
+    assert {config.norm_placement for config in configs} == set(Placing.__args__)
+    assert {config.position for config in configs} == set(PositionName.__args__)
+    assert {config.moe.router for config in OF_ROUTERS.values() if config.moe} == set(ROUTERS)
+    around = {name for config in configs for layer in config.layers if layer.is_routed for name in layer.names}
+    assert around == KINDS.keys(), "Mixture-of-Depths around every kind"
+    assert len(OF_NORMS) + len(OF_POSITIONS) + len(OF_ACTIVATIONS) > 20
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_names_shapes_and_order_are_those_of_the_model(name: str) -> None:
+    config = SAMPLES[name]
+    found = {each: tuple(weight.shape) for each, weight in build_model(config, device="meta").named_parameters()}
+    assert list(parameter_shapes(config).items()) == list(found.items())
+    of_experts = [each for each, weight in weights(config).items() if weight.is_of_experts]
+    assert of_experts == [each for each in found if "experts" in each.split(".")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_is_the_full_pass(name: str) -> None:
+    model, tokens = built(one_layer(SAMPLES[name])).eval(), tokens_of()
+    with torch.no_grad():
+        whole = model(tokens)
+        for stretches, cuts in STRETCHES.items():
+            state = model.initial_state(B, S)
+            pieces = torch.cat([model.step(piece, state) for piece in tokens.split(cuts)])
+            torch.testing.assert_close(pieces, whole, msg=lambda text, by=stretches: f"{by}: {text}")
+
+
+def documents() -> Tensor:
+    """Return documents of 3, 1, 5 and 3 tokens, and of 1, 6 and 5."""
+    return torch.tensor([[0] * 3 + [1] + [2] * 5 + [3] * 3, [0] + [1] * 6 + [2] * 5]).T
+
+
+def where_of(document: Tensor, *, apart: bool) -> Where:
+    counted = torch.ones_like(document, dtype=torch.bool)
+    more = {"step": 3, "step_tokens": float(document.numel()), "seed": 2, "mask_documents": apart}
+    return place(torch.arange(B) + 5, document, counted, torch.arange(S), NO_TP, **more)
+
+
+def modes(name: str) -> tuple[bool, ...]:
+    """Return in which modes no token of one document bears on another: training and evaluation, or evaluation."""
+    return (False,) if name.startswith(COMPETING) else (False, True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_document_changes_nothing(name: str) -> None:
+    model, tokens, document = built(one_layer(SAMPLES[name])), tokens_of(), documents()
+    for training, (sample, changed) in product(modes(name), ((0, 0), (0, 2), (1, 1))):
+        own = torch.zeros(S, B, dtype=torch.bool)
+        own[:, sample] = document[:, sample] == changed
+        other = torch.where(own, (tokens + 5) % VOCAB, tokens)
+        with torch.no_grad():
+            before, after = (
+                model.train(training)(text, None, where_of(document, apart=True)) for text in (tokens, other)
+            )
+        moved = (after - before).abs().amax(-1) > 1e-12 * before.abs().max()  # experts add up rows in another order
+        assert not moved[~own].any()
+        assert moved[own].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_KINDS)
+def test_without_masks_documents_see_each_other(name: str) -> None:
+    model, tokens = built(one_layer(SAMPLES[name])).eval(), tokens_of()
+    with torch.no_grad():
+        apart, together = (model(tokens, None, where_of(documents(), apart=mask)) for mask in (True, False))
+    assert not torch.allclose(apart[4:, 0], together[4:, 0])
+    torch.testing.assert_close(apart[:3, 0], together[:3, 0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_token_sees_the_future_or_another_sample(name: str) -> None:
+    model, tokens = built(one_layer(SAMPLES[name])).eval(), tokens_of()
+    changed = tokens.clone()
+    changed[5:, 0] = (changed[5:, 0] + 1) % VOCAB
+    with torch.no_grad():
+        moved = (model(changed) - model(tokens)).abs().amax(-1) > 1e-11
+    assert not moved[:5, 0].any()
+    assert not moved[:, 1].any()
+    assert moved[5:, 0].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_KINDS)
+def test_the_gradients_of_every_parameter_are_finite_differences(name: str) -> None:
+    model = built(one_layer(SAMPLES[name], vocab_size=5))
+    tokens, targets = torch.tensor([[0, 1], [2, 3], [4, 0], [1, 1]]), torch.tensor([[1, 2], [-100, 4], [0, 3], [2, 2]])
+    document = torch.tensor([[0, 0], [0, 0], [0, 1], [0, 1]])
+    place_of = where_of_plain_tokens(tokens)
+    names, values = zip(*model.named_parameters(), strict=True)
+
+    def loss(*parameters: Tensor) -> Tensor:
+        at = Where(**{**vars(place_of), "document_whole": document, "mask_documents": True, "derived": {}})
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (tokens, targets, at))
+
+    # Fast mode compares the products of the two Jacobians with random vectors: one pass instead of one per element.
+    held = tuple(value.detach().clone().requires_grad_() for value in values)
+    torch.manual_seed(0)
+    assert torch.autograd.gradcheck(loss, held, fast_mode=True)

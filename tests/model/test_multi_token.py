@@ -1,0 +1,88 @@
+"""Predicting further tokens: by hand, on every layout, and what it costs."""
+
+import pytest
+import torch
+from engine_cases import dense_config, moe_config
+from torch import Tensor
+from torch.nn import functional as F
+
+from meshwright.kernels.cross_entropy import NOT_COUNTED
+from meshwright.model.config import ModelConfig
+from meshwright.model.costs import forward_flops_per_token, further_tokens_flops
+from meshwright.model.multi_token import shifted
+from meshwright.model.parts import build_model
+from meshwright.model.shapes import parameter_shapes
+from meshwright.parallel.mesh import single_process_mesh
+from meshwright.parallel.tally import Tally, declared_entries
+from meshwright.parallel.where import Where, where_of_plain_tokens
+
+S, B = 8, 2
+
+
+def config(**changes: object) -> ModelConfig:
+    return dense_config(**{"num_layers": 2, "multi_token": {"depth": 2, "loss_weight": 0.5}, **changes})
+
+
+def loss_of(model: torch.nn.Module, tokens: Tensor, targets: Tensor, where: Where) -> tuple[Tensor, dict[str, Tensor]]:
+    tally = Tally(declared_entries(model), torch.device("cpu"))
+    loss = model(tokens, targets, where, tally)
+    return loss, tally.reduce(single_process_mesh())
+
+
+def test_further_tokens_are_predicted_as_by_hand() -> None:
+    of = config()
+    model = build_model(of, dtype=torch.float64, seed=3).train()
+    text = torch.randint(0, of.vocab_size, (S + 1, B))
+    tokens, targets = text[:-1], text[1:]
+    where = where_of_plain_tokens(tokens)
+    loss, sums = loss_of(model, tokens, targets, where)
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    x = model.begin(tokens, where)
+    for layer in model.layers.values():
+        x = layer(x, where, None)
+    stream, extra = x, []
+    for by, further in enumerate(model.multi_token, start=1):
+        ahead = torch.cat([tokens[by:], tokens[-1:].expand(by, B)])
+        both = torch.cat([further.hidden_norm(stream), further.embedding_norm(model.embedding(ahead))], dim=-1)
+        stream = further.layer(both @ further.projection.weight.T, where, None)
+        logits = further.final_norm(stream)[: S - by] @ model.output_rows.weight.T
+        extra.append(F.cross_entropy(logits.flatten(0, 1), targets[by:].flatten(), reduction="sum") / (S * B))
+    main = F.cross_entropy(model.logits(x).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, main)  # what is returned is the next token's alone
+    found_losses = [sums[f"multi_token.{k}.loss"].item() for k in (0, 1)]
+    assert found_losses == pytest.approx([each.item() for each in extra])
+    (main + 0.5 * sum(extra) / 2).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, msg=name)
+
+
+def test_evaluation_and_generation_compute_nothing_of_it() -> None:
+    model = build_model(config()).eval()
+    model.multi_token.register_forward_hook(lambda *_: pytest.fail("was run"))
+    for further in model.multi_token:
+        further.register_forward_hook(lambda *_: pytest.fail("was run"))
+    tokens = torch.randint(0, 8, (S, B))
+    model(tokens, tokens)
+    model.step(tokens, model.initial_state(B, S))
+
+
+def test_there_is_no_target_behind_the_end_of_a_sample_or_of_its_document() -> None:
+    tokens = torch.arange(6)[:, None]
+    where = where_of_plain_tokens(tokens)
+    ahead = shifted(where, tokens, tokens + 1, 2)
+    assert ahead.targets[:, 0].tolist() == [3, 4, 5, 6, NOT_COUNTED, NOT_COUNTED]
+    assert ahead.tokens[:4, 0].tolist() == [2, 3, 4, 5]
+    document = torch.tensor([0, 0, 0, 1, 1, 1])[:, None]
+    apart = Where(**(vars(where) | {"document_whole": document, "mask_documents": True}))
+    assert shifted(apart, tokens, tokens + 1, 1).targets[:, 0].tolist() == [2, 3, NOT_COUNTED, 5, 6, NOT_COUNTED]
+
+
+def test_the_tables_count_it() -> None:
+    for of in (config(), moe_config(multi_token={"depth": 1})):
+        model = build_model(of)
+        assert {name: tuple(p.shape) for name, p in model.named_parameters()} == parameter_shapes(of)
+        plain = forward_flops_per_token(of.model_copy(update={"multi_token": None}), 16)
+        assert forward_flops_per_token(of, 16) == plain + further_tokens_flops(of, 16) > plain

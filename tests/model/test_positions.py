@@ -1,0 +1,113 @@
+"""Positions are those of transformers: frequencies of rotary ones, ALiBi's slopes, T5's buckets."""
+
+import math
+
+import pytest
+import torch
+from rank_pool import run_mesh
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from meshwright.model.parts import initialise
+from meshwright.model.positions import (
+    LearnedPositions,
+    Rope,
+    RopeScaling,
+    SinusoidalPositions,
+    alibi_slopes,
+    t5_buckets,
+)  # fmt: skip
+from meshwright.parallel.mesh import Mesh, Sizes
+from meshwright.parallel.placement import placement_table
+
+D, BASE, LENGTH = 32, 500.0, 64
+FACTOR = 4.0
+OF_YARN = {"rope_type": "yarn", "factor": FACTOR, "original_max_position_embeddings": LENGTH}
+OF_LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": LENGTH,
+}  # fmt: skip
+SCALINGS = {
+    "linear": (RopeScaling("linear", FACTOR), {"rope_type": "linear", "factor": FACTOR}),
+    "ntk": (RopeScaling("ntk", FACTOR), {"rope_type": "dynamic", "factor": FACTOR}),
+    "yarn": (RopeScaling("yarn", FACTOR, LENGTH), OF_YARN),
+    "yarn, other turns": (
+        RopeScaling("yarn", FACTOR, LENGTH, beta_fast=8.0, beta_slow=2.0),
+        OF_YARN | {"beta_fast": 8.0, "beta_slow": 2.0},
+    ),
+    "yarn of DeepSeek": (
+        RopeScaling("yarn", FACTOR, LENGTH, mscale=0.7, mscale_all_dim=1.3),
+        OF_YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+    ),
+    "yarn, factor": (RopeScaling("yarn", FACTOR, LENGTH, attention_factor=1.7), OF_YARN | {"attention_factor": 1.7}),
+    "llama3": (RopeScaling("llama3", 8.0, LENGTH), OF_LLAMA3),
+}
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_stretched_frequencies_are_those_of_transformers(kind: str, fraction: float) -> None:
+    scaling, theirs = SCALINGS[kind]
+    config = LlamaConfig(
+        hidden_size=4 * D, num_attention_heads=4, head_dim=D, max_position_embeddings=4 * LENGTH,
+        rope_parameters={**theirs, "rope_theta": BASE, "partial_rotary_factor": fraction},
+    )  # fmt: skip
+    # The dynamic one takes the length of the sample; with this one its stretch is the whole factor.
+    more = {"seq_len": int(4 * LENGTH * (2 * FACTOR - 1) / FACTOR)} if kind == "ntk" else {}
+    expected, factor = ROPE_INIT_FUNCTIONS[theirs["rope_type"]](config, device="cpu", **more)
+    rope = Rope(BASE, fraction, scaling)
+    torch.testing.assert_close(rope.frequencies(D).float(), expected, rtol=2e-6, atol=0)
+    assert scaling.cosine_factor() == pytest.approx(factor)
+    cos, sin = rope.angles(torch.tensor([3]), D, torch.float64)
+    torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, factor**2))
+
+
+def test_a_start_moves_all_positions() -> None:
+    moved, plain = (Rope(BASE, start=start).angles(torch.arange(5) + 9 - start, D, torch.float64) for start in (9, 0))
+    assert torch.equal(moved[0], plain[0])
+    assert torch.equal(moved[1], plain[1])
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 6, 8, 12, 71])
+def test_slopes_are_those_of_bloom(num_heads: int) -> None:
+    theirs = build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float64)[:, 0, 1]
+    torch.testing.assert_close(torch.tensor(alibi_slopes(num_heads), dtype=torch.float64), theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 20), (16, 1000)])
+def test_buckets_are_those_of_t5(is_causal: bool, buckets: int, farthest: int) -> None:
+    distance = torch.arange(-1500, 1500)
+    theirs = T5Attention._relative_position_bucket(-distance, not is_causal, buckets, farthest)
+    assert torch.equal(t5_buckets(distance, buckets, farthest, is_causal=is_causal), theirs)
+
+
+def test_sinusoids_are_those_of_the_paper() -> None:
+    added = SinusoidalPositions(6)(torch.zeros(4, 2, 6), torch.tensor([0, 1, 5, 900]))
+    for row, position in zip(added[:, 1], (0, 1, 5, 900), strict=True):
+        for i in range(3):
+            angle = position / 10_000 ** (2 * i / 6)
+            assert row[2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert row[2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+    with pytest.raises(ValueError, match="hidden_size = 7: must be even"):
+        SinusoidalPositions(7)
+
+
+def learned(mesh: Mesh) -> torch.Tensor:
+    part = LearnedPositions(9, 4, tp=mesh.tp)
+    initialise(part)
+    position = torch.tensor([1, 5, 5, 8]).chunk(mesh.tp.size)[mesh.tp.rank]
+    x = torch.zeros(len(position), 2, 4)
+    y = part(x, position)
+    assert torch.equal(y[0, 1], part.weight[position[0]])
+    y.sum().backward()
+    for axis in placement_table(part)["weight"].grad_sum:
+        torch.distributed.all_reduce(part.weight.grad, group=axis.group)
+    return part.weight.grad[:, 0]
+
+
+def test_a_learned_tables_gradient_is_the_sum_over_the_tokens_of_all_ranks() -> None:
+    for found in run_mesh(Sizes(tp=2), learned):
+        assert found.tolist() == [0, 2, 0, 0, 0, 4, 0, 0, 2]
