@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from meshwright.model.config import ModelConfig, MoeConfig
+from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.moe import MoeConfig
 from meshwright.model.parts import build_model, reset_buffers
 from meshwright.model.stage import HeldStages, MicroBatch, stage_parts
 from meshwright.parallel import collectives

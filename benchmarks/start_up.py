@@ -2,8 +2,8 @@
 
     python benchmarks/start_up.py
 
-Starts `meshwright train` as a user does, one process, preset `tiny`, on a store that is made first, several times after
-one start that warms the file cache. Prints one JSON line for each start and one with the medians:
+Starts `meshwright train` as a user does, one process, preset `dense-tiny`, on a store that is made first, several times
+after one start that warms the file cache. Prints one JSON line for each start and one with the medians:
 
     first_step_seconds    from the start of the process to the line of step 1 on its terminal
     cpu_seconds           processor time of the whole command (user and system)
@@ -27,7 +27,7 @@ name = "start-up"
 folder = "{folder}"
 device = "cpu"
 [model]
-preset = "tiny"
+preset = "dense-tiny"
 [data]
 store = "{store}"
 seq_len = 128

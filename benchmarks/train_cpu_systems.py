@@ -1,112 +1,23 @@
 """One competitor of `train_cpu.py` in a process of its own: trains so many steps whenever its parent says so.
 
-    python benchmarks/train_cpu_systems.py SYSTEM TASK        TASK: a JSON object, see `Task`
+    python benchmarks/train_cpu_systems.py SYSTEM TASK        TASK: a JSON object, see `cpu_task.py`
 
 The parent writes {"run": 3} to stdin; the answer on stdout is one JSON line with the seconds of each of the three
 steps, the process's CPU seconds, page faults and the last loss. Whatever a system prints goes to stderr. This file is
 run by other environments too (litgpt's), so it imports only what its system needs. Every system reads the same tokens.
+What generates instead stands in `decode_cpu_systems.py`.
 """
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained: sizes, precision, and where the tokens lie."""
-
-    shape: str
-    precision: str
-    threads: int
-    folder: str
-    num_layers: int = 8
-    hidden_size: int = 384
-    num_heads: int = 6
-    ffn_hidden_size: int = 1024
-    vocab_size: int = 8192
-    seq_len: int = 512
-    batch: int = 8
-    num_experts: int = 8
-    top_k: int = 2
-    expert_hidden_size: int = 512
-    learning_rate: float = 1e-3
-
-    @property
-    def is_moe(self) -> bool:
-        """Say whether the feed-forwards are mixtures of experts."""
-        return self.shape == "moe"
-
-    @property
-    def multiplied_weights(self) -> int:
-        """Return how many weights of the layers and the head one token is multiplied with."""
-        h = self.hidden_size
-        width = self.top_k * self.expert_hidden_size if self.is_moe else self.ffn_hidden_size
-        router = self.num_experts * h if self.is_moe else 0
-        return self.num_layers * (4 * h * h + 3 * h * width + router) + self.vocab_size * h
-
-    @property
-    def flops_per_token(self) -> float:
-        """Return the multiplications and additions of forward and backward, scores counted where they are causal."""
-        return 6.0 * self.multiplied_weights + 6.0 * self.num_layers * self.seq_len * self.hidden_size
-
-
-class Channel:
-    """The parent's orders, and the answers to them; a system calls `next_step` before each step."""
-
-    def __init__(self) -> None:
-        """Keep stdout for the answers, and send everything else that is printed to stderr."""
-        self._out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-        self._left = 0
-        self._seconds: list[float] = []
-        self._loss: Callable[[], float] = lambda: float("nan")
-        self._answers = 0
-
-    def ready(self, about: list[str]) -> None:
-        """Say that orders are taken, and what there is to say about how this system runs."""
-        self._say({"ready": True, "about": about})
-
-    def next_step(self, loss: Callable[[], float]) -> None:
-        """End the step before this one; wait for an order if all that were ordered are done. May not return."""
-        now, self._loss = time.perf_counter(), loss
-        if self._left:
-            self._seconds.append(now - self._began)
-            self._left -= 1
-            if not self._left:
-                self._answer()
-        if not self._left:
-            self._left = self._order()
-            self._start = _usage()
-        self._began = time.perf_counter()
-
-    def _order(self) -> int:
-        line = sys.stdin.readline()
-        if not line:
-            os._exit(0)
-        return int(json.loads(line)["run"])
-
-    def _answer(self) -> None:
-        cpu, faults = (b - a for a, b in zip(self._start, _usage(), strict=True))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        answer = {"seconds": self._seconds, "cpu_seconds": cpu, "page_faults": faults, "loss": self._loss()}
-        self._say(answer | {"peak_mib": round(peak)})
-        self._seconds = []
-
-    def _say(self, what: dict[str, Any]) -> None:
-        self._out.write(json.dumps(what) + "\n")
-        self._out.flush()
-
-
-def _usage() -> tuple[float, float]:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime, float(usage.ru_minflt)
+from cpu_task import Channel, Task, batches
+from decode_cpu_systems import decode_by_transformers, decode_by_us, their_changes
 
 
 def ours(task: Task, channel: Channel) -> None:
@@ -124,6 +35,7 @@ def ours(task: Task, channel: Channel) -> None:
     from meshwright.launcher.training.stopping import Signals, SpikeGuard
     from meshwright.parallel.mesh import single_process_mesh
 
+    channel.loaded()
     run_file = read_run_file(Path(task.folder, f"{task.shape}.toml"), [f"train.precision={_PRECISION[task.precision]}"])
     run = build_run(run_file, TokenStore.open(run_file.data.store), single_process_mesh(), torch.device("cpu"))
     measured = measure()
@@ -145,40 +57,17 @@ _PRECISION = {"fp32": "fp32", "bf16": "bf16_autocast"}
 
 
 def transformers(task: Task, channel: Channel) -> None:
-    """Train Hugging Face's Llama or Qwen3Moe in the loop that its users write: autocast, clip, fused AdamW."""
+    """Train Hugging Face's class of this shape in the loop that its users write: autocast, clip, fused AdamW."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    common: dict[str, Any] = {
-        "vocab_size": task.vocab_size,
-        "hidden_size": task.hidden_size,
-        "num_hidden_layers": task.num_layers,
-        "num_attention_heads": task.num_heads,
-        "num_key_value_heads": task.num_heads,
-        "head_dim": task.hidden_size // task.num_heads,
-        "max_position_embeddings": task.seq_len,
-        "tie_word_embeddings": False,
-        "use_cache": False,
-    }
-    model: torch.nn.Module
-    if task.is_moe:
-        model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                **common,
-                num_experts=task.num_experts,
-                num_experts_per_tok=task.top_k,
-                moe_intermediate_size=task.expert_hidden_size,
-                norm_topk_prob=True,
-                output_router_logits=True,
-            )
-        )
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**common, intermediate_size=task.ffn_hidden_size))
+    channel.loaded()
+    model = AutoModelForCausalLM.from_pretrained(Path(task.folder, task.shape), **their_changes(task))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.1, fused=True)
     channel.ready([])
     loss = torch.zeros(())
-    for tokens in _batches(task):
+    for tokens in batches(task):
         channel.next_step(lambda: float(loss))  # noqa: B023
         inputs = tokens[:, :-1].contiguous()
         with torch.autocast("cpu", torch.bfloat16, enabled=task.precision == "bf16"):
@@ -200,9 +89,11 @@ def litgpt(task: Task, channel: Channel) -> None:
     from litgpt.pretrain import setup
     from torch.utils.data import DataLoader, IterableDataset
 
+    channel.loaded()
+
     class Ordered(IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Iterator[torch.Tensor]:
-            for tokens in _batches(task):
+            for tokens in batches(task):
                 channel.next_step(lambda: float("nan"))
                 yield tokens
 
@@ -214,14 +105,14 @@ def litgpt(task: Task, channel: Channel) -> None:
             return DataLoader(Ordered(), batch_size=None)
 
         def val_dataloader(self) -> Any:
-            return DataLoader([next(iter(_batches(task)))], batch_size=None)
+            return DataLoader([next(iter(batches(task)))], batch_size=None)
 
     config = Config(
         name="bench",
         block_size=task.seq_len,
         n_layer=task.num_layers,
         n_embd=task.hidden_size,
-        n_head=task.num_heads,
+        n_head=task.hidden_size // task.head_dim,
         padded_vocab_size=task.vocab_size,
         vocab_size=task.vocab_size,
         rotary_percentage=1.0,
@@ -266,9 +157,9 @@ def ceiling(task: Task, channel: Channel) -> None:
 
     from meshwright.kernels.products import onednn_product
 
-    h, rows = task.hidden_size, task.seq_len * task.batch
-    ffn = task.expert_hidden_size if task.is_moe else task.ffn_hidden_size
-    sizes = [(rows, h, h), (rows, h, ffn), (rows, ffn, h), (rows // 4, h, task.vocab_size)]
+    rows = task.seq_len * task.batch
+    # The head comes by chunks of tokens, in ours too.
+    sizes = [(rows if o < task.vocab_size else rows // 4, i, o) for i, o in dict.fromkeys(task.products)]
     inputs = [(torch.randn(t, i), torch.randn(o, i)) for t, i, o in sizes]
     narrow = [(x.to(torch.bfloat16), w.to(torch.bfloat16)) for x, w in inputs]
     work = {
@@ -288,26 +179,13 @@ def ceiling(task: Task, channel: Channel) -> None:
             rates[name] = max(rates.get(name, 0.0), flops / (time.perf_counter() - began) / 1e9)
 
 
-def _batches(task: Task) -> Iterator[Any]:
-    """Yield [batch, seq_len + 1] tokens, forever."""
-    import numpy as np
-    import torch
-
-    tokens = np.load(Path(task.folder, "tokens.npy"), mmap_mode="r")
-    length, at = task.seq_len + 1, 0
-    while True:
-        if (at + task.batch) * length > len(tokens):
-            at = 0
-        part = tokens[at * length : (at + task.batch) * length]
-        yield torch.from_numpy(part.astype(np.int64)).view(task.batch, length)
-        at += task.batch
-
-
-SYSTEMS: dict[str, Callable[[Task, Channel], None]] = {
-    "ours": ours,
-    "transformers": transformers,
-    "litgpt": litgpt,
-    "ceiling": ceiling,
+SYSTEMS: dict[tuple[str, str], Callable[[Task, Channel], None]] = {
+    ("train", "ours"): ours,
+    ("train", "transformers"): transformers,
+    ("train", "litgpt"): litgpt,
+    ("train", "ceiling"): ceiling,
+    ("decode", "ours"): decode_by_us,
+    ("decode", "transformers"): decode_by_transformers,
 }
 
 
@@ -319,7 +197,7 @@ def main() -> None:
 
     torch.set_num_threads(task.threads)
     torch.manual_seed(0)
-    SYSTEMS[sys.argv[1]](task, channel)
+    SYSTEMS[task.work, sys.argv[1]](task, channel)
 
 
 if __name__ == "__main__":
