@@ -36,8 +36,8 @@ def decode_by_us(task: Task, channel: Channel) -> None:
     from meshwright.kernels.measure import measure
     from meshwright.launcher.build import build_run
     from meshwright.launcher.runfile.read import read_run_file
-    from meshwright.model.generate import generate
-    from meshwright.model.sampling import Sampling
+    from meshwright.model.generation.generate import generate
+    from meshwright.model.generation.sampling import Sampling
     from meshwright.parallel.mesh import single_process_mesh
 
     channel.loaded()
@@ -74,7 +74,7 @@ def decode_by_transformers(task: Task, channel: Channel) -> None:
         channel.next_step(lambda: found)  # noqa: B023
         stamps = _Stamps()
         with torch.no_grad():
-            given = model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=stamps, **how)
+            given = model.generation.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=stamps, **how)
         found = _found(stamps.times, given[0, task.prompt :].tolist())
 
 

@@ -12,7 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from meshwright.model.config import ModelConfig
-from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.feedforward.moe import MoeConfig
 from meshwright.model.parts import build_model, reset_buffers
 from meshwright.model.stage import HeldStages, MicroBatch, stage_parts
 from meshwright.parallel import collectives

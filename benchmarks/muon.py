@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from meshwright.kernels.newton_schulz import multiplications
+from meshwright.kernels.matmul.newton_schulz import multiplications
 from meshwright.launcher.runfile.tables import OptimizerConfig
 from meshwright.launcher.training import muon as our_muon
 from meshwright.launcher.training.optimizer import Optimizer

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from meshwright.launcher.build import recompute_of
 from meshwright.model.config import ModelConfig
-from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.feedforward.moe import MoeConfig
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
 from meshwright.parallel.config import RecomputeConfig

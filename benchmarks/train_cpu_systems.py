@@ -155,7 +155,7 @@ def ceiling(task: Task, channel: Channel) -> None:
     import torch
     import torch.nn.functional as F
 
-    from meshwright.kernels.products import onednn_product
+    from meshwright.kernels.matmul.products import onednn_product
 
     rows = task.seq_len * task.batch
     # The head comes by chunks of tokens, in ours too.

@@ -5,7 +5,7 @@ Which library multiplies fastest depends on the processor, not on the model:
     fp32 products     MKL, or oneDNN            on AMD with AVX512 oneDNN is twice MKL, with AVX2 they are equal
     bf16 products     native, or in fp32 and    without bf16 instructions native is 40 times slower than fp32,
                       rounded once              with them two to four times faster
-    attention         torch's flash operator, or blocks of query rows (`attention_blocks.py`)
+    attention         torch's flash operator, or blocks of query rows (`attention/blocks.py`)
 
 The products of experts go by the same choices, through F.grouped_mm where they are PyTorch's own.
 

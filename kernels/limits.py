@@ -1,8 +1,8 @@
 """How much is worked on at a time, in numbers: work that is larger is cut, and what comes out is the same.
 
     what is cut                       into                                    by
-    the loss                          chunks of tokens                        kernels/cross_entropy.py, parallel/tensor/
-    attention within documents        slabs of query rows                     kernels/flash.py
+    the loss                          chunks of tokens                        matmul/cross_entropy.py, parallel/tensor/
+    attention within documents        slabs of query rows                     kernels/attention/flash.py
     dropout, jitter                   stretches of tokens                     parallel/dropout.py
     initial weights                   stretches of elements                   parallel/initialise.py
     gradients and updated weights     buckets, each with its own messages     parallel/zero/buckets.py

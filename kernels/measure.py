@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright.kernels import products
-from meshwright.kernels.attention import attention
+from meshwright.kernels.attention.attention import attention
 from meshwright.kernels.choose import Choices, choices_from_dict, current, use
-from meshwright.kernels.linear import linear
+from meshwright.kernels.matmul import products
+from meshwright.kernels.matmul.linear import linear
 
 MARGIN = 1.15
 """How much faster than PyTorch's own way another must be."""

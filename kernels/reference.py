@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from meshwright.kernels.cross_entropy import NOT_COUNTED
+from meshwright.kernels.attention.seen import CAUSAL, Seen
+from meshwright.kernels.matmul.cross_entropy import NOT_COUNTED
 from meshwright.kernels.precision import at_least_fp32
-from meshwright.kernels.seen import CAUSAL, Seen
 
 
 def linear(

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from meshwright.launcher.inference import Loaded
 from meshwright.launcher.runfile.messages import ConfigError
-from meshwright.model.generate import generate, too_long
-from meshwright.model.sampling import Sampling
+from meshwright.model.generation.generate import generate, too_long
+from meshwright.model.generation.sampling import Sampling
 
 # What a decoder puts where bytes make no character (yet).
 _BROKEN = "\N{REPLACEMENT CHARACTER}"

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from meshwright.kernels.attention.flash import slower_than_flash
 from meshwright.kernels.choose import Choices, choices_from_dict
-from meshwright.kernels.flash import slower_than_flash
-from meshwright.kernels.grouped import slower_than_grouped
-from meshwright.kernels.linear import uses_own_products
+from meshwright.kernels.matmul.grouped import slower_than_grouped
+from meshwright.kernels.matmul.linear import uses_own_products
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.model.config import ModelConfig
 from meshwright.parallel.mesh import Mesh

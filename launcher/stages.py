@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.model.config import ModelConfig
-from meshwright.model.costs import (
+from meshwright.model.counts.costs import (
     embedding_forward_flops,
     further_tokens_flops,
     layer_forward_flops,

@@ -16,7 +16,11 @@ from typing import Annotated, Any, Literal, TypeGuard, get_args
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
 from pydantic import model_validator as validator
 
-from meshwright.model.kinds.attention_keys import (
+from meshwright.model.kinds.depth import DepthConfig
+from meshwright.model.kinds.feedforward.mlp import FfnActivation
+from meshwright.model.kinds.feedforward.moe import MoeConfig
+from meshwright.model.kinds.kind import Choose, Kind
+from meshwright.model.kinds.mixers.attention_keys import (
     BlockSparseConfig,
     LatentConfig,
     PositionName,
@@ -24,16 +28,12 @@ from meshwright.model.kinds.attention_keys import (
     SlidingConfig,
     SwitchHeadConfig,
 )
-from meshwright.model.kinds.depth import DepthConfig
-from meshwright.model.kinds.gated_delta import GatedDeltaConfig
-from meshwright.model.kinds.kind import Choose, Kind
-from meshwright.model.kinds.mamba1 import Mamba1Config
-from meshwright.model.kinds.mamba2 import Mamba2Config
-from meshwright.model.kinds.mlp import FfnActivation
-from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.mixers.gated_delta import GatedDeltaConfig
+from meshwright.model.kinds.mixers.mamba1 import Mamba1Config
+from meshwright.model.kinds.mixers.mamba2 import Mamba2Config
+from meshwright.model.kinds.mixers.s4d import S4dConfig
 from meshwright.model.kinds.multi_token import MultiTokenConfig
 from meshwright.model.kinds.norms import FORMS, Form, NormName, Placing, deepnorm_alpha
-from meshwright.model.kinds.s4d import S4dConfig
 from meshwright.model.kinds.sizes import MAX_LAYERS, TABLE, Size, SizeOrZero, round_up
 from meshwright.model.kinds.table import ALL, KINDS
 from meshwright.model.kinds.unread import unread_problems

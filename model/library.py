@@ -3,15 +3,16 @@
 docs/parts.md shows each in a few lines. Nothing of the project imports this file.
 """
 
-from meshwright.kernels.seen import Blocks
+from meshwright.kernels.attention.seen import Blocks
 from meshwright.model.block import Block, Layer, Multipliers
 from meshwright.model.config import ModelConfig
 from meshwright.model.depth import Depth, MixtureOfDepths
 from meshwright.model.feedforward.experts import Experts
 from meshwright.model.feedforward.mlp import Inner, Mlp
 from meshwright.model.feedforward.moe import Moe, RouterLosses, SharedGate
-from meshwright.model.generate import generate
-from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.generation.generate import generate
+from meshwright.model.generation.sampling import Sampling
+from meshwright.model.kinds.feedforward.moe import MoeConfig
 from meshwright.model.kinds.norms import FORMS, Form
 from meshwright.model.mixers.attention import Attention, Heads, Products
 from meshwright.model.mixers.attention_core import Look
@@ -29,7 +30,6 @@ from meshwright.model.positions import T5, Alibi, LearnedPositions, Rope, RopeSc
 from meshwright.model.presets import PRESETS, preset
 from meshwright.model.routers.router import Ways
 from meshwright.model.routers.table import make_router
-from meshwright.model.sampling import Sampling
 from meshwright.model.stack import Ends, Extras, LanguageModel
 from meshwright.parallel.initialise import InitPolicy
 from meshwright.parallel.tally import Tally

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from meshwright.kernels.cross_entropy import NOT_COUNTED
+from meshwright.kernels.matmul.cross_entropy import NOT_COUNTED
 from meshwright.model.block import Layer
 from meshwright.parallel.collectives import heads_to_sequence
 from meshwright.parallel.initialise import InitPolicy

@@ -18,7 +18,7 @@ from torch import Tensor
 from meshwright.launcher.runfile.tables import OptimizerConfig
 from meshwright.launcher.training.optimizer import Optimizer
 from meshwright.model.config import ModelConfig
-from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.feedforward.moe import MoeConfig
 from meshwright.model.kinds.unread import keys_read
 from meshwright.model.making import Ways
 from meshwright.model.parts import build_model, reset_buffers

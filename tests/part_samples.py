@@ -16,7 +16,7 @@ from typing import Any
 from engine_cases import dense_config, moe_config
 
 from meshwright.model.config import ModelConfig
-from meshwright.model.kinds.mlp import FfnActivation
+from meshwright.model.kinds.feedforward.mlp import FfnActivation
 
 EVERY_BIAS = ("q", "k", "v", "output", "ffn")
 YARN = {"kind": "yarn", "factor": 4.0, "original_length": 8}

@@ -14,7 +14,7 @@ from meshwright.launcher.runfile.write import write_resolved
 from meshwright.launcher.weights.hf_writer import ExportSettings, write_hf_folder
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import BUFFERS
-from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.feedforward.moe import MoeConfig
 from meshwright.model.kinds.unread import keys_read
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel

@@ -15,7 +15,7 @@ from meshwright.launcher.stages import layers_of_stages, stage_costs, stages_of
 from meshwright.launcher.training.batch_ramp import BatchRamp
 from meshwright.launcher.training.learning_rate import warmup_length
 from meshwright.model.config import ModelConfig
-from meshwright.model.costs import active_parameter_count, parameter_count, training_flops_per_token
+from meshwright.model.counts.costs import active_parameter_count, parameter_count, training_flops_per_token
 from meshwright.model.presets import PRESETS
 from meshwright.parallel.config import MAX_RANKS
 from meshwright.parallel.pipeline.simulate import predict

@@ -35,7 +35,7 @@ def generate(
     from meshwright.launcher.generation import continue_prompt
     from meshwright.launcher.inference import load_for_inference
     from meshwright.launcher.runfile.messages import ConfigError
-    from meshwright.model.sampling import Sampling
+    from meshwright.model.generation.sampling import Sampling
 
     try:
         sampling = Sampling(temperature, top_k, top_p)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meshwright.kernels.linear import linear
+from meshwright.kernels.matmul.linear import linear
 
 # Words that must all stand in the device's name, and dense bf16 FLOP/s by the vendor's data sheet. The first row that
 # fits counts, so a variant stands before its family. A device that is not here is measured.

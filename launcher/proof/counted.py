@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from meshwright.data.meta import SplitMeta, StoreMeta, TokenizerMeta
 from meshwright.data.order import SampleOrder
 from meshwright.data.store import Origin, Split, TokenStore
-from meshwright.kernels.cross_entropy import NOT_COUNTED
+from meshwright.kernels.matmul.cross_entropy import NOT_COUNTED
 
 _DOCUMENTS = np.cumsum([0, 5, 9, 13, 6])
 _PERIOD = int(_DOCUMENTS[-1])

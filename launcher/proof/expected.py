@@ -1,6 +1,6 @@
 """What a checkpoint of a run must hold, by name and global shape, known from the run file alone.
 
-    weights    model/shapes.py's table
+    weights    model/counts/shapes.py's table
     moments    of each weight, by the optimizer that its name and shape fall to
     buffers    those of the model's modules
 
@@ -11,8 +11,8 @@ from meshwright.launcher.build import with_vocab_of
 from meshwright.launcher.proof.counted import counted_store
 from meshwright.launcher.runfile.optimizer_rules import Kind, settings_of
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.model.parts import build_model
-from meshwright.model.shapes import parameter_shapes
 
 _MOMENTS: dict[Kind, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
 

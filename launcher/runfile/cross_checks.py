@@ -17,9 +17,9 @@ from meshwright.launcher.runfile.upcycling_checks import upcycling_problems
 from meshwright.launcher.runfile.would_fit import Choose, all_of, chooser, keys_of
 from meshwright.launcher.training.learning_rate import learning_rate_problems
 from meshwright.model.config import ModelConfig
+from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.model.kinds.sizes import MAX_LAYERS, round_up
 from meshwright.model.pattern import kinds_in, parse_pattern, parse_placed
-from meshwright.model.shapes import parameter_shapes
 from meshwright.parallel.config import ParallelConfig
 from meshwright.parallel.fits import up_to
 

@@ -48,9 +48,9 @@ from meshwright.kernels.limits import USUAL, Limits
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
-from meshwright.model.activations import ActivationBytes, Held, activation_bytes
+from meshwright.model.counts.activations import ActivationBytes, Held, activation_bytes
+from meshwright.model.counts.shapes import embedding_weights, head_weights, layer_weights
 from meshwright.model.kinds.kind import Degrees, Types, Weight
-from meshwright.model.shapes import embedding_weights, head_weights, layer_weights
 
 COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "fp64": 8}
 UPDATE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 4, "fp64": 8}

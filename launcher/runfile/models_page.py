@@ -3,7 +3,7 @@
 They are made by `python -m meshwright.launcher.runfile.schema`; a test fails while the page is behind the code.
 """
 
-from meshwright.model.costs import active_parameter_count, parameter_count
+from meshwright.model.counts.costs import active_parameter_count, parameter_count
 from meshwright.model.kinds.kind import Kind
 from meshwright.model.kinds.table import ALL
 from meshwright.model.presets import PRESETS, preset

@@ -19,7 +19,7 @@ from meshwright.launcher.runfile.messages import problem, shown, suggestion
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.write import as_tables
 from meshwright.model.config import ModelConfig
-from meshwright.model.shapes import parameter_shapes
+from meshwright.model.counts.shapes import parameter_shapes
 
 FREE_TABLES = ("parallel", "pipeline", "zero", "recompute", "log", "checkpoint", "evaluation")
 FREE_KEYS = (

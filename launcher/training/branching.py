@@ -29,7 +29,7 @@ from meshwright.launcher.weights.read_weights import (
 )
 from meshwright.launcher.weights.saved_run import run_file_of
 from meshwright.launcher.weights.upcycle import Upcycled, Weights
-from meshwright.model.shapes import parameter_shapes
+from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state, saved_tensors

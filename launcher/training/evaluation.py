@@ -13,7 +13,7 @@ from torch import Tensor
 from meshwright.data.batches import Batch, fetch
 from meshwright.data.order import SampleOrder
 from meshwright.data.store import Split
-from meshwright.kernels.cross_entropy import NOT_COUNTED
+from meshwright.kernels.matmul.cross_entropy import NOT_COUNTED
 from meshwright.launcher.build import Run
 from meshwright.launcher.training.one_step import (
     Inputs,

@@ -14,7 +14,7 @@ from meshwright.launcher.runfile.optimizer_rules import changed_kinds, few_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.training.adamw import MOMENTS
 from meshwright.launcher.training.muon import MOMENTUM
-from meshwright.model.shapes import parameter_shapes
+from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.parallel.checkpoint.describe import HeldPart
 
 

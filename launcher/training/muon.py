@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from meshwright.kernels.limits import USUAL, Limits
-from meshwright.kernels.newton_schulz import multiplications, orthogonalise
+from meshwright.kernels.matmul.newton_schulz import multiplications, orthogonalise
 from meshwright.launcher.runfile.optimizer_rules import Settings
 from meshwright.launcher.runfile.tables import OptimizerConfig
 from meshwright.parallel.mesh import Mesh

@@ -41,7 +41,7 @@ from meshwright.launcher.training.loop import held_out_lines, train
 from meshwright.launcher.training.run_lock import run_lock
 from meshwright.launcher.training.saving import Saver, resume
 from meshwright.launcher.training.stopping import Signals
-from meshwright.model.costs import training_flops_per_token
+from meshwright.model.counts.costs import training_flops_per_token
 from meshwright.parallel.mesh import build_mesh
 
 

@@ -24,7 +24,7 @@ from meshwright.launcher.weights.read_weights import ExportWeights, fill_model, 
 from meshwright.launcher.weights.safetensors_stream import write_text
 from meshwright.launcher.weights.verify_export import compare_logits, import_transformers, their_logits
 from meshwright.model.config import ModelConfig
-from meshwright.model.costs import parameter_count
+from meshwright.model.counts.costs import parameter_count
 
 SAMPLES, LONGEST_SAMPLE, LONGEST_RUN = 2, 64, 4096
 

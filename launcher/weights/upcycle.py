@@ -24,7 +24,7 @@ from torch import Tensor
 from meshwright.kernels.precision import at_least_fp32
 from meshwright.launcher.runfile.tables import InitConfig
 from meshwright.model.config import ModelConfig
-from meshwright.model.shapes import parameter_shapes
+from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.parallel.counter_rng import normal_from_uniform, uniform_range
 
 # Of a mixture's part, by which name the dense part has it: experts.gate -> gate.weight, experts.gate_bias -> gate.bias.

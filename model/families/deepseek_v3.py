@@ -32,7 +32,7 @@ from meshwright.model.families.table import (
     stack_rows,
     without,
 )
-from meshwright.model.kinds.attention_keys import LatentConfig
+from meshwright.model.kinds.mixers.attention_keys import LatentConfig
 
 EPS = 1e-6
 PARTS = Parts(("latent_attention",), ("mlp", "moe"), "'+E' or '+E @0-2 +-'")

@@ -17,7 +17,7 @@ from meshwright.model.families.mamba2 import NAMES, NEEDED
 from meshwright.model.families.rules import ANY, Parts, reasons
 from meshwright.model.families.ssm import conv_rows, joined_rows
 from meshwright.model.families.table import linear_rows, size_keys, sizes_to_ours, stack_rows
-from meshwright.model.kinds.mamba1 import Mamba1Config
+from meshwright.model.kinds.mixers.mamba1 import Mamba1Config
 
 PARTS = Parts(("mamba1",), (None,), "'m'")
 RULES = {f"mamba1.{key}": ANY for key in Mamba1Config.model_fields}

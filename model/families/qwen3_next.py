@@ -37,7 +37,7 @@ from meshwright.model.families.table import (
     stack_rows,
     with_defaults,
 )
-from meshwright.model.kinds.gated_delta import GatedDeltaConfig
+from meshwright.model.kinds.mixers.gated_delta import GatedDeltaConfig
 from meshwright.model.kinds.unread import keys_read
 
 PARTS = Parts(("attention", "gated_delta"), ("mlp", "moe"), "'3(GE)*E'")

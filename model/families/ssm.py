@@ -13,7 +13,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Row, Source, same
 from meshwright.model.families.rules import ANY
 from meshwright.model.families.table import linear_rows
-from meshwright.model.kinds.mamba2 import Mamba2Config
+from meshwright.model.kinds.mixers.mamba2 import Mamba2Config
 
 RULES = {f"mamba2.{key}": ANY for key in Mamba2Config.model_fields}
 NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}], None)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Row, same
 from meshwright.model.families.rope import rope_keys, rope_to_ours
-from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.feedforward.moe import MoeConfig
 from meshwright.model.kinds.norms import norm_shapes
 from meshwright.model.kinds.table import KINDS
 

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from meshwright.kernels.grouped import grouped_linear
 from meshwright.kernels.limits import Limits
+from meshwright.kernels.matmul.grouped import grouped_linear
 from meshwright.model.feedforward.mlp import SWIGLU, Activation, Inner
 from meshwright.parallel.dropout import RowsOf, dropout_of_rows
 from meshwright.parallel.experts.exchange import AllToAll, return_rows, share_rows

@@ -20,7 +20,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.feedforward.experts import Experts, RowTokens
 from meshwright.model.feedforward.mlp import Inner, Mlp
 from meshwright.model.feedforward.routing_record import RoutingRecord
-from meshwright.model.kinds.moe import NEVER_NORMALISED
+from meshwright.model.kinds.feedforward.moe import NEVER_NORMALISED
 from meshwright.model.making import Making
 from meshwright.model.routers.balance import (
     choices_per_sequence,

@@ -14,17 +14,17 @@ S        mixer          s4d                      [model.s4d]
 E        feed-forward   moe                      [model.moe]
 """
 
-from meshwright.model.kinds.attention import AttentionKind
-from meshwright.model.kinds.attention_local import BlockSparseKind, SlidingKind
-from meshwright.model.kinds.gated_delta import GatedDeltaKind
+from meshwright.model.kinds.feedforward.mlp import MlpKind
+from meshwright.model.kinds.feedforward.moe import MoeKind
 from meshwright.model.kinds.kind import Kind
-from meshwright.model.kinds.latent_attention import LatentKind
-from meshwright.model.kinds.mamba1 import Mamba1Kind
-from meshwright.model.kinds.mamba2 import Mamba2Kind
-from meshwright.model.kinds.mlp import MlpKind
-from meshwright.model.kinds.moe import MoeKind
-from meshwright.model.kinds.s4d import WITHOUT_CP, S4dKind
-from meshwright.model.kinds.switch_head import SwitchHeadKind
+from meshwright.model.kinds.mixers.attention import AttentionKind
+from meshwright.model.kinds.mixers.attention_local import BlockSparseKind, SlidingKind
+from meshwright.model.kinds.mixers.gated_delta import GatedDeltaKind
+from meshwright.model.kinds.mixers.latent_attention import LatentKind
+from meshwright.model.kinds.mixers.mamba1 import Mamba1Kind
+from meshwright.model.kinds.mixers.mamba2 import Mamba2Kind
+from meshwright.model.kinds.mixers.s4d import WITHOUT_CP, S4dKind
+from meshwright.model.kinds.mixers.switch_head import SwitchHeadKind
 
 ALL = (
     AttentionKind("*", "attention", "mixer", "attention", example="*-"),

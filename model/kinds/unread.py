@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from meshwright.model.kinds.attention import normed
+from meshwright.model.kinds.mixers.attention import normed
 from meshwright.model.kinds.table import ALL
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meshwright.kernels.seen import Blocks
+from meshwright.kernels.attention.seen import Blocks
 from meshwright.model.config import ModelConfig
-from meshwright.model.kinds.attention import normed
+from meshwright.model.kinds.mixers.attention import normed
 from meshwright.model.making import Making
 from meshwright.model.mixers.attention_cache import KeyValueCache
 from meshwright.model.mixers.attention_core import ONE_RANK, USUAL_LOOK, AttentionCore, Look, Spread, look_of

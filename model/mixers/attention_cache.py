@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from meshwright.kernels.attention import cached_attention
-from meshwright.kernels.seen import Seen
+from meshwright.kernels.attention.attention import cached_attention
+from meshwright.kernels.attention.seen import Seen
 
 
 @dataclass

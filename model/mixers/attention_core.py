@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meshwright.kernels.rope import apply_rope
-from meshwright.kernels.seen import Blocks, Seen
+from meshwright.kernels.attention.rope import apply_rope
+from meshwright.kernels.attention.seen import Blocks, Seen
 from meshwright.model.config import ModelConfig
 from meshwright.model.mixers.attention_cache import KeyValueCache, empty_cache
 from meshwright.model.positions import T5, Alibi, Position, Rope, RopeScaling, bias_of

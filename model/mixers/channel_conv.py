@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from meshwright.kernels.conv import causal_conv, next_conv, tail
+from meshwright.kernels.states.conv import causal_conv, next_conv, tail
 from meshwright.parallel.initialise import InitRule
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split, partial_over

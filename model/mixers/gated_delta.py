@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meshwright.kernels.activations import gated_unit
-from meshwright.kernels.conv import tail
-from meshwright.kernels.gated_delta import gated_delta, gated_delta_summary
 from meshwright.kernels.precision import at_least_fp32
+from meshwright.kernels.states.conv import tail
+from meshwright.kernels.states.gated_delta import gated_delta, gated_delta_summary
 from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.model.mixers.channel_conv import ChannelConv

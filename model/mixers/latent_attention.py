@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from meshwright.kernels.attention import cached_attention
-from meshwright.kernels.linear import linear
-from meshwright.kernels.rope import apply_rope
-from meshwright.kernels.seen import Seen
+from meshwright.kernels.attention.attention import cached_attention
+from meshwright.kernels.attention.rope import apply_rope
+from meshwright.kernels.attention.seen import Seen
+from meshwright.kernels.matmul.linear import linear
 from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.model.mixers.attention_core import ONE_RANK, USUAL_LOOK, AttentionCore, Look, Spread, look_of

@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meshwright.kernels.activations import gated_unit
-from meshwright.kernels.linear import linear
+from meshwright.kernels.matmul.linear import linear
 from meshwright.kernels.precision import at_least_fp32
-from meshwright.kernels.selective_scan import selective_scan, selective_summary
+from meshwright.kernels.states.selective_scan import selective_scan, selective_summary
 from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.model.mixers.channel_conv import ChannelConv

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from meshwright.kernels.gated_norm import gated_rms_norm
 from meshwright.kernels.precision import at_least_fp32
-from meshwright.kernels.ssd import ssd, ssd_summary
-from meshwright.kernels.ssd_step import ssd_step
+from meshwright.kernels.states.gated_norm import gated_rms_norm
+from meshwright.kernels.states.ssd import ssd, ssd_summary
+from meshwright.kernels.states.ssd_step import ssd_step
 from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.model.mixers.channel_conv import ChannelConv

@@ -18,7 +18,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from meshwright.kernels.precision import at_least_fp32
-from meshwright.kernels.s4d import S4dParameters, s4d
+from meshwright.kernels.states.s4d import S4dParameters, s4d
 from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.parallel.collectives import sequence_to_heads

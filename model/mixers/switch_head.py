@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from meshwright.kernels.gathered_rows import grouped_linear_of_gathered
-from meshwright.kernels.grouped import grouped_linear
+from meshwright.kernels.matmul.gathered_rows import grouped_linear_of_gathered
+from meshwright.kernels.matmul.grouped import grouped_linear
 from meshwright.kernels.precision import at_least_fp32, without_autocast
 from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making

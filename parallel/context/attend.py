@@ -4,15 +4,15 @@
     ulysses    heads are exchanged for positions, twice, whatever cp; cp divides the heads of a rank
 
 Both take and give this rank's positions (`order.py`); on one rank both are plain attention. What is seen
-(`kernels/seen.py`) is told in positions of the whole sample and in heads of this rank.
+(`kernels/attention/seen.py`) is told in positions of the whole sample and in heads of this rank.
 """
 
 from jaxtyping import Float
 from torch import Tensor
 
-from meshwright.kernels.attention import attention
+from meshwright.kernels.attention.attention import attention
+from meshwright.kernels.attention.seen import CAUSAL, Seen
 from meshwright.kernels.limits import USUAL
-from meshwright.kernels.seen import CAUSAL, Seen
 from meshwright.parallel.config import ContextWay
 from meshwright.parallel.context.order import NO_DOCUMENTS, Documents
 from meshwright.parallel.context.ring import ring_attention

@@ -18,7 +18,7 @@ from meshwright.parallel.where import Where
 
 @dataclass(frozen=True)
 class DroppedWeights:
-    """Which weights of a layer are dropped: `kernels/seen.py` asks for their factors."""
+    """Which weights of a layer are dropped: `kernels/attention/seen.py` asks for their factors."""
 
     p: float
     seed: int

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from meshwright.kernels.seen import CAUSAL, Seen
+from meshwright.kernels.attention.seen import CAUSAL, Seen
 from meshwright.parallel.mesh import Axis
 
 Meeting = Literal["none", "some", "all"]

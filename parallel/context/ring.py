@@ -6,7 +6,7 @@
     rank 2              2          1          0          3         sent before the rank computes with its own copy
     rank 3              3          2          1          0
 
-    forward    out, lse of each block's keys (kernels/flash.py) are merged into the sums so far, in at least fp32
+    forward    out, lse of each block's keys (kernels/attention/flash.py) are merged into the sums, in at least fp32
     backward   the blocks go around again; dk and dv of a block follow it one step behind, each rank adds its share,
                and after the last step they are sent once more, home
 
@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from meshwright.kernels.flash import Sight, merge_parts, partial_attention, partial_attention_gradients
+from meshwright.kernels.attention.flash import Sight, merge_parts, partial_attention, partial_attention_gradients
+from meshwright.kernels.attention.seen import CAUSAL, Seen
 from meshwright.kernels.limits import USUAL
 from meshwright.kernels.precision import at_least_fp32, autocast_inputs
-from meshwright.kernels.seen import CAUSAL, Seen
 from meshwright.parallel.collectives import Passing, pass_on
 from meshwright.parallel.context.order import NO_DOCUMENTS, Documents, Pair, meetings, pairs, zigzag_part
 from meshwright.parallel.mesh import Axis

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from meshwright.kernels.attention import attention
+from meshwright.kernels.attention.attention import attention
+from meshwright.kernels.attention.seen import CAUSAL, Seen
 from meshwright.kernels.limits import USUAL
 from meshwright.kernels.precision import autocast_inputs
-from meshwright.kernels.seen import CAUSAL, Seen
 from meshwright.parallel.collectives import heads_to_sequence, sequence_to_heads
 from meshwright.parallel.context.order import NO_DOCUMENTS, Documents, positions_to_ranks, ranks_to_positions
 from meshwright.parallel.mesh import Axis

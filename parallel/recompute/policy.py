@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from meshwright.kernels.attention_blocks import attention_by_blocks
-from meshwright.kernels.grouped import grouped_product
-from meshwright.kernels.products import onednn_product
+from meshwright.kernels.attention.blocks import attention_by_blocks
+from meshwright.kernels.matmul.grouped import grouped_product
+from meshwright.kernels.matmul.products import onednn_product
 from meshwright.parallel.recompute.host_copies import HostCopies
 from meshwright.parallel.recompute.kept import Kept
 from meshwright.parallel.tally import Tally

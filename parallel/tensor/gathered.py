@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from meshwright.kernels import products
-from meshwright.kernels.linear import linear, uses_own_products
+from meshwright.kernels.matmul import products
+from meshwright.kernels.matmul.linear import linear, uses_own_products
 from meshwright.kernels.precision import at_least_fp32, result_dtype
 from meshwright.parallel.collectives import DONE, Pending, gather_rows, start_gather_rows, start_scatter_sum_of_rows
 from meshwright.parallel.mesh import Axis

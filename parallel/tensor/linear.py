@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meshwright.kernels.linear import linear
+from meshwright.kernels.matmul.linear import linear
 from meshwright.parallel.collectives import scatter_sum
 from meshwright.parallel.initialise import ZEROS, InitRule
 from meshwright.parallel.mesh import NO_TP, Axis

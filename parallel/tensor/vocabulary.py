@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
-from meshwright.kernels import products
-from meshwright.kernels.cross_entropy import NOT_COUNTED, linear_cross_entropy, products_dtype
 from meshwright.kernels.limits import USUAL, Limits
-from meshwright.kernels.linear import linear
+from meshwright.kernels.matmul import products
+from meshwright.kernels.matmul.cross_entropy import NOT_COUNTED, linear_cross_entropy, products_dtype
+from meshwright.kernels.matmul.linear import linear
 from meshwright.kernels.precision import at_least_fp32
 from meshwright.parallel.collectives import (
     all_reduce,

@@ -12,13 +12,13 @@ PROGRAM = """
 import torch
 
 from meshwright.kernels.activations import gated_unit, plain_unit
-from meshwright.kernels.attention import attention
+from meshwright.kernels.attention.attention import attention
 from meshwright.kernels.choose import Choices, use
-from meshwright.kernels.cross_entropy import linear_cross_entropy
-from meshwright.kernels.grouped import grouped_linear
-from meshwright.kernels.linear import linear
+from meshwright.kernels.matmul.cross_entropy import linear_cross_entropy
+from meshwright.kernels.matmul.grouped import grouped_linear
+from meshwright.kernels.matmul.linear import linear
 from meshwright.kernels.norms import rms_norm
-from meshwright.kernels.rope import apply_rope
+from meshwright.kernels.attention.rope import apply_rope
 
 ANGLE = torch.linspace(0, 1, 5 * 2).view(5, 2)
 COUNTS = torch.tensor([6, 0, 4])

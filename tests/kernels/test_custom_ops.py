@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from meshwright.kernels.attention_blocks import attention_by_blocks, attention_by_blocks_gradients
+from meshwright.kernels.attention.blocks import attention_by_blocks, attention_by_blocks_gradients
 from meshwright.kernels.choose import Choices, use
-from meshwright.kernels.grouped import grouped_product, grouped_product_gradients
-from meshwright.kernels.products import onednn_product
-from meshwright.kernels.selective_scan import chunked_selective_scan, chunked_selective_scan_gradients
-from meshwright.kernels.ssd import chunked_ssd, chunked_ssd_gradients
+from meshwright.kernels.matmul.grouped import grouped_product, grouped_product_gradients
+from meshwright.kernels.matmul.products import onednn_product
+from meshwright.kernels.states.selective_scan import chunked_selective_scan, chunked_selective_scan_gradients
+from meshwright.kernels.states.ssd import chunked_ssd, chunked_ssd_gradients
 
 CHECKS = ("test_schema", "test_faketensor")
 WIDTHS = [(8, 16), (5, 7), (1, 3)]

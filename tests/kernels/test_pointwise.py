@@ -5,9 +5,9 @@ import torch
 from twins import assert_like_twin, leaf
 
 from meshwright.kernels import reference
+from meshwright.kernels.attention.rope import apply_rope
 from meshwright.kernels.norms import rms_norm
 from meshwright.kernels.precision import at_least_fp32
-from meshwright.kernels.rope import apply_rope
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 F64 = torch.float64

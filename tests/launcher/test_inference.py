@@ -16,7 +16,7 @@ from meshwright.launcher.inference import Loaded, load_for_inference
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.weights.read_weights import find_source
 from meshwright.launcher.weights.saved_run import read_saved_run
-from meshwright.model.sampling import Sampling
+from meshwright.model.generation.sampling import Sampling
 
 GREEDY = Sampling(0.0, 0, 1.0)
 

@@ -9,13 +9,13 @@ from part_samples import OF_ACTIVATIONS, OF_KINDS, OF_NORMS, OF_POSITIONS, OF_RO
 from torch import Tensor
 
 from meshwright.model.config import ModelConfig
-from meshwright.model.kinds.attention_keys import PositionName
+from meshwright.model.counts.shapes import parameter_shapes, weights
+from meshwright.model.kinds.mixers.attention_keys import PositionName
 from meshwright.model.kinds.norms import NormName, Placing
 from meshwright.model.kinds.table import KINDS
 from meshwright.model.parts import MAKERS, build_model
 from meshwright.model.pattern import parse_pattern
 from meshwright.model.routers.table import ROUTERS
-from meshwright.model.shapes import parameter_shapes, weights
 from meshwright.model.stack import LanguageModel
 from meshwright.parallel.mesh import NO_TP
 from meshwright.parallel.where import Where, place, where_of_plain_tokens

@@ -6,12 +6,12 @@ from engine_cases import dense_config, moe_config
 from torch import Tensor
 from torch.nn import functional as F
 
-from meshwright.kernels.cross_entropy import NOT_COUNTED
+from meshwright.kernels.matmul.cross_entropy import NOT_COUNTED
 from meshwright.model.config import ModelConfig
-from meshwright.model.costs import forward_flops_per_token, further_tokens_flops
+from meshwright.model.counts.costs import forward_flops_per_token, further_tokens_flops
+from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.model.multi_token import shifted
 from meshwright.model.parts import build_model
-from meshwright.model.shapes import parameter_shapes
 from meshwright.parallel.mesh import single_process_mesh
 from meshwright.parallel.tally import Tally, declared_entries
 from meshwright.parallel.where import Where, where_of_plain_tokens

@@ -6,7 +6,7 @@ import torch
 from meshwright.model.config import ModelConfig
 from meshwright.model.feedforward.mlp import Mlp
 from meshwright.model.feedforward.moe import Moe, RouterLosses
-from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.feedforward.moe import MoeConfig
 from meshwright.model.kinds.table import KINDS
 from meshwright.model.mixers.attention import Attention, Heads, Products, rms_norms
 from meshwright.model.norms import RMSNorm

@@ -4,7 +4,7 @@ import pytest
 import torch
 from public_configs import CONFIGS
 
-from meshwright.model.costs import active_parameter_count, parameter_count
+from meshwright.model.counts.costs import active_parameter_count, parameter_count
 from meshwright.model.presets import PRESETS, preset, with_preset
 
 # As published with the weights (the index of the weights' file, or its metadata).

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meshwright.model.config import ModelConfig
-from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.feedforward.moe import MoeConfig
 from meshwright.model.parts import build_model
 from meshwright.model.stack import LanguageModel
 from meshwright.parallel.tally import Tally, declared_entries

@@ -25,7 +25,7 @@ LIMITS = [
     ),
     Fault(
         "a chunk's gradient of the output layer overwrites that of the chunk before",
-        "kernels/cross_entropy.py",
+        "kernels/matmul/cross_entropy.py",
         "products.add_weight_gradient(p, (x_part * share).to(dtype), of_weight)",
         "of_weight.copy_(products.weight_gradient(p, (x_part * share).to(dtype)))",
         named="gradient of output.weight",
@@ -42,7 +42,7 @@ LIMITS = [
     ),
     Fault(
         "later slabs of queries overwrite the keys' gradients",
-        "kernels/flash.py",
+        "kernels/attention/flash.py",
         "of_k[keys] += _sequence(some[1])",
         "of_k[keys] = _sequence(some[1])",
         named="gradient of layers.1.mixer.part.k",

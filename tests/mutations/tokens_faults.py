@@ -147,7 +147,7 @@ TOKENS = [
     ),
     Fault(
         "S9: a row that sees nothing takes part in the merge of the ring",
-        "kernels/flash.py",
+        "kernels/attention/flash.py",
         "lse[rows] = some_lse.permute(2, 0, 1).masked_fill(_blind(seen), -torch.inf)",
         "lse[rows] = some_lse.permute(2, 0, 1)",
         named="output of layers.0.mixer",
@@ -175,7 +175,7 @@ TOKENS = [
     ),
     Fault(
         "the grouped product is never taken",
-        "kernels/grouped.py",
+        "kernels/matmul/grouped.py",
         "if x.shape[0] == 0 or x.dtype != weight.dtype or widen or uses_own_products(x, x.dtype):",
         "if x.shape[0] >= 0:",
         named="aten::_grouped_mm",

@@ -6,7 +6,7 @@ from rank_pool import run_mesh
 from torch import nn
 
 from meshwright.model.config import ModelConfig
-from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.feedforward.moe import MoeConfig
 from meshwright.model.parts import build_model
 from meshwright.parallel.mesh import Axis, Mesh, Sizes
 from meshwright.parallel.placement import WHOLE, Placement, Split, chunk_bounds, placement_table

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
-from meshwright.kernels.cross_entropy import linear_cross_entropy
-from meshwright.kernels.grouped import grouped_linear
+from meshwright.kernels.matmul.cross_entropy import linear_cross_entropy
+from meshwright.kernels.matmul.grouped import grouped_linear
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Axis, Mesh, Sizes
 from meshwright.parallel.zero.fsdp import shard_modules

@@ -8,8 +8,8 @@ from part_samples import ROUTER_KEYS
 from rank_pool import run_mesh
 
 from meshwright.model.config import ModelConfig
-from meshwright.model.kinds.mlp import FfnActivation
-from meshwright.model.kinds.moe import RouterKind
+from meshwright.model.kinds.feedforward.mlp import FfnActivation
+from meshwright.model.kinds.feedforward.moe import RouterKind
 from meshwright.parallel.apply import Plan
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 from meshwright.parallel.recompute.policy import Recompute

@@ -5,7 +5,7 @@ import pytest
 
 from meshwright.data.batches import Batches, fetch
 from meshwright.data.order import SampleOrder
-from meshwright.kernels.cross_entropy import NOT_COUNTED
+from meshwright.kernels.matmul.cross_entropy import NOT_COUNTED
 from meshwright.launcher.proof.counted import counted_store
 
 SEQ = 32

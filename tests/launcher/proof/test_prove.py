@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from meshwright.kernels import grouped
+from meshwright.kernels.matmul import grouped
 from meshwright.launcher.commands.prove import prove as command
 from meshwright.launcher.proof import prove as proof
 from meshwright.launcher.proof.compare import Tie

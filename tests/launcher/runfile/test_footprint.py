@@ -12,18 +12,18 @@ from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
-from meshwright.model.activations import (
+from meshwright.model.counts.activations import (
     ActivationBytes,
     gathered_bytes,
     head_bytes,
     head_matrix_bytes,
     layer_bytes,
 )
-from meshwright.model.costs import parameter_count
+from meshwright.model.counts.costs import parameter_count
+from meshwright.model.counts.shapes import parameter_shapes, weights
 from meshwright.model.kinds.kind import Degrees, Types
 from meshwright.model.kinds.table import KINDS
 from meshwright.model.parts import build_model
-from meshwright.model.shapes import parameter_shapes, weights
 from meshwright.model.stage import HeldStages
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
 

@@ -12,9 +12,9 @@ from meshwright.launcher.runfile.keys import all_keys, field_of
 from meshwright.launcher.runfile.models_page import with_tables
 from meshwright.launcher.runfile.read import examine, load_toml, read_run_file
 from meshwright.launcher.runfile.schema import json_schema, key_list, with_key_list
-from meshwright.model.kinds.attention_keys import PositionName
-from meshwright.model.kinds.mlp import FfnActivation
-from meshwright.model.kinds.moe import RouterKind
+from meshwright.model.kinds.feedforward.mlp import FfnActivation
+from meshwright.model.kinds.feedforward.moe import RouterKind
+from meshwright.model.kinds.mixers.attention_keys import PositionName
 from meshwright.model.kinds.norms import NormName, Placing
 from meshwright.model.kinds.table import KINDS
 

@@ -6,7 +6,7 @@ from meshwright.launcher.runfile.optimizer_rules import changed_kinds, settings_
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import OptimizerConfig, RunFile
 from meshwright.model.config import ModelConfig
-from meshwright.model.shapes import parameter_shapes
+from meshwright.model.counts.shapes import parameter_shapes
 
 
 def examined(*overrides: str) -> tuple[RunFile | None, list[str]]:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from meshwright.model.config import ModelConfig
-from meshwright.model.costs import parameter_count
+from meshwright.model.counts.costs import parameter_count
+from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.model.families.choose import (
     FAMILIES,
     ForeignConfigError,
@@ -16,9 +17,8 @@ from meshwright.model.families.choose import (
 )
 from meshwright.model.families.family import Family
 from meshwright.model.families.foreign_keys import KINDS
-from meshwright.model.kinds.moe import MoeConfig
+from meshwright.model.kinds.feedforward.moe import MoeConfig
 from meshwright.model.presets import PRESETS, preset
-from meshwright.model.shapes import parameter_shapes
 
 MOE = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 16}
 DEEPSEEK: dict[str, object] = {"router": "sigmoid", "num_shared_experts": 1}

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from tiny_exports import CONFIGS
 
 from meshwright.model.config import ModelConfig
+from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.model.families.choose import choose_family, config_from_foreign
 from meshwright.model.families.family import BUFFERS, our_shapes
-from meshwright.model.shapes import parameter_shapes
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,7 +6,7 @@ from rank_pool import run_ranks
 from torch import Tensor
 
 from meshwright.kernels import reference
-from meshwright.kernels.seen import Blocks, Seen
+from meshwright.kernels.attention.seen import Blocks, Seen
 from meshwright.parallel.context.attend import context_attention
 from meshwright.parallel.context.order import Documents, pairs, zigzag_part
 from meshwright.parallel.mesh import Axis

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from meshwright.launcher.build import recompute_of
 from meshwright.launcher.runfile.recompute_checks import modules_of
 from meshwright.model.block import RECOMPUTED_WHOLE, RUN_AGAIN
+from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.unread import keys_read
 from meshwright.model.parts import build_model
 from meshwright.model.pattern import parse_pattern
 from meshwright.model.stack import LanguageModel
@@ -279,9 +281,11 @@ def test_a_stage_without_any_of_the_modules_computes_as_if_none_were_recomputed(
 
 @pytest.mark.parametrize("pattern", ["*", "-", "E", "*-", "*E", "**-", "*-*E"])
 def test_the_modules_of_a_pattern_are_those_of_the_model_built_of_it(pattern: str) -> None:
-    moe = CONFIG.moe if "E" in pattern else None
     period = parse_pattern(pattern)
-    model = build_model(CONFIG.model_copy(update={"pattern": pattern, "num_layers": len(period), "moe": moe}))
+    table = CONFIG.model_dump() | {"pattern": pattern, "num_layers": len(period)}
+    if "E" not in pattern:
+        table["moe"] = None
+    model = build_model(ModelConfig(**keys_read(pattern, table)))
     for kinds, layer in zip(period, model.layers.values(), strict=True):
         has = dict(layer.named_modules()).keys()
         named = {**RECOMPUTED_WHOLE, **RUN_AGAIN}

@@ -11,9 +11,9 @@ from rank_pool import run_ranks
 from torch import Tensor
 from torch.testing import assert_close
 
-from meshwright.kernels import products
 from meshwright.kernels.choose import Choices, use
-from meshwright.kernels.linear import linear
+from meshwright.kernels.matmul import products
+from meshwright.kernels.matmul.linear import linear
 from meshwright.parallel.collectives import gather
 from meshwright.parallel.mesh import Axis
 from meshwright.parallel.tensor.gathered import Matrix, products_of_gathered

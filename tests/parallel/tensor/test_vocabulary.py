@@ -7,8 +7,8 @@ from collective_calls import Call, watching
 from rank_pool import run_mesh
 from torch import Tensor
 
-from meshwright.kernels.cross_entropy import NOT_COUNTED
 from meshwright.kernels.limits import Limits
+from meshwright.kernels.matmul.cross_entropy import NOT_COUNTED
 from meshwright.parallel import collectives
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.initialise import InitRule, fill

@@ -1,0 +1,124 @@
+"""What a forward pass keeps for the backward, in bytes, counted from the config: a layer, a head, and a whole model.
+
+Kept for each token that a mixer of this rank sees (there are b * s/cp):
+
+    a part             what its kind says (its file in kinds/), the input of the norm before it among it: h/tp, held
+                       between layers, in the stream's type
+    head               h/tp          the final norm's input                h/tp of its gradient; v h/tp of the matrix's
+
+Under bf16 autocast the stream stays in fp32 and each product keeps a bf16 copy of its input of its own: three of the
+normed input for q, k and v, two for gate and up; over tp they share one. A layer that is recomputed keeps its input
+only, and while its turn is, what it would have kept. Besides, while they work, attention over cp holds blocks of other
+ranks (the kind's `at_work`), and products over tp all ranks' tokens and their gradient (`gathered_bytes`).
+
+While the loss is at work it holds a chunk of the logits (`kernels/limits.py`) in at least fp32; where products are
+narrower also a copy of the chunk or the chunk's part of the matrix's gradient, under autocast besides the matrix's.
+
+Norms' numbers of a few for each token are left out.
+"""
+
+from typing import NamedTuple
+
+from meshwright.kernels.limits import USUAL
+from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.depth import depth_kept, depth_of
+from meshwright.model.kinds.kind import Degrees, Types
+from meshwright.model.kinds.table import KINDS
+from meshwright.model.pattern import LayerKinds
+
+
+class Held(NamedTuple):
+    """Which layers a rank has, by number."""
+
+    layers: frozenset[int]
+    recomputed: frozenset[int] = frozenset()
+    """Of these, those that keep their input only."""
+    has_head: bool = True
+
+
+class ActivationBytes(NamedTuple):
+    """Bytes on one rank for one micro-batch."""
+
+    kept: float
+    """From the forward pass to the backward."""
+    at_work: float
+    """Besides, while the layer is at work that needs most."""
+
+    @property
+    def total(self) -> float:
+        """Return the sum."""
+        return self.kept + self.at_work
+
+
+def activation_bytes(
+    config: ModelConfig,
+    tokens: int,
+    degrees: Degrees,
+    types: Types,
+    held: Held | None = None,
+    *,
+    logits: int = USUAL.logits_on_gpu,
+) -> ActivationBytes:
+    """Return what a micro-batch of `tokens` (b * s, over all ranks) takes, of the whole model or of what is held.
+
+    `logits` is how many of them the loss takes at a time.
+    """
+    held = held or Held(frozenset(range(config.num_layers)))
+    of_rank, layers = tokens / degrees.cp, config.layers
+    kept = at_work = 0.0
+    gathered = gathered_bytes(config, degrees, types.product + types.stream)
+    for number in held.layers:
+        kinds = layers[number]
+        whole, again = layer_bytes(config, kinds, degrees, types), number in held.recomputed
+        kept += of_rank * (config.hidden_size / degrees.tp * types.stream if again else whole)
+        working = max((KINDS[name].at_work(config, degrees, types) for name in kinds.names), default=0.0)
+        at_work = max(at_work, of_rank * (gathered + working + (whole if again else 0.0)))
+    if held.has_head:
+        each = head_bytes(config, degrees, types) * of_rank + head_matrix_bytes(config, degrees, types)
+        kept += each * (1 + config.further_tokens)
+        if config.further_tokens:
+            kept += config.further_tokens * of_rank * further_bytes(config, degrees, types)
+        gathered = gathered_bytes(config, degrees, types.product + types.wide) * of_rank
+        at_work = max(at_work, gathered + loss_bytes(config, of_rank, degrees, types, logits))
+    return ActivationBytes(kept, at_work)
+
+
+def layer_bytes(config: ModelConfig, kinds: LayerKinds, degrees: Degrees, types: Types) -> float:
+    """Return what a layer keeps for each token that its mixer sees on this rank."""
+    whole = sum((KINDS[name].kept(config, degrees, types) for name in kinds.names), start=0.0)
+    return depth_kept(config, degrees, types) + depth_of(config).capacity * whole if kinds.is_routed else whole
+
+
+def further_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
+    """Return what predicting one further token keeps before its norm: two norms' inputs, both normed, and a layer."""
+    own = config.hidden_size / degrees.tp * 2 * (types.stream + types.product)
+    return own + layer_bytes(config, config.last_layer, degrees, types)
+
+
+def head_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
+    """Return what the final norm and the loss keep for each token that a mixer sees on this rank."""
+    of_gradient = types.wide if degrees.tp == 1 else types.stream
+    return config.hidden_size / degrees.tp * (types.stream + of_gradient)
+
+
+def head_matrix_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
+    """Return what the loss keeps for any number of tokens: its matrix's gradient, made in the forward pass."""
+    return config.vocab_size * config.hidden_size / degrees.tp * types.wide
+
+
+def loss_bytes(config: ModelConfig, tokens: float, degrees: Degrees, types: Types, logits: int) -> float:
+    """Return what the loss of so many tokens holds besides; a chunk is whole tokens, of this rank's vocabulary.
+
+    Nothing is counted of a vocabulary whose size nobody knows yet, 0.
+    """
+    rows = -(-config.vocab_size // degrees.tp)
+    chunk, matrix = min(tokens, float(max(1, logits // max(1, rows)))) * rows, rows * config.hidden_size
+    if types.product >= types.wide:
+        return chunk * types.wide
+    narrow = types.product * (matrix if types.is_cast else 0)
+    return narrow + max(chunk * (types.wide + types.product), (chunk + matrix) * types.product)
+
+
+def gathered_bytes(config: ModelConfig, degrees: Degrees, width: int) -> float:
+    """Return what products over tp hold besides, for each token: the gathered ones and their gradient."""
+    return 0.0 if degrees.tp == 1 else float(config.hidden_size * width)
