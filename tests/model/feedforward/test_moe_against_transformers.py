@@ -109,6 +109,9 @@ def test_a_mixture_is_that_of_transformers(name: str) -> None:
     torch.testing.assert_close(y, expected.transpose(0, 1))
     y.square().sum().backward()
     expected.square().sum().backward()
-    torch.testing.assert_close(x.grad, other_x.grad.transpose(0, 1))
+    # Sums of many terms in fp32, in another order: what cancels is as inexact as the largest of them.
+    torch.testing.assert_close(
+        x.grad, other_x.grad.transpose(0, 1), rtol=0.0, atol=1e-5 * float(other_x.grad.abs().max())
+    )
     for mine, other, rows in pairs_of(ours, theirs):
         torch.testing.assert_close(mine.grad, rows_of(other.grad, rows), rtol=1e-4, atol=1e-5)
