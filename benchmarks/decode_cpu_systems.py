@@ -74,7 +74,7 @@ def decode_by_transformers(task: Task, channel: Channel) -> None:
         channel.next_step(lambda: found)  # noqa: B023
         stamps = _Stamps()
         with torch.no_grad():
-            given = model.generation.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=stamps, **how)
+            given = model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=stamps, **how)
         found = _found(stamps.times, given[0, task.prompt :].tolist())
 
 

@@ -238,7 +238,7 @@ def _generate(model: Any, tokens: Tensor, new_tokens: int) -> Tensor:
     """
     prompt = tokens[: len(tokens) // 2, :1].T
     room = getattr(model.config, "max_position_embeddings", len(tokens) + new_tokens) - prompt.shape[1]
-    generated: Tensor = model.generation.generate(
+    generated: Tensor = model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=min(new_tokens, room), do_sample=False
     )
     return generated.T

@@ -89,7 +89,9 @@ def seen_by(tables: RunFile, world: int, rank: int) -> Seen:
         process.join(60)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if "moe" in name else pytest.mark.slow) for name in LAYOUTS]
+)
 def test_a_rank_of_many_holds_what_the_run_file_predicts(name: str) -> None:
     world, model, parallel = LAYOUTS[name]
     batch = {"global_batch_size": 1024}

@@ -124,7 +124,8 @@ def test_recompute_does_not_change_the_result(name: str, plan: Plan) -> None:
     assert_same(train(single_process_mesh(), CONFIGS[name], plan, micro_batch=4), definition(name))
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_recompute_and_zero_and_expert_parallel_stand_together(stage: int) -> None:
     plan = Plan(stage=stage, recompute=Recompute("full"))
     for trace in run_mesh(FOUR_EP2, case, "moe", plan, 2):

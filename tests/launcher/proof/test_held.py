@@ -57,8 +57,8 @@ def test_values_beside_tensors_are_compared_wherever_they_stand() -> None:
         ({"norms": [0.5, np.nan]}, "norms[1] is nan, not 2.0"),
         ({"norms": None}, "norms is None, not [0.5, 2.0]"),
         ({"changes": ["b"]}, "changes[0] is 'b', not 'a'"),
-        ({"kernels": {"attention": "torch"}}, "kernels.attention.attention is 'torch', not 'own'"),
-        ({"kernels": {}}, "kernels.attention.attention is held by the unbroken run only"),
+        ({"kernels": {"attention": "torch"}}, "kernels.attention is 'torch', not 'own'"),
+        ({"kernels": {}}, "kernels.attention is held by the unbroken run only"),
         ({"best": 1.0}, "best is held by the resumed run only"),
     ):
         assert compare_states(state, [state, state | other], 1e-9) == [f"at the end, rank 1: {told}"]

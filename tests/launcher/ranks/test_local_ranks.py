@@ -174,8 +174,8 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     ("sent", "told"),
     [
         ("SIGTERM", "told to stop (SIGTERM)"),
-        ("SIGINT", "told to stop (SIGINT)"),
-        ("SIGUSR1", "told to stop (SIGUSR1)"),
+        pytest.param("SIGINT", "told to stop (SIGINT)", marks=pytest.mark.slow),
+        pytest.param("SIGUSR1", "told to stop (SIGUSR1)", marks=pytest.mark.slow),
         ("SIGUSR2", "asked for a checkpoint (SIGUSR2)"),
     ],
 )

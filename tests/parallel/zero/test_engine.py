@@ -101,7 +101,7 @@ def expected_bytes(rank: int, stage: int, narrow: bool) -> tuple[int, int]:
     return padded_numbers * 4, 2 * 4 * part_numbers
 
 
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("narrow", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_rank_holds_the_bytes_that_its_stage_promises(stage: int, narrow: bool) -> None:
     found = run_mesh(Sizes(dp_shard=2), bytes_between_steps, stage, BF16 if narrow else None)

@@ -160,8 +160,17 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("drawn", LAYOUTS, ids=str)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+BY_PRECISION = [(drawn, precision) for precision in ("fp32", "bf16") for drawn in LAYOUTS]
+"""The stages of the dense model and the experts of ZeRO-1 and 3 in both precisions at once; the rest is slow."""
+USUAL = [(drawn, "fp32") for drawn in (*LAYOUTS[:4], LAYOUTS[7], LAYOUTS[10], LAYOUTS[13])]
+USUAL += [(drawn, "bf16") for drawn in (*LAYOUTS[1:4:2], LAYOUTS[9])]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "precision"),
+    [pytest.param(*case, marks=[] if case in USUAL else pytest.mark.slow) for case in BY_PRECISION],
+    ids=str,
+)
 def test_each_rank_holds_what_its_shapes_make_and_the_average_is_the_footprint(drawn: Sample, precision: str) -> None:
     run_file = drawn.run_file(precision=precision)
     ranks = run_mesh(sizes_of(run_file, drawn.world), held_between_steps, drawn, precision)
@@ -230,7 +239,7 @@ def held_by_optimizer(mesh: Mesh, drawn: Sample) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2)), 1, 3])
 def test_the_optimizer_holds_its_moments_and_counts_and_nothing_else(stage: int, kind: str) -> None:
     """Among all bytes that it made and that live between steps: a whole copy anywhere would be among them."""
     drawn = sample("moe", dp_shard=2, zero__stage=stage, optimizer__kind=kind, micro_batch=4)
