@@ -17,8 +17,8 @@ transformers = pytest.importorskip("transformers")
 # Of every class: what is no part of the model, and the ends of a text.
 HARMLESS = {
     "model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "return_dict",
-    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type",
-    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
+    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder", "id2label",
+    "label2id", "problem_type", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
 }  # fmt: skip
 _ROPE: dict[str, Any] = {"max_position_embeddings": 77}  # a bound, where positions are not stretched
 _EXPERTS: dict[str, Any] = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
