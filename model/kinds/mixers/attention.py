@@ -173,7 +173,8 @@ def scaling_problems(model: ModelConfig, turned: int, key: str) -> list[str]:
     """Return what is wrong with [model.rope_scaling] where `turned` features of a head are, which follow from `key`."""
     if model.rope_scaling is None:
         return []
-    bases = {"model.rope_base": model.rope_base, "model.sliding.rope_base": model.sliding and model.sliding.rope_base}
+    of_windows = model.sliding.rope_base if model.sliding else None
+    bases = {"model.rope_base": model.rope_base, "model.sliding.rope_base": of_windows}
     return stretching_problems(model.rope_scaling, turned, key, bases, "model.rope_scaling.")
 
 
