@@ -1,6 +1,7 @@
 """Every key of the classes in transformers is read, refused or harmless; and what is read is what the class reads."""
 
 import json
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ HARMLESS_OF: dict[str, dict[str, Any]] = {
 
 def of_class(family: Family, keys: dict[str, Any]) -> dict[str, Any]:
     """Return what the class makes of a file's keys, as it writes all of them."""
-    config = transformers.AutoConfig.for_model(family.model_type, **keys)
+    config = transformers.AutoConfig.for_model(family.model_type, **deepcopy(keys))  # it writes into its tables
     found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return found
 
@@ -151,7 +152,7 @@ def test_a_file_in_another_spelling_reads_as_the_class_reads_it(model_type: str,
 
 def test_a_length_beside_the_table_is_preferred_as_the_class_does() -> None:
     keys = {**smallest(FAMILIES["llama"]), "rope_scaling": STRETCHED, "original_max_position_embeddings": 48}
-    config = transformers.AutoConfig.for_model("llama", **keys)
+    config = transformers.AutoConfig.for_model("llama", **deepcopy(keys))
     config.standardize_rope_params()  # as its rotary embedding does
     ours = config_from_foreign({"model_type": "llama", **keys}).rope_scaling
     assert ours is not None
