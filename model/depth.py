@@ -149,7 +149,7 @@ class MixtureOfDepths(Layer):
         added = cut.bring_back(torch.cat(pieces, dim=1) - inner)
         return x + self._gate(score, added) * added
 
-    def initial_state(self, batch: int, max_len: int) -> DepthState:  # type: ignore[override]
+    def initial_state(self, batch: int, max_len: int | None = None) -> DepthState:  # type: ignore[override]
         """Return the layer's state before the first token, for each sample by itself."""
         return DepthState([super(MixtureOfDepths, self).initial_state(1, max_len) for _ in range(batch)])
 
