@@ -99,7 +99,7 @@ CASES = [
     for width in WIDTHS
     for tp in (1, 2)
     if tp == 1 or name not in OF_ATTENTION
-    if width != "autocast" or name not in ("many experts", "noisy")  # whose weights' copies weigh more than the tokens
+    if width != "autocast" or name not in OF_ROUTERS  # whose weights' copies weigh more than the tokens
 ]
 OVER_CP = ("embedding norm", "further tokens", "further tokens of experts", "expert choice")
 # 8 billion weights: 32 layers, hidden 4096, 32 heads and 8 key heads of width 128, feed-forward 14336.
