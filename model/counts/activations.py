@@ -25,6 +25,7 @@ from typing import NamedTuple
 from meshwright.kernels.limits import USUAL
 from meshwright.model.config import ModelConfig
 from meshwright.model.kinds.depth import depth_kept, depth_of
+from meshwright.model.kinds.kept import norm_input
 from meshwright.model.kinds.kind import Degrees, Types
 from meshwright.model.kinds.table import KINDS
 from meshwright.model.pattern import LayerKinds
@@ -89,16 +90,17 @@ def activation_bytes(
     gathered = gathered_bytes(config, degrees, types.product + types.stream)
     for number, kinds in _layers(config, held):
         whole, again = layer_bytes(config, kinds, degrees, types), number in held.recomputed
-        kept += of_rank * (config.hidden_size / degrees.tp * types.stream if again else whole)
+        once = sum((KINDS[name].kept_once(config, degrees, types) for name in kinds.names), start=0.0)
         working = max((KINDS[name].at_work(config, degrees, types) for name in kinds.names), default=0.0)
-        at_work = max(at_work, of_rank * (gathered + working + (whole if again else 0.0)))
+        kept += of_rank * config.hidden_size / degrees.tp * types.stream if again else of_rank * whole + once
+        at_work = max(at_work, of_rank * (gathered + working) + (of_rank * whole + once if again else 0.0))
     if held.has_embedding and config.embedding_norm:
-        kept += of_rank * config.hidden_size / degrees.tp * types.stream
+        kept += of_rank * config.hidden_size / degrees.tp * norm_input(config, types.stream, types)
     if held.has_head:
-        each = head_bytes(config, degrees, types) * of_rank + head_matrix_bytes(config, degrees, types)
-        kept += each * (1 + config.further_tokens)
+        kept += of_rank * head_bytes(config, degrees, types)
+        kept += head_matrix_bytes(config, degrees, types) * (1 + config.further_tokens)
         if config.further_tokens:
-            kept += config.further_tokens * of_rank * further_bytes(config, degrees, types)
+            kept += of_rank * further_bytes(config, degrees, types)
             at_work = max(at_work, of_rank * 2 * gathered)  # of both side by side
         gathered = gathered_bytes(config, degrees, types.product + types.wide) * of_rank
         at_work = max(at_work, gathered + loss_bytes(config, of_rank, degrees, types, logits))
@@ -120,19 +122,26 @@ def layer_bytes(config: ModelConfig, kinds: LayerKinds, degrees: Degrees, types:
 
 
 def further_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
-    """Return what predicting one further token keeps before its layer: the embedding, and both normed side by side.
+    """Return what predicting all further tokens keeps beside their layers.
 
-    The other norm's input is that of the norm before the output, of the prediction before.
+    Each has the embedding that is normed, both normed side by side, and a head of its own with a norm. What its other
+    norm takes, the norm of the head before took too, if that has one; where norms make copies, each has its own.
     """
-    return config.hidden_size / degrees.tp * (types.stream + 2 * types.product)
+    depth, of_norm = config.further_tokens, norm_input(config, types.stream, types)
+    again = depth if of_norm > types.stream else not config.final_norm
+    each = 2 * of_norm + 2 * types.product + _of_loss(degrees, types)
+    return config.hidden_size / degrees.tp * (depth * each + again * of_norm)
 
 
 def head_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:
     """Return what the final norm and the loss keep for each token that a mixer sees on this rank."""
-    of_gradient = types.wide if degrees.tp == 1 else types.stream
-    # Without a final norm what the first of the further tokens is predicted from is kept all the same, by its norm.
-    of_norm = types.stream if config.final_norm or config.further_tokens else 0
-    return config.hidden_size / degrees.tp * (of_norm + of_gradient)
+    of_norm = norm_input(config, types.stream, types) if config.final_norm else 0
+    return config.hidden_size / degrees.tp * (of_norm + _of_loss(degrees, types))
+
+
+def _of_loss(degrees: Degrees, types: Types) -> int:
+    """Return the bytes of each number of the gradient that the loss makes in the forward pass."""
+    return types.wide if degrees.tp == 1 else types.stream
 
 
 def head_matrix_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:

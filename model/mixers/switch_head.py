@@ -127,7 +127,8 @@ class SwitchHead(nn.Module):
     ) -> Float[Tensor, "s_local b h"]:
         """Let each token attend to what it sees of its sample (of its document, where `where` says so)."""
         x = gather(x, self.spread.tp)
-        source, destination = self._chosen(x, self.source, where), self._chosen(x, self.destination, where)
+        wide = at_least_fp32(x)  # once for both, which keep it
+        source, destination = self._chosen(wide, self.source, where), self._chosen(wide, self.destination, where)
         q, k = self.core.turned(*self._queries_and_keys(x), where)
         mixed = self.core(q, k, self._values(x, source), where)
         return scatter_sum(self._outputs(mixed, destination), self.spread.tp)

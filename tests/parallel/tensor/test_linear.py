@@ -5,10 +5,11 @@ import torch
 from rank_pool import run_mesh
 from torch import Tensor, nn
 
+from meshwright.kernels.limits import MANY_TOKENS, NARROW
 from meshwright.parallel.collectives import all_reduce, gather
 from meshwright.parallel.initialise import InitRule
 from meshwright.parallel.mesh import NO_TP, Axis, Mesh, Sizes
-from meshwright.parallel.tensor.linear import MANY_TOKENS, NARROW, ColumnLinear, RowLinear, column_products
+from meshwright.parallel.tensor.linear import ColumnLinear, RowLinear, column_products
 
 S, B, H, F = 8, 3, 6, 20  # all different, so that a swapped dim cannot pass unseen
 RULE = InitRule("normal", 1.0)
