@@ -50,5 +50,8 @@ class Limits:
         return self.factors_on_cpu if device == "cpu" else self.factors_on_gpu
 
 
+NARROW, MANY_TOKENS = 128, 256
+"""Products with at most so many features, of at least so many tokens, may be one (parallel/tensor/linear.py)."""
+
 USUAL = Limits()
 """What runs train with."""

@@ -73,7 +73,7 @@ class Block(nn.Module):
             branch = dropout(branch, self.residual_dropout, where=where, name=f"{self.name}/residual_dropout")
         return self._sum(taken if self.form.carries_normed else x, branch)
 
-    def initial_state(self, batch: int, max_len: int) -> Any:
+    def initial_state(self, batch: int, max_len: int | None = None) -> Any:
         """Return the part's state before the first token."""
         return self.part.initial_state(batch, max_len)  # type: ignore[operator]
 
@@ -118,7 +118,7 @@ class Layer(nn.Module):
             x = block(x, where, tally)
         return x
 
-    def initial_state(self, batch: int, max_len: int) -> list[Any]:
+    def initial_state(self, batch: int, max_len: int | None = None) -> list[Any]:
         """Return each block's state before the first token."""
         return [block.initial_state(batch, max_len) for block in self.blocks]
 

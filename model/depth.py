@@ -136,7 +136,8 @@ class MixtureOfDepths(Layer):
 
     def forward(self, x: Float[Tensor, "s b h"], where: Where, tally: Tally | None) -> Float[Tensor, "s b h"]:
         """Let the chosen tokens through, each sample's by themselves, and the others pass by."""
-        score, predicted = self.router(x), self.predictor(x.detach())
+        wide = at_least_fp32(x)  # once for both, which keep it
+        score, predicted = self.router(wide), self.predictor(wide.detach())
         order = order_of(where, self.axes.token)
         chosen = where.decide(f"depth/{id(self)}", lambda: self._chosen(score, predicted, where, order))
         if self.training and tally is not None:
@@ -149,7 +150,7 @@ class MixtureOfDepths(Layer):
         added = cut.bring_back(torch.cat(pieces, dim=1) - inner)
         return x + self._gate(score, added) * added
 
-    def initial_state(self, batch: int, max_len: int) -> DepthState:  # type: ignore[override]
+    def initial_state(self, batch: int, max_len: int | None = None) -> DepthState:  # type: ignore[override]
         """Return the layer's state before the first token, for each sample by itself."""
         return DepthState([super(MixtureOfDepths, self).initial_state(1, max_len) for _ in range(batch)])
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from meshwright.model.block import Layer
 from meshwright.model.multi_token import FurtherToken, shifted
+from meshwright.model.positions import LearnedPositions
+from meshwright.model.room import refuse_beyond
 from meshwright.parallel.dropout import dropout
 from meshwright.parallel.tally import Tally, attach_loss
 from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows, next_token_logits, next_token_loss
@@ -156,17 +158,27 @@ class LanguageModel(nn.Module):
         x = x if norm is None else norm(x)
         return x if self.ends.logits_scaling == 1.0 else x / self.ends.logits_scaling
 
-    def initial_state(self, batch: int, max_len: int) -> DecoderState:
-        """Return every layer's state before the first token, with room for `max_len` tokens."""
+    def initial_state(self, batch: int, max_len: int | None = None) -> DecoderState:
+        """Return every layer's state before the first token; with `max_len` room for that many tokens is made at once.
+
+        Without it what grows with the tokens is doubled whenever it is full.
+        """
         return DecoderState([layer.initial_state(batch, max_len) for layer in self._in_order()])
 
     def step(self, tokens: Int64[Tensor, "s b"], state: DecoderState) -> Float[Tensor, "s b v"]:
-        """Return the logits of the next tokens, and bring the state forward."""
-        position = torch.arange(state.length, state.length + len(tokens), device=tokens.device)
+        """Return the logits of the next tokens, and bring the state forward.
+
+        Raises:
+            ValueError: if there is no room for them, or no learned position.
+        """
+        end = state.length + len(tokens)
+        if isinstance(self.positions, LearnedPositions):
+            refuse_beyond(len(self.positions.weight), end, "the table of learned positions")
+        position = torch.arange(state.length, end, device=tokens.device)
         x = self._placed(self._embedded(tokens), position)
         for layer, of_layer in zip(self._in_order(), state.layers, strict=True):
             x = layer.step(x, of_layer)
-        state.length += tokens.shape[0]
+        state.length = end
         return self.logits(x)
 
     def _embedded(self, tokens: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ class RecomputeConfig(BaseModel):
     mode: Literal["none", "full", "selective", "modules"] = "none"
     """none keeps all; full keeps a layer's input (a third more compute); selective keeps `save`; modules see there."""
     every: Annotated[int, Field(gt=0, le=2**14)] = 1
-    """With mode = "full": recompute every n-th layer; 1 is all of them."""
+    """With mode = "full": recompute every n-th layer that a rank holds, from its first; 1 is all of them."""
     save: Annotated[tuple[SavedOp, ...], Field(strict=False)] = ("attention", "matmul")
     """With mode = "selective": the results to keep, any of "attention", "matmul"; all others are recomputed."""
     modules: Annotated[tuple[RecomputedModule, ...], Field(strict=False)] = ("norm", "activation")

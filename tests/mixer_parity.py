@@ -112,14 +112,16 @@ def too_far(found: list[dict[str, float]], bound: float = 1e-9) -> dict[str, flo
 
 
 def assert_steps_are_the_whole(part: nn.Module, x: Tensor, cuts: list[int], max_len: int | None = None) -> Any:
-    """Feed the tokens in pieces, and compare with all at once."""
+    """Feed the tokens in pieces, and compare with all at once; into room for them, and into room that grows."""
     document = torch.zeros(x.shape[:2], dtype=torch.int64)
     part.eval()
     with torch.no_grad():
         wanted = part(x, where_of(document, single_process_mesh(), by_document=False), None)
-        state = part.initial_state(x.shape[1], max_len or len(x))
-        pieces = [part.step(piece, state) for piece in torch.split(x, cuts)]
-    torch.testing.assert_close(torch.cat(pieces), wanted)
+        state, growing = part.initial_state(x.shape[1], max_len or len(x)), part.initial_state(x.shape[1])
+        pieces = torch.cat([part.step(piece, state) for piece in torch.split(x, cuts)])
+        grown = torch.cat([part.step(piece, growing) for piece in torch.split(x, cuts)])
+    torch.testing.assert_close(pieces, wanted)
+    assert torch.equal(grown, pieces)
     return state
 
 

@@ -48,7 +48,7 @@ from meshwright.kernels.limits import USUAL, Limits
 from meshwright.launcher.runfile.optimizer_rules import settings_of
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.stages import layers_held, stages_of
-from meshwright.model.counts.activations import ActivationBytes, Held, activation_bytes
+from meshwright.model.counts.activations import ActivationBytes, Held, activation_bytes, held_by
 from meshwright.model.counts.shapes import embedding_weights, head_weights, layer_weights
 from meshwright.model.kinds.kind import Degrees, Types, Weight
 
@@ -158,24 +158,28 @@ def micro_batch_bytes(run_file: RunFile, world_size: int) -> ActivationBytes:
 
 
 def _activations_of(run_file: RunFile, world_size: int, pp_rank: int) -> ActivationBytes:
-    parallel, precision, recompute = run_file.parallel, run_file.train.precision, run_file.recompute
+    parallel, precision = run_file.parallel, run_file.train.precision
     types = {
         "fp32": Types(4, 4),
         "bf16_autocast": Types(4, 2, is_cast=True),
         "bf16": Types(2, 2),
         "fp64": Types(8, 8),
     }[precision]
-    every = recompute.every if recompute.mode == "full" else 0
-    again = frozenset(range(0, run_file.model.num_layers, every)) if every else frozenset()
     samples = run_file.train.global_batch_size // parallel.dp_in(world_size)
     tokens = min(run_file.train.micro_batch_size, samples) * run_file.data.seq_len
     spread = Degrees(parallel.cp, parallel.tp, parallel.etp, parallel.context)
     # Who asks may not be the machine that trains: where the run file does not say, the larger.
     logits = USUAL.logits(run_file.run.device)
-    held, last = layers_held(run_file, pp_rank), stages_of(run_file).count - 1
-    layers = frozenset(number for stage in held.values() for number in stage)
-    here = Held(layers, layers & again, has_head=last in held)
+    here = activations_held(run_file, pp_rank)
     return activation_bytes(run_file.model, tokens, spread, types, here, logits=logits)
+
+
+def activations_held(run_file: RunFile, pp_rank: int = 0) -> Held:
+    """Return which layers a rank keeps activations of, and of which of them the inputs only."""
+    recompute, held = run_file.recompute, layers_held(run_file, pp_rank)
+    every = recompute.every if recompute.mode == "full" else 0
+    layers = [number for stage in held.values() for number in stage]
+    return held_by(run_file.model, layers, every, (0 in held, stages_of(run_file).count - 1 in held))
 
 
 def _gradients_at_most(run_file: RunFile, shards: Mapping[bool, int], pp_rank: int, limits: Limits) -> float:

@@ -96,7 +96,7 @@ class Mlp(nn.Module):
             inner = dropout(inner, self.inner.dropout, where=where, name=name, position=position, first_feature=first)
         return self.down(inner)  # type: ignore[no-any-return]
 
-    def initial_state(self, batch: int, max_len: int) -> None:
+    def initial_state(self, batch: int, max_len: int | None = None) -> None:
         """Return nothing: tokens do not see each other here."""
 
     def step(self, x: Float[Tensor, "*tokens h"], state: None) -> Float[Tensor, "*tokens h"]:

@@ -137,11 +137,11 @@ class Moe(nn.Module):
             self._count_dropped(taken, routing, where, tally)
         return self._experts_and_shared(x, routing._replace(taken=taken), where)
 
-    def initial_state(self, batch: int, max_len: int) -> RoutingRecord:
-        """Return an empty record with room for `max_len` tokens of `batch` samples."""
-        shape = (max_len, batch, self.router.most_choices)
+    def initial_state(self, batch: int, max_len: int | None = None) -> RoutingRecord:
+        """Return an empty record for `batch` samples of at most `max_len` tokens (None: it grows)."""
+        shape = (max_len or 0, batch, self.router.most_choices)
         weights = at_least_fp32(self.router.weight.new_empty(shape))
-        return RoutingRecord(weights.new_empty(shape, dtype=torch.int32), weights)
+        return RoutingRecord(weights.new_empty(shape, dtype=torch.int32), weights, max_len)
 
     def step(self, x: Float[Tensor, "s b h"], state: RoutingRecord) -> Float[Tensor, "s b h"]:
         """Compute the next tokens; nothing is dropped, because nobody knows yet how many there will be."""

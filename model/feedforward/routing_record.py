@@ -1,9 +1,9 @@
 """Which experts the tokens of an inference went to, kept beside the caches, and used again.
 
-    state = model.initial_state(2, 64)                          records where tokens go
+    state = model.initial_state(2)                          records where tokens go
     model.step(tokens, state)
-    again = replay_routing(model.initial_state(2, 64), state)   sends the same tokens to the same experts, with the same
-    model.step(tokens, again)                                   weights: no router is asked
+    again = replay_routing(model.initial_state(2), state)   sends the same tokens to the same experts, with the same
+    model.step(tokens, again)                               weights: no router is asked
 
 Replaying holds a policy that is trained by another engine, or a model whose routers have moved on, to the experts that
 the tokens were seen with (rollout routing replay).
@@ -16,16 +16,19 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from meshwright.model.room import refuse_beyond, with_room
 from meshwright.model.routers.router import Routing
 
 
 @dataclass
 class RoutingRecord:
-    """Where the tokens of an inference went, in room for `max_len` of them."""
+    """Where the tokens of an inference went."""
 
-    experts: Int[Tensor, "max_len b k"]
+    experts: Int[Tensor, "room b k"]
     """-1 where a token has fewer than k."""
-    weights: Float[Tensor, "max_len b k"]
+    weights: Float[Tensor, "room b k"]
+    max_len: int | None
+    """How many tokens it was made for; None: it grows with them."""
     length: int = 0
     is_replayed: bool = False
     """Whether the tokens go where the record says, and no router is asked."""
@@ -57,8 +60,8 @@ class RoutingRecord:
         """
         (tokens, _, k), begin = routing.expert.shape, self.length
         end = begin + tokens
-        if end > len(self.experts):
-            raise ValueError(f"the record of routing has room for {len(self.experts)} tokens, {end} are needed")
+        refuse_beyond(self.max_len, end, "the record of routing")
+        self.experts, self.weights = with_room(self.experts, end), with_room(self.weights, end)
         self.experts[begin:end], self.weights[begin:end] = -1, 0
         expert = routing.expert if routing.taken is None else routing.expert.masked_fill(~routing.taken, -1)
         self.experts[begin:end, :, :k], self.weights[begin:end, :, :k] = expert.to(self.experts), routing.weight

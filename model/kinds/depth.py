@@ -5,7 +5,7 @@
     router.weight [1, h]   predictor.inward [p, h]   predictor.weight [1, p]     beside those of the layer's parts
 
 Operations and bytes of the parts are those of the chosen tokens alone, `capacity` of all. Kept besides, for every
-token: h/tp of the layer's input, h/tp of what is added to it, and 2p/tp of the predictor.
+token: h/tp of the layer's input in at least fp32, h/tp of what is added to it, and 2p/tp of the predictor.
 """
 
 from __future__ import annotations
@@ -52,4 +52,4 @@ def depth_weights(model: ModelConfig) -> Named:
 def depth_kept(model: ModelConfig, degrees: Degrees, types: Types) -> float:
     """Return what is kept of every token, whether it goes through or not."""
     of_predictor = 2 * depth_of(model).predictor_size / degrees.tp * types.wide
-    return 2 * model.hidden_size / degrees.tp * types.stream + of_predictor
+    return model.hidden_size / degrees.tp * (types.wide + types.stream) + of_predictor

@@ -9,12 +9,20 @@ from meshwright.model.kinds.kind import Degrees, Place, Types
 if TYPE_CHECKING:
     from meshwright.model.config import ModelConfig
 
+WIDENING = ("layernorm", "adaptive_layernorm")
+"""Norms that are made of a copy in at least fp32."""
+
 
 def norm_inputs(model: ModelConfig, place: Place, degrees: Degrees, types: Types) -> float:
     """Return what the inputs of a block's norms take: of the residual stream, or of what the part adds to it."""
     form = model.forms[place]
-    stream = types.stream * (form.before + form.after_sum)
-    return model.hidden_size / degrees.tp * (stream + types.product * form.after_branch)
+    of_stream = norm_input(model, types.stream, types) * (form.before + form.after_sum)
+    return model.hidden_size / degrees.tp * (of_stream + norm_input(model, types.product, types) * form.after_branch)
+
+
+def norm_input(model: ModelConfig, width: int, types: Types) -> int:
+    """Return the bytes that a norm keeps of each number that it takes, which has `width`; LayerNorm makes it wide."""
+    return types.wide if model.norm in WIDENING else width
 
 
 def normed_input(model: ModelConfig, products: int, degrees: Degrees, types: Types) -> float:

@@ -206,6 +206,10 @@ class Kind(ABC):
     def kept(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
         """Return the bytes kept for the backward pass, the input of the block's norm among them."""
 
+    def kept_once(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
+        """Return the bytes kept besides for any number of tokens."""
+        return 0.0
+
     def at_work(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
         """Return the bytes that it holds besides while it is at work, beyond what it does on one rank."""
         return 0.0

@@ -115,8 +115,8 @@ class Attention(nn.Module):
         q, k = self.core.turned(q, k, where)
         return self._output(self.core(q, k, v, where), gate)
 
-    def initial_state(self, batch: int, max_len: int) -> KeyValueCache:
-        """Return an empty cache with room for `max_len` tokens of `batch` samples, or for those of the window."""
+    def initial_state(self, batch: int, max_len: int | None = None) -> KeyValueCache:
+        """Return an empty cache for `batch` samples of at most `max_len` tokens (None: it grows), or for a window's."""
         weight, d = self.k.weight, self.head_dim
         return self.core.empty_cache(batch, max_len, weight.shape[0] // d, (d, d), weight)
 

@@ -1,6 +1,6 @@
 """The keys and values of the tokens seen so far, for decoding: all of them, or those of a window.
 
-room for max_len tokens      position p lies in row p
+room for max_len tokens      position p lies in row p; without a max_len room is doubled when it is full (model/room.py)
 a window w < max_len         position p lies in row p mod w: memory does not grow with the tokens
 
 w = 4, after 6 tokens        rows  4 5 2 3        in order  2 3 4 5
@@ -14,15 +14,19 @@ from torch import Tensor
 
 from meshwright.kernels.attention.attention import cached_attention
 from meshwright.kernels.attention.seen import Seen
+from meshwright.model.room import refuse_beyond, with_room
 
 
 @dataclass
 class KeyValueCache:
-    """The keys and values of the tokens seen so far, in room for `max_len` of them or for a window."""
+    """The keys and values of the tokens seen so far, in room for all of them or for a window."""
 
     keys: Float[Tensor, "room b k d"]
     values: Float[Tensor, "room b k e"]
-    max_len: int
+    max_len: int | None
+    """How many tokens it was made for; None: it grows with them."""
+    window: int = 0
+    """How many it holds at most; 0: all."""
     length: int = 0
     at: Int64[Tensor, " s"] | None = None
     """Positions of the next tokens, where they do not follow on each other (model/depth.py)."""
@@ -34,8 +38,7 @@ class KeyValueCache:
             ValueError: if there is no room for them.
         """
         end = self.length + count
-        if end > self.max_len:
-            raise ValueError(f"the cache has room for {self.max_len} tokens, {end} are needed")
+        refuse_beyond(self.max_len, end)
         return range(self.length, end)
 
     def next_positions(self, count: int) -> Int64[Tensor, " s"]:
@@ -49,6 +52,8 @@ class KeyValueCache:
     ) -> Float[Tensor, "s b n e"]:
         """Add the next tokens' keys and values, and attend from them to all that are held and seen."""
         begin, end = self.length, self.length + len(q)
+        if self.max_len is None:
+            self.keys, self.values = (with_room(rows, end, self.window) for rows in (self.keys, self.values))
         room = len(self.keys)
         self.length = end
         if end <= room:
@@ -68,9 +73,9 @@ class KeyValueCache:
 
 
 def empty_cache(
-    batch: int, max_len: int, window: int, num_kv_heads: int, widths: tuple[int, int], like: Tensor
+    batch: int, max_len: int | None, window: int, num_kv_heads: int, widths: tuple[int, int], like: Tensor
 ) -> KeyValueCache:
     """Return a cache for `max_len` tokens of `batch` samples, of which it holds a window's, if that is not 0."""
-    room = min(window, max_len) if window else max_len
+    room = min(window or max_len, max_len) if max_len else 0
     keys, values = (like.new_empty(room, batch, num_kv_heads, width) for width in widths)
-    return KeyValueCache(keys, values, max_len)
+    return KeyValueCache(keys, values, max_len, window)

@@ -150,7 +150,7 @@ class AttentionCore(nn.Module):
         return context_attention(q, k, v, cp, self.spread.context, documents, seen, entries)
 
     def empty_cache(
-        self, batch: int, max_len: int, num_kv_heads: int, widths: tuple[int, int], like: Tensor
+        self, batch: int, max_len: int | None, num_kv_heads: int, widths: tuple[int, int], like: Tensor
     ) -> KeyValueCache:
         """Return an empty cache of keys and values of these widths, of as many tokens as are seen.
 

@@ -147,7 +147,7 @@ class GatedDelta(nn.Module):
         ys = [self._recurrence(*given)[0] for given in zip(chunks, cut, states, strict=True)]
         return self._out(torch.cat(ys), z)
 
-    def initial_state(self, batch: int, max_len: int) -> DeltaState:
+    def initial_state(self, batch: int, max_len: int | None = None) -> DeltaState:
         """Return the state before a sample, whose size does not depend on `max_len`."""
         state = at_least_fp32(self.A_log[:0]).new_zeros(batch, self.A_log.shape[0], self.d, self.e)
         return DeltaState([conv.empty_halo(batch) for conv in (self.conv_q, self.conv_k, self.conv_v)], state)

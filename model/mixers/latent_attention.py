@@ -36,6 +36,7 @@ from meshwright.model.making import Making
 from meshwright.model.mixers.attention_core import ONE_RANK, USUAL_LOOK, AttentionCore, Look, Spread, look_of
 from meshwright.model.norms import RMSNorm
 from meshwright.model.positions import Rope, yarn_scale
+from meshwright.model.room import refuse_beyond, with_room
 from meshwright.parallel.collectives import gather
 from meshwright.parallel.initialise import ZEROS, InitPolicy, InitRule
 from meshwright.parallel.mesh import Axis
@@ -63,10 +64,12 @@ class LatentSizes(NamedTuple):
 
 @dataclass
 class LatentCache:
-    """The latents and rotary keys of the tokens seen so far, in room for `max_len` of them."""
+    """The latents and rotary keys of the tokens seen so far."""
 
-    rows: Float[Tensor, "max_len b width"]
+    rows: Float[Tensor, "room b width"]
     """Of each token its latent, then its turned rotary key."""
+    max_len: int | None
+    """How many tokens it was made for; None: it grows with them."""
     length: int = 0
     at: Int64[Tensor, " s"] | None = None
     """Positions of the next tokens, where they do not follow on each other (model/depth.py)."""
@@ -134,10 +137,10 @@ class LatentAttention(nn.Module):
         mixed = self.core(q, k, torch.unflatten(v, 2, (n_local, e)), where)
         return self.output(mixed.flatten(2))  # type: ignore[no-any-return]
 
-    def initial_state(self, batch: int, max_len: int) -> LatentCache:
-        """Return an empty cache with room for `max_len` tokens of `batch` samples."""
+    def initial_state(self, batch: int, max_len: int | None = None) -> LatentCache:
+        """Return an empty cache for `batch` samples of at most `max_len` tokens (None: it grows)."""
         width = self.sizes.kv_lora_rank + self.sizes.qk_rope_head_dim
-        return LatentCache(self.kv_a.weight.new_empty(max_len, batch, width))
+        return LatentCache(self.kv_a.weight.new_empty(max_len or 0, batch, width), max_len)
 
     def step(self, x: Float[Tensor, "s b h"], state: LatentCache) -> Float[Tensor, "s b h"]:
         """Attend from the next tokens to all that the cache holds, and add them to it.
@@ -146,13 +149,13 @@ class LatentAttention(nn.Module):
             ValueError: if the cache has no room for them.
         """
         begin, end = state.length, state.length + len(x)
-        if end > len(state.rows):
-            raise ValueError(f"the cache has room for {len(state.rows)} tokens, {end} are needed")
+        refuse_beyond(state.max_len, end)
         _, c, p, r, _, _ = self.sizes
         position = torch.arange(begin, end, device=x.device) if state.at is None else state.at
         angles = self.rope.angles(position, r, x.dtype)
         k_rope = apply_rope(self.k_rope(x)[:, :, None], *angles)[:, :, 0]
         latent = self.kv_a_norm(self.kv_a(x))
+        state.rows = with_room(state.rows, end)
         state.rows[begin:end] = torch.cat([latent, k_rope.to(latent.dtype)], 2)
         state.length = end
         q = self._queries(x)

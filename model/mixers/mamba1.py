@@ -126,7 +126,7 @@ class Mamba1(nn.Module):
         ys = [self._recurrence(*given)[0] for given in zip(chunks, cut, states, strict=True)]
         return self._out(torch.cat(ys), z)
 
-    def initial_state(self, batch: int, max_len: int) -> Mamba1State:
+    def initial_state(self, batch: int, max_len: int | None = None) -> Mamba1State:
         """Return the state before a sample, whose size does not depend on `max_len`."""
         state = at_least_fp32(self.A_log[:0]).new_zeros(batch, *self.A_log.shape)
         return Mamba1State(self.conv_x.empty_halo(batch), state)

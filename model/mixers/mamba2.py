@@ -191,7 +191,7 @@ class Mamba2(nn.Module):
         ]
         return self._out(torch.cat(ys), z)
 
-    def initial_state(self, batch: int, max_len: int) -> Mamba2State:
+    def initial_state(self, batch: int, max_len: int | None = None) -> Mamba2State:
         """Return the state before a sample, whose size does not depend on `max_len`."""
         n = self.A_log.shape[0]
         # At least fp32, as the scan returns it.

@@ -102,7 +102,7 @@ class S4d(nn.Module):
         y, _ = self._convolution(x, document_begins(where, NO_CP), None)
         return self._out(y)
 
-    def initial_state(self, batch: int, max_len: int) -> S4dState:
+    def initial_state(self, batch: int, max_len: int | None = None) -> S4dState:
         """Return the state before a sample, whose size does not depend on `max_len`."""
         real = at_least_fp32(self.A_log[:0])
         return S4dState(torch.zeros(batch, *self.A_log.shape, dtype=real.dtype.to_complex(), device=real.device))

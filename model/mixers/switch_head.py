@@ -31,6 +31,7 @@ from meshwright.model.making import Making
 from meshwright.model.mixers.attention_cache import KeyValueCache
 from meshwright.model.mixers.attention_core import ONE_RANK, USUAL_LOOK, AttentionCore, Look, Spread, look_of
 from meshwright.model.positions import Rope
+from meshwright.model.room import with_room
 from meshwright.parallel.collectives import gather, scatter_sum
 from meshwright.parallel.initialise import InitPolicy, InitRule
 from meshwright.parallel.placement import Placement, Split
@@ -59,7 +60,7 @@ class Chosen(NamedTuple):
 
 @dataclass
 class SwitchHeadState:
-    """Keys and values of the tokens seen so far, and which experts made the values: row p mod room for position p."""
+    """Keys and values of the tokens seen so far, and which experts made the values: in the rows that these have."""
 
     cache: KeyValueCache
     expert: Int64[Tensor, "room b n top_k"]
@@ -126,13 +127,14 @@ class SwitchHead(nn.Module):
     ) -> Float[Tensor, "s_local b h"]:
         """Let each token attend to what it sees of its sample (of its document, where `where` says so)."""
         x = gather(x, self.spread.tp)
-        source, destination = self._chosen(x, self.source, where), self._chosen(x, self.destination, where)
+        wide = at_least_fp32(x)  # once for both, which keep it
+        source, destination = self._chosen(wide, self.source, where), self._chosen(wide, self.destination, where)
         q, k = self.core.turned(*self._queries_and_keys(x), where)
         mixed = self.core(q, k, self._values(x, source), where)
         return scatter_sum(self._outputs(mixed, destination), self.spread.tp)
 
-    def initial_state(self, batch: int, max_len: int) -> SwitchHeadState:
-        """Return an empty state with room for `max_len` tokens of `batch` samples, or for those of the window."""
+    def initial_state(self, batch: int, max_len: int | None = None) -> SwitchHeadState:
+        """Return an empty state for `batch` samples of at most `max_len` tokens (None: it grows), or for a window's."""
         d, num_experts, top_k = self.sizes[1:]
         heads = self.source.shape[0] // num_experts
         cache = self.core.empty_cache(batch, max_len, heads, (d, d), self.v)
@@ -150,7 +152,8 @@ class SwitchHead(nn.Module):
         source, destination = self._chosen(x, self.source), self._chosen(x, self.destination)
         q, k = self._queries_and_keys(x)
         mixed = self.core.step(q, k, self._values(x, source), state.cache)
-        room = len(state.expert)
+        room = len(state.cache.keys)
+        state.expert, state.gate = with_room(state.expert, room, room), with_room(state.gate, room, room)
         last = range(max(positions.start, positions.stop - room), positions.stop)
         rows = torch.arange(last.start, last.stop, device=x.device) % room
         state.expert[rows], state.gate[rows] = source.expert[-len(last) :], source.gate[-len(last) :]

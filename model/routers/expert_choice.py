@@ -101,5 +101,5 @@ def as_choices(takes: Bool[Tensor, "*tokens e"]) -> tuple[Int64[Tensor, "*tokens
     """
     order = (~takes).to(torch.int8).argsort(dim=-1, stable=True)
     most = max(1, int(takes.sum(-1).max().item())) if takes.numel() else 1
-    expert = order[..., :most]
+    expert = order[..., :most].contiguous()  # what is kept of it for the backward pass is not all experts
     return expert, takes.gather(-1, expert)

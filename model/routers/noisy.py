@@ -42,9 +42,10 @@ class NoisyTopKRouter(Router):
 
     def scores(self, x: Float[Tensor, "*tokens h"], trained: Where | None) -> Float[Tensor, "*tokens e"]:
         """Return the scores, in training with noise."""
+        x = at_least_fp32(x)  # once for both products, which keep it
         scores = super().scores(x, trained)
         if trained is None:
             return scores
-        scale = F.softplus(at_least_fp32(x) @ at_least_fp32(self.noise_weight).T)
+        scale = F.softplus(x @ at_least_fp32(self.noise_weight).T)
         noise = normal_noise(self.num_experts, where=trained, name=f"{self.name}/router_noise")
         return scores + noise.to(scores.dtype) * scale

@@ -150,7 +150,8 @@ class Router(nn.Module):
     def choose(self, ranking: Float[Tensor, "t e"]) -> Int64[Tensor, "t k"]:
         """Return each token's experts, the highest first."""
         # A stable sort, not topk: among equal scores topk returned any of them (42, 43, 44, 41).
-        return ranking.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        # Contiguous: what is kept of it for the backward pass is not all experts.
+        return ranking.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k].contiguous()
 
     def weigh(self, chosen: Float[Tensor, "*tokens k"]) -> Float[Tensor, "*tokens k"]:
         """Return the weights of the chosen experts from their probabilities."""

@@ -89,8 +89,8 @@ def combine(rows: Float[Tensor, "r h"], weight: Float[Tensor, "t k"], plan: Disp
         inverse[plan.arrival_order] = torch.arange(inverse.numel(), device=inverse.device)
         rows = _permute_rows(rows, inverse)
         rows = exchange_rows(rows, plan.receive, plan.send, ep)
-    of_token = _spread_rows(rows, plan.order, plan.inverse).view(*weight.shape, rows.shape[1])
-    return (of_token * weight[..., None].to(of_token.dtype)).sum(1)
+    summed: Tensor = _WeightedSum.apply(rows, weight, plan.order, plan.inverse)  # type: ignore[no-untyped-call]
+    return summed
 
 
 class AllToAll:
@@ -170,11 +170,6 @@ def _permute_copies(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Te
     return permuted
 
 
-def _spread_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    spread: Tensor = _SpreadRows.apply(rows, order, inverse)  # type: ignore[no-untyped-call]
-    return spread
-
-
 def _rows_or_zeros(x: Tensor, row: Tensor) -> Tensor:
     """Return the named rows, and zeros for those behind the last."""
     if x.shape[0] == row.shape[0]:
@@ -203,18 +198,26 @@ class _PermuteCopies(torch.autograd.Function):
         return of_token.sum(1), None, None, None
 
 
-class _SpreadRows(torch.autograd.Function):
-    """Row i of the result is row inverse[i], or zeros; `order` brings the gradient of those that were sent back."""
+class _WeightedSum(torch.autograd.Function):
+    """Each token's rows, weighted and summed in the order of its choices, of which a dropped one has zeros.
+
+    Kept are the rows that there are, not one for each choice: where experts choose, most of a token's choices are none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return _rows_or_zeros(rows, inverse)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, order, inverse)
+        of_token = _rows_or_zeros(rows, inverse).view(*weight.shape, rows.shape[1])
+        return (of_token * weight[..., None].to(rows.dtype)).sum(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return grads[0].index_select(0, order), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weight, order, inverse = ctx.saved_tensors
+        token = torch.div(order, weight.shape[1], rounding_mode="floor")
+        of_row = grads[0].to(rows.dtype).index_select(0, token)
+        of_weight = _rows_or_zeros((of_row * rows).sum(1, keepdim=True), inverse).view(weight.shape)
+        of_rows = of_row.mul_(weight.flatten().index_select(0, order)[:, None].to(rows.dtype))
+        return of_rows, of_weight.to(weight.dtype), None, None
 
 
 class _PermuteRows(torch.autograd.Function):

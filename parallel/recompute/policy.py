@@ -1,6 +1,6 @@
 """Gradient checkpointing: what is kept of a layer's forward pass, and what the backward pass computes again.
 
-    full         a layer keeps only its input, every n-th layer or all
+    full         a layer keeps only its input, every n-th layer or all (parallel/recompute/every.py)
     selective    a layer keeps the results of the named ops and computes the cheap rest again
     modules      the named modules of a layer keep only their input; of others, which are cheap, not even the result is
                  kept by those who use it (parallel/recompute/kept.py)
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from meshwright.kernels.attention.blocks import attention_by_blocks
 from meshwright.kernels.matmul.grouped import grouped_product
 from meshwright.kernels.matmul.products import onednn_product
+from meshwright.parallel.recompute.every import every_nth
 from meshwright.parallel.recompute.host_copies import HostCopies
 from meshwright.parallel.recompute.kept import Kept
 from meshwright.parallel.tally import Tally
@@ -78,7 +79,7 @@ def keep_less(layers: list[nn.Module], tally: Tally, how: Recompute, device: tor
     """Make the layers keep what `how` says for the backward pass; return the hooks that they run under, if any."""
     kept = Kept(HostCopies(device) if how.offload else None)
     if how.mode == "full":
-        recompute_layers(layers[:: how.every], tally)
+        recompute_layers(every_nth(layers, how.every), tally)
     elif how.mode == "selective":
         recompute_layers(layers, tally, how.save, kept)
     elif how.mode == "modules":

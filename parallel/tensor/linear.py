@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from meshwright.kernels.limits import MANY_TOKENS, NARROW
 from meshwright.kernels.matmul.linear import linear
 from meshwright.parallel.collectives import scatter_sum
 from meshwright.parallel.initialise import ZEROS, InitRule
@@ -26,8 +27,6 @@ from meshwright.parallel.placement import Placement, Split, partial_over
 from meshwright.parallel.tensor.gathered import Matrix, products_of_gathered
 
 NO_COPIES = Axis("copies")
-NARROW, MANY_TOKENS = 128, 256
-"""Layers of so few features (B, C and dt of Mamba-2) are slow one by one; joining costs a copy of their weights."""
 
 
 class ColumnLinear(nn.Module):
@@ -113,6 +112,7 @@ def column_products(
 
 def _products(x: Tensor, columns: Sequence[ColumnLinear]) -> list[Tensor]:
     """Return what each of the layers makes of x; narrow ones share one product, if there are tokens enough."""
+    # Layers of few features (B, C and dt of Mamba-2) are slow one by one; joining costs a copy of their weights.
     narrow = [at for at, column in enumerate(columns) if column.weight.shape[0] <= NARROW and column.bias is None]
     if len(narrow) < 2 or x.numel() < MANY_TOKENS * x.shape[-1]:
         return [column(x) for column in columns]

@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from meshwright.kernels.attention.rope import apply_rope
 from meshwright.model.mixers.attention import Attention, Heads
 from meshwright.model.mixers.attention_core import Look
 from meshwright.model.mixers.latent_attention import LatentAttention, LatentSizes
@@ -185,3 +186,47 @@ def learned(mesh: Mesh) -> torch.Tensor:
 def test_a_learned_tables_gradient_is_the_sum_over_the_tokens_of_all_ranks() -> None:
     for found in run_mesh(Sizes(tp=2), learned):
         assert found.tolist() == [0, 2, 0, 0, 0, 4, 0, 0, 2]
+
+
+ROPES = {
+    "plain": Rope(BASE),
+    "of half a head": Rope(BASE, 0.5),
+    "stretched": Rope(BASE, scaling=SCALINGS["yarn"][0]),
+    "from another start": Rope(BASE, start=3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ROPES)
+def test_angles_of_a_step_are_those_of_its_positions(name: str, dtype: torch.dtype) -> None:
+    rope, like = ROPES[name], torch.empty(0, dtype=dtype)
+    for begin, count in ((0, 5), (5, 1), (6, 1), (0, 1), (7, 40), (6, 1)):
+        expected = rope.angles(torch.arange(begin, begin + count), D, dtype)
+        for found, wanted in zip(rope.angles_from(begin, count, D, like), expected, strict=True):
+            assert found.dtype == dtype
+            assert torch.equal(found, wanted)
+
+
+def test_angles_of_a_step_are_made_once_for_all_layers_of_one_kind() -> None:
+    first, like = Rope(BASE), torch.empty(0)
+    cos, sin = first.angles_from(9, 2, D, like)
+    again = Rope(BASE).angles_from(9, 2, D, torch.ones(3))
+    assert cos is again[0]
+    assert sin is again[1]
+    others = [
+        first.angles_from(9, 2, D // 2, like), Rope(BASE + 1).angles_from(9, 2, D, like),
+        first.angles_from(8, 2, D, like), first.angles_from(9, 2, D, like.double()),
+    ]  # fmt: skip
+    assert all(cos.shape != other.shape or not torch.equal(cos, other.to(cos)) for other, _ in others[:3])
+    assert others[3][0].dtype == torch.float64
+
+
+def test_angles_that_inference_mode_has_made_are_not_given_to_who_trains() -> None:
+    rope, like = Rope(BASE, start=17), torch.randn(2, 1, 1, D)
+    with torch.inference_mode():
+        within = rope.angles_from(4, 2, D, like)
+    x = like.clone().requires_grad_()
+    outside = rope.angles_from(4, 2, D, like)
+    apply_rope(x, *outside).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * like)  # turning changes no length
+    assert torch.equal(within[0], outside[0])

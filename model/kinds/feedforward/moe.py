@@ -3,11 +3,12 @@
     router [e, h]   experts.gate, .up [e, f, h]   experts.down [e, h, f]   shared.* as an MLP of its width
     router.noise_weight [e, h] of a noisy one   no gate with a plain activation   shared_gate [1, h] where asked for
 
-Kept for each token: h/tp of the norm's input and, for the router, h/tp of its output; rows: each token comes top_k
-times, h of input, h of result, 3f between (2f with a plain activation); as an MLP for shared experts, and h/tp of their
-result if they have a gate. Rows lie wherever they were routed: a rank
-has its share of them on average, times etp where they are shared, and more when routing is uneven. The router's numbers
-of a few for each token are left out.
+Kept for each token: h/tp of the norm's input and, for the router, h/tp of its output in at least fp32, with e/tp scores
+and e/tp probabilities (of a noisy one as many of the noise and its scale); rows: each token comes top_k times, also
+where experts choose, h of input, h of result, 3f between (2f with a plain activation); as an MLP for shared experts,
+and h/tp of their result if they have a gate. Rows lie wherever they were routed: a rank has its share of them on
+average, times etp where they are shared, and more when routing is uneven; a capacity below 1 leaves so many of them at
+most. Of each choice the expert, where its row stands and where it came from, of eight bytes each, and its weight.
 """
 
 from __future__ import annotations
@@ -147,15 +148,20 @@ class MoeKind(Kind):
         moe, h = _table(model), model.hidden_size
         columns = len(inwards(model))
         between = (h + (columns + 1) * moe.expert_hidden_size) * types.product
-        routed = moe.top_k / degrees.tp * (h * degrees.etp * types.inputs(columns) + between)
-        norms = norm_inputs(model, self.place, degrees, types)
-        found = norms + h / degrees.tp * types.stream + routed  # for the router, what the norm gives
+        rows = moe.top_k * min(1.0, moe.capacity_factor or 1.0)
+        routed = rows / degrees.tp * (h * degrees.etp * types.inputs(columns) + between)
+        of_scores = moe.num_experts * types.wide * (4 if moe.router == "noisy" else 2)
+        of_choices = moe.top_k * (2 * 8 + types.wide) + rows * 8
+        of_router = (h * types.wide + of_scores + of_choices) / degrees.tp
+        found = norm_inputs(model, self.place, degrees, types) + of_router + routed
+        is_narrow = types.stream < types.wide
         if moe.num_shared_experts:
-            shared = mlp_kept(model, moe.shared_hidden_size, degrees, types)
-            # The shared experts take the very tensor that the router does, unless they keep a copy.
-            found += shared - (0.0 if types.is_cast else normed_input(model, columns, degrees, types))
+            found += mlp_kept(model, moe.shared_hidden_size, degrees, types)
+            # The shared experts take the very tensor that the router does, unless either has a copy.
+            if not (types.is_cast or is_narrow or moe.router_jitter):
+                found -= normed_input(model, columns, degrees, types)
         if moe.shared_expert_gate:
-            found += h / degrees.tp * types.product
+            found += h / degrees.tp * (types.product + types.wide * is_narrow)
         return found
 
     def state_bytes(self, model: ModelConfig, tokens: int, width: int) -> float:

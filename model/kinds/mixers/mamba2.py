@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, PositiveFloat
 
+from meshwright.kernels.limits import NARROW
 from meshwright.model.kinds.kept import norm_inputs, normed_input
 from meshwright.model.kinds.kind import OVER_TP, Choose, Cut, Degrees, Kind, Named, Need, Types, Weight, matrix, vector
 from meshwright.model.kinds.sizes import TABLE, Size, SizeOrZero
@@ -108,7 +109,10 @@ class Mamba2Kind(Kind):
         own += c * table.state_size / table.chunk_size * types.wide
         if degrees.cp > 1:
             own += c * types.wide + ((c + shared) * types.wide if types.product < types.wide else 0)
-        return norm_inputs(model, self.place, degrees, types) + normed_input(model, 5, degrees, types) + own
+        widths = [c, c, shared, shared, n]  # of z, x, B, C, dt, of which the narrow ones are one product
+        narrow = 0 if table.bias else sum(width <= NARROW for width in widths)
+        products = 5 - max(0, narrow - 1)
+        return norm_inputs(model, self.place, degrees, types) + normed_input(model, products, degrees, types) + own
 
     def state_bytes(self, model: ModelConfig, tokens: int, width: int) -> float:
         """Return the bytes of the state and of the last tokens, however many there were."""

@@ -4,7 +4,7 @@
 
 Kept for each token, of a rank's h/tp features: h/tp of the normed features, y before and behind GELU; h/tp of the
 output and twice of the gate, summed over tp; for each chunk of l tokens the state before it, N/l numbers a feature;
-and for any number of tokens the tables of powers, some 4N l numbers a feature, which are left out.
+and for any number of tokens three tables of powers, N l numbers a feature each.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ class S4dKind(Kind):
         states = h * table.state_size / table.chunk_size * types.wide
         between = 2 * h * types.stream + h * types.inputs(2) + 2 * h * types.product
         return norm_inputs(model, self.place, degrees, types) + between + states
+
+    def kept_once(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
+        """Return the tables of powers."""
+        table = _table(model)
+        return 3 * model.hidden_size / degrees.tp * table.state_size * table.chunk_size * types.wide
 
     def state_bytes(self, model: ModelConfig, tokens: int, width: int) -> float:
         """Return the bytes of the state, however many tokens there were."""

@@ -1,9 +1,12 @@
 """Bytes of state on a rank, counted by hand for each ZeRO stage, and those of a micro-batch."""
 
 import pytest
+import torch
 
+from meshwright.launcher.build import recompute_of
 from meshwright.launcher.runfile.footprint import (
     StateBytes,
+    activations_held,
     held_weights,
     micro_batch_bytes,
     state_bytes,
@@ -26,6 +29,8 @@ from meshwright.model.kinds.table import KINDS
 from meshwright.model.parts import build_model
 from meshwright.model.stage import HeldStages
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
+from meshwright.parallel.recompute.policy import keep_less
+from meshwright.parallel.tally import Tally
 
 
 def run_file(*overrides: str) -> RunFile:
@@ -245,3 +250,38 @@ def test_the_weights_of_the_stages_of_a_rank_are_those_that_it_holds(schedule: s
         assert held_weights(run, rank)[:2] == (sum(p.numel() for p in model.parameters()) - experts, experts)
     largest = max(sum(held_weights(run, rank)[:2]) for rank in range(2))
     assert state_bytes(run, 2).weights == 4 * largest
+
+
+RECOMPUTED = {
+    "every layer": ["model.num_layers=4"],
+    "every third of seven": ["model.num_layers=7", "recompute.every=3"],
+    "layers used twice": ["model.num_layers=6", "model.distinct_layers=3", "recompute.every=2"],
+    "further tokens": ["model.num_layers=3", "model.multi_token={depth=2}", "recompute.every=2"],
+    "both": ["model.num_layers=4", "model.distinct_layers=2", "model.multi_token={depth=2}", "recompute.every=4"],
+    "a pipeline": ["model.num_layers=7", "parallel.pp=2", "model.multi_token={depth=1}", "recompute.every=2"],
+    "in a V": ["model.num_layers=10", "parallel.pp=2", "pipeline.schedule=zbv", "recompute.every=2"],
+    "in turns": ["model.num_layers=6", "parallel.pp=2", "pipeline.schedule=interleaved_1f1b", "recompute.every=3"],
+}
+
+
+@pytest.mark.parametrize("case", RECOMPUTED)
+def test_the_layers_that_count_as_recomputed_are_those_that_are(case: str) -> None:
+    run = run_file("recompute.mode=full", *RECOMPUTED[case])
+    model, some = run.model, 0
+    for rank in range(run.parallel.pp):
+        mesh = Mesh(Sizes(pp=run.parallel.pp), {name: Axis(name) for name in single_process_mesh().axes}, rank)
+        held = HeldStages(layers_held(run, rank), stages_of(run).count)
+        built = build_model(model, mesh=mesh, device="meta", held=held)
+        keep_less(built.held_layers, Tally({}), recompute_of(run.recompute), torch.device("cpu"))
+        numbers = [int(number) for number in built.layers]
+        numbers += range(model.num_layers, model.num_layers + len(built.multi_token))
+        again = {at for at, layer in zip(numbers, built.held_layers, strict=True) if "forward" in vars(layer)}
+        found = activations_held(run, rank)
+        laps = range(model.num_layers // model.held_layers)
+        uses = {at + lap * model.held_layers for at in numbers if at < model.num_layers for lap in laps}
+        assert found.layers == uses
+        assert {at if at >= model.num_layers else at % model.held_layers for at in found.recomputed} == again
+        assert len(found.recomputed) == sum(len(laps) if at < model.num_layers else 1 for at in again)
+        assert (found.has_embedding, found.has_head) == (held.has_first, held.has_last)
+        some += len(again)
+    assert some > 0

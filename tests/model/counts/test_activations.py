@@ -16,7 +16,9 @@ from meshwright.model.kinds.mixers.s4d import S4dConfig
 from meshwright.model.kinds.table import KINDS
 from meshwright.model.kinds.unread import keys_read
 from meshwright.model.parts import build_model
+from meshwright.parallel.context.order import zigzag_positions
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
+from meshwright.parallel.tally import Tally, declared_entries
 from meshwright.parallel.where import place
 
 SIZES = {"num_layers": 2, "hidden_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 4096}
@@ -40,6 +42,33 @@ OF_STATES = {
     "s4d": ModelConfig(pattern="S-", s4d=S4dConfig(state_size=8, chunk_size=64), **WITH_STATE),
 }
 CONFIGS |= OF_STATES
+CHOOSING = MoeConfig(num_experts=8, top_k=2, expert_hidden_size=40, num_shared_experts=1, router="expert_choice")
+SHORT = SIZES | {"num_layers": 1}
+OF_ENDS = {
+    "embedding norm": ModelConfig(pattern="*-", ffn_hidden_size=160, embedding_norm=True, **SHORT),
+    "layernorm": ModelConfig(pattern="*-", ffn_hidden_size=160, embedding_norm=True, norm="layernorm", **SHORT),
+    "no final norm": ModelConfig(
+        pattern="*-", ffn_hidden_size=160, norm_placement="post", final_norm=False, embedding_dropout=0.1, **SHORT
+    ),
+    "further tokens": ModelConfig(pattern="*-", ffn_hidden_size=160, multi_token={"depth": 2}, **SHORT),
+    "further tokens, no final norm": ModelConfig(
+        pattern="*-", ffn_hidden_size=160, multi_token={"depth": 2}, final_norm=False, norm="layernorm", **SHORT
+    ),
+    "further tokens of experts": ModelConfig(pattern="*E", multi_token={}, moe=MOE, **SHORT),
+}
+# Mixtures alone, so that what a router keeps shows.
+OF_ROUTERS = {
+    "expert choice": CHOOSING,
+    "many experts": MoeConfig(num_experts=64, top_k=2, expert_hidden_size=40),
+    "noisy": MoeConfig(num_experts=32, top_k=2, expert_hidden_size=40, num_shared_experts=1, router="noisy"),
+    "jittered": MoeConfig(num_experts=4, top_k=2, expert_hidden_size=40, num_shared_experts=1, router_jitter=0.1),
+    "half a capacity": MoeConfig(num_experts=8, top_k=2, expert_hidden_size=40, capacity_factor=0.5),
+}
+OF_ENDS |= {
+    name: ModelConfig(pattern="E", num_layers=2, hidden_size=96, vocab_size=64, moe=moe)
+    for name, moe in OF_ROUTERS.items()
+}
+CONFIGS |= OF_ENDS
 LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "q_lora_rank": 40}
 YARN = {"kind": "yarn", "factor": 4.0, "original_length": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
 OF_LATENTS = ["q", "k", "v", "output"]
@@ -60,16 +89,19 @@ CONFIGS |= {
     for name, keys in OF_ATTENTION.items()
 }
 # By default each kind once, and those of most models also where numbers are of two widths.
-DEFAULT = ("dense", "moe", "sliding", "block sparse", "latent", "switch head", *OF_STATES)
+DEFAULT = ("dense", "moe", "sliding", "block sparse", "latent", "switch head", *OF_STATES, *OF_ENDS)
+WIDTHS = {"fp32": Types(), "autocast": Types(4, 2, is_cast=True), "bf16": Types(2, 2)}
 CASES = [
-    (name, autocast, tp)
-    if tp == 1 and name in DEFAULT and (not autocast or name == "moe")
-    else pytest.param(name, autocast, tp, marks=pytest.mark.slow)
+    (name, width, tp)
+    if tp == 1 and name in DEFAULT and (width == "fp32" or name == "moe")
+    else pytest.param(name, width, tp, marks=pytest.mark.slow)
     for name in CONFIGS
-    for autocast in (False, True)
+    for width in WIDTHS
     for tp in (1, 2)
     if tp == 1 or name not in OF_ATTENTION
+    if width != "autocast" or name not in OF_ROUTERS  # whose weights' copies weigh more than the tokens
 ]
+OVER_CP = ("embedding norm", "further tokens", "further tokens of experts", "expert choice")
 # 8 billion weights: 32 layers, hidden 4096, 32 heads and 8 key heads of width 128, feed-forward 14336.
 LARGE = ModelConfig(pattern="*-", num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8,
                     head_dim=128, ffn_hidden_size=14336, vocab_size=128256)  # fmt: skip
@@ -78,8 +110,8 @@ ONE, SEQ, BATCH = single_process_mesh(), 512, 8
 MILLION, ALL = 1 << 20, frozenset(range(32))
 
 
-def saved_bytes(mesh: Mesh, config: ModelConfig, autocast: bool) -> int:
-    """Return the bytes of all storages that a forward pass saves for its backward, but those of the weights."""
+def saved_bytes(mesh: Mesh, config: ModelConfig, types: Types) -> int:
+    """Return the bytes of all storages that a forward pass in training saves for its backward, but the weights'."""
     torch.manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (SEQ, BATCH))
     no_document, all_counted = torch.zeros_like(tokens), torch.ones_like(tokens, dtype=torch.bool)
@@ -87,12 +119,15 @@ def saved_bytes(mesh: Mesh, config: ModelConfig, autocast: bool) -> int:
         torch.arange(BATCH),
         no_document,
         all_counted,
-        torch.arange(SEQ),
+        zigzag_positions(SEQ, mesh.cp),
         mesh.tp,
         step=0,
         step_tokens=float(SEQ * BATCH),
+        whole_tokens=(tokens, tokens),
     )
-    model, saved = build_model(config, mesh=mesh), {}
+    dtype = {4: torch.float32, 2: torch.bfloat16}[types.stream]
+    model, saved = build_model(config, mesh=mesh, dtype=dtype), {}
+    tally, tokens = Tally(declared_entries(model)), tokens[where.position_mixed]
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def pack(x: Tensor) -> Tensor:
@@ -102,8 +137,8 @@ def saved_bytes(mesh: Mesh, config: ModelConfig, autocast: bool) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(tokens, tokens, where)
+        with torch.autocast("cpu", torch.bfloat16, enabled=types.is_cast):
+            loss = model(tokens, tokens, where, tally)
         assert loss.requires_grad
         return sum(saved.values())
 
@@ -112,15 +147,26 @@ def test_each_kind_is_counted() -> None:
     assert {kind.name for name in DEFAULT for kind in CONFIGS[name].part_kinds} == KINDS.keys()
 
 
-@pytest.mark.parametrize(("name", "autocast", "tp"), CASES)
-def test_the_count_is_what_torch_saves(name: str, autocast: bool, tp: int) -> None:
-    config, sizes = CONFIGS[name], Sizes(tp=tp)
-    found = run_mesh(sizes, saved_bytes, config, autocast) if tp > 1 else [saved_bytes(ONE, config, autocast)]
-    counted = activation_bytes(config, SEQ * BATCH, Degrees(tp=tp), Types(4, 2 if autocast else 4, autocast))
-    # Left out: the norms' factors, routing, the token ids, and under autocast bf16 copies of these few weights.
-    # The experts of a rank take the tokens that were routed there, so that ranks differ and only the mean is counted.
-    saved = sum(found) / tp
+def assert_counted(name: str, types: Types, sizes: Sizes) -> None:
+    config, spread = CONFIGS[name], Degrees(sizes.cp, sizes.tp)
+    is_split = sizes.cp * sizes.tp > 1
+    found = run_mesh(sizes, saved_bytes, config, types) if is_split else [saved_bytes(ONE, config, types)]
+    counted = activation_bytes(config, SEQ * BATCH, spread, types)
+    # Left out: the norms' factors, the token ids, and under autocast bf16 copies of these few weights. Ranks' experts
+    # take the tokens that were routed there: ranks differ, and the mean is counted.
+    saved = sum(found) / len(found)
     assert counted.kept <= saved <= 1.05 * counted.kept
+
+
+@pytest.mark.parametrize(("name", "width", "tp"), CASES)
+def test_the_count_is_what_torch_saves(name: str, width: str, tp: int) -> None:
+    assert_counted(name, WIDTHS[width], Sizes(tp=tp))
+
+
+@pytest.mark.parametrize("sizes", [Sizes(cp=2), pytest.param(Sizes(cp=2, tp=2), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("name", OVER_CP)
+def test_the_count_is_what_torch_saves_over_cp(name: str, sizes: Sizes) -> None:
+    assert_counted(name, Types(), sizes)
 
 
 def test_a_million_tokens_of_eight_billion_weights_by_hand() -> None:
@@ -166,11 +212,12 @@ def test_one_rank_would_need_terabytes_for_a_million_tokens() -> None:
 
 
 def test_experts_count_their_rows_and_every_other_layer_may_be_recomputed() -> None:
-    """moe in fp32 on tp = 2, etp = 2; two rows of half the tokens, gathered over etp."""
+    """moe in fp32 on tp = 2, etp = 2; scores, choices and two rows of half the tokens, rows gathered over etp."""
     spread = Degrees(tp=2, etp=2)
     attention = (96 / 2 + 96 / 2) * 4 + (4 + 2) * 16 * 4 + 2 * 4
     routed = 2 / 2 * (96 * 2 + 96 + 3 * 40) * 4
-    moe = 2 * 96 / 2 * 4 + routed + 3 * 40 / 2 * 4
+    router = (2 * 4 * 4 + 2 * (3 * 8 + 4)) / 2
+    moe = 2 * 96 / 2 * 4 + router + routed + 3 * 40 / 2 * 4
     assert layer_bytes(CONFIGS["moe"], CONFIGS["moe"].layers[0], spread, Types()) == attention + moe
     found = activation_bytes(CONFIGS["moe"], 10, spread, Types(), Held(frozenset({0, 1}), frozenset({0})))
     head, gathered, matrix = 96 / 2 * (4 + 4), 96 * (4 + 4), 4096 * 96 / 2 * 4

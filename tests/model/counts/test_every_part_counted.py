@@ -187,13 +187,16 @@ def test_the_operations_of_mixing_are_those_of_a_loop(name: str, seq_len: int) -
     assert said == pytest.approx(BY_LOOP[name](OF_KINDS[name], seq_len))
 
 
-def bytes_of(state: Any) -> int:
-    """Return the bytes of all tensors of a state, whatever holds them."""
+def tensors_of(state: Any) -> list[Tensor]:
+    """Return all tensors of a state, whatever holds them."""
     if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
-    if isinstance(state, list | tuple):
-        return sum(bytes_of(each) for each in state)
-    return sum(bytes_of(each) for each in vars(state).values()) if hasattr(state, "__dict__") else 0
+        return [state]
+    inner = state if isinstance(state, list | tuple) else getattr(state, "__dict__", {}).values()
+    return [tensor for each in inner for tensor in tensors_of(each)]
+
+
+def bytes_of(state: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
 
 
 GROWS = {"attention", "block_sparse_attention", "latent_attention", "switch_head", "moe"}
@@ -222,3 +225,20 @@ def test_the_memory_of_generation_over_32_thousand_tokens(name: str) -> None:
         assert after[tokens] == KINDS[name].state_bytes(config, tokens, 4)
     assert (after[32 * 1024] == 32 * after[1024] > 0) == (name in GROWS)
     assert (after[32 * 1024] == after[1024]) == (name not in GROWS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_state_that_was_told_no_length_holds_less_than_twice_what_it_needs(name: str) -> None:
+    config = OF_KINDS[name]
+    part = getattr(build_model(config).eval().layers["0"], KINDS[name].place).part
+    x, state = torch.randn(1, 1, config.hidden_size), part.initial_state(1)
+    room, moved, before = 16, -1, [0]
+    for tokens in range(1, 71):
+        with torch.no_grad():
+            part.step(x, state)
+        room *= 2 if tokens > room else 1
+        assert bytes_of(state) == KINDS[name].state_bytes(config, room, 4)
+        held = [each.data_ptr() for each in tensors_of(state)]
+        moved, before = moved + (held != before), held
+    if name in GROWS:
+        assert moved == 3, "rows are copied at 17, 33 and 65 tokens alone"

@@ -251,15 +251,6 @@ def test_sinkhorn_balances_each_sequence_by_itself_over_what_counts(top_k: int) 
     assert torch.equal(made.train()(x).expert, best)
 
 
-def test_sinkhorn_ends_and_is_the_function_of_megatron_core() -> None:
-    utils = pytest.importorskip("megatron.core.transformer.moe.moe_utils", reason="megatron-core is not installed")
-    scores = torch.randn(30, E, generator=torch.Generator().manual_seed(3))
-    columns = sinkhorn_columns(scores[:, None], torch.ones(30, 1, dtype=torch.bool))
-    theirs = utils.sinkhorn(scores)
-    ratio = theirs / (scores.exp() * columns[0])
-    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio).contiguous())
-
-
 def test_sinkhorn_ends_for_scores_that_hardly_settle() -> None:
     scores = torch.randn(S, 2, E, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
     scores[:, 1] *= 300

@@ -5,10 +5,11 @@ import torch
 from rank_pool import run_mesh
 from torch import Tensor, nn
 
+from meshwright.kernels.limits import MANY_TOKENS, NARROW
 from meshwright.parallel.collectives import all_reduce, gather
 from meshwright.parallel.initialise import InitRule
-from meshwright.parallel.mesh import Axis, Mesh, Sizes
-from meshwright.parallel.tensor.linear import ColumnLinear, RowLinear
+from meshwright.parallel.mesh import NO_TP, Axis, Mesh, Sizes
+from meshwright.parallel.tensor.linear import ColumnLinear, RowLinear, column_products
 
 S, B, H, F = 8, 3, 6, 20  # all different, so that a swapped dim cannot pass unseen
 RULE = InitRule("normal", 1.0)
@@ -102,3 +103,51 @@ def test_uneven_splits_name_the_numbers() -> None:
         ColumnLinear(8, 10, rule=RULE, tp=Axis("tp", 4))
     with pytest.raises(ValueError, match="in_features = 10 does not divide by tp = 4"):
         RowLinear(10, 8, rule=RULE, tp=Axis("tp", 4))
+
+
+# Of which the second and the fifth are narrow and without a bias, and the third is as narrow with one.
+WIDTHS = (NARROW + 1, NARROW, 7, 2 * NARROW, 5)
+
+
+def column_layers() -> list[ColumnLinear]:
+    torch.manual_seed(2)
+    layers = [ColumnLinear(H, width, rule=RULE, bias=width == 7).double() for width in WIDTHS]
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+    return layers
+
+
+def memories(results: list[Tensor]) -> list[int]:
+    """Return for each result the first one that lies in the same memory."""
+    begins = [result.untyped_storage().data_ptr() for result in results]
+    return [begins.index(begin) for begin in begins]
+
+
+@pytest.mark.parametrize("tokens", [(MANY_TOKENS // 4, 4), (MANY_TOKENS // 4, 5), (MANY_TOKENS // 4 - 1, 4)])
+@pytest.mark.parametrize("joins_narrow", [False, True])
+def test_joined_products_are_those_of_the_layers(tokens: tuple[int, int], joins_narrow: bool) -> None:
+    layers, alone = column_layers(), column_layers()
+    torch.manual_seed(5)
+    x = torch.randn(*tokens, H, dtype=torch.float64, requires_grad=True)
+    x_alone = x.detach().clone().requires_grad_()
+    results = column_products(x, layers, NO_TP, joins_narrow=joins_narrow)
+    wanted = [layer(x_alone) for layer in alone]
+    is_joined = joins_narrow and tokens[0] * tokens[1] >= MANY_TOKENS
+    assert memories(results) == ([0, 1, 2, 3, 1] if is_joined else [0, 1, 2, 3, 4])
+    above = [torch.randn_like(each) for each in wanted]
+    torch.autograd.backward(results, above)
+    torch.autograd.backward(wanted, above)
+    # fp64 sums in another order: of six products each, of a thousand tokens, of 500 outputs.
+    for found, expected in zip(results, wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, x_alone.grad, rtol=1e-12, atol=1e-10)
+    for layer, expected in zip(layers, alone, strict=True):
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected.get_parameter(name).grad, rtol=1e-12, atol=1e-10)
+
+
+def test_one_narrow_layer_has_nobody_to_join() -> None:
+    layers = column_layers()[:4]
+    x = torch.randn(MANY_TOKENS, 1, H, dtype=torch.float64)
+    assert memories(column_products(x, layers, NO_TP, joins_narrow=True)) == [0, 1, 2, 3]
