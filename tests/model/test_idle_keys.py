@@ -1,10 +1,12 @@
 """A key that nothing reads beside the others is refused if the user wrote it, and left out if a preset did."""
 
+import tomllib
 from typing import Any
 
 import pytest
 
 from meshwright.launcher.runfile.read import examine
+from meshwright.launcher.runfile.write import write_resolved
 from meshwright.model.config import ModelConfig
 from meshwright.model.kinds.table import ALL
 from meshwright.model.kinds.unread import READ_WITH, idle_keys
@@ -218,3 +220,14 @@ RUN = {
 def test_a_run_file_is_told_of_its_own_mistakes_alone(model: dict[str, Any], keys: list[str]) -> None:
     _, found = examine({**RUN, "model": {"preset": "dense-small", **model}})
     assert [line.split(" ")[0] for line in found] == keys, found
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("moe-small", "*-"), ("llama3-1b", "M-"), ("deepseek-v3", "*-")])
+def test_the_file_that_a_run_of_a_changed_preset_keeps_reads_back_equal(name: str, pattern: str) -> None:
+    """It names the preset still, and has none of the tables that were left out."""
+    run_file, problems = examine({**RUN, "model": {"preset": name, "pattern": pattern}})
+    assert problems == []
+    assert run_file is not None
+    again, problems = examine(tomllib.loads(write_resolved(run_file)))
+    assert problems == []
+    assert again == run_file
