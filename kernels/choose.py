@@ -5,7 +5,8 @@ Which library multiplies fastest depends on the processor, not on the model:
     fp32 products     MKL, or oneDNN            on AMD with AVX512 oneDNN is twice MKL, with AVX2 they are equal
     bf16 products     native, or in fp32 and    without bf16 instructions native is 40 times slower than fp32,
                       rounded once              with them two to four times faster
-    attention         torch's flash operator, or blocks of query rows (`attention/blocks.py`)
+    attention         torch's flash operator, or blocks of query rows (`attention/blocks.py`), which lose at long
+                      samples what they gain at short ones: each length has a choice of its own
 
 The products of experts go by the same choices, through F.grouped_mm where they are PyTorch's own.
 
@@ -23,6 +24,8 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args, get_type_hints
 
 Library = Literal["mkl", "onednn"]
+LONG = 2048
+"""Tokens from which on a sample is long for attention."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Choices:
     """`flash` is torch's operator."""
     bf16_attention: Literal["flash", "blocks", "blocks_fp32"] = "flash"
     """`blocks` makes the scores in fp32 and the other products in bf16, `blocks_fp32` makes all in fp32."""
+    fp32_long_attention: Literal["flash", "blocks"] = "flash"
+    """The same for samples of `LONG` tokens and more."""
+    bf16_long_attention: Literal["flash", "blocks", "blocks_fp32"] = "flash"
 
     def to_dict(self) -> dict[str, str]:
         """Return the choices by name, to be stored with a run."""

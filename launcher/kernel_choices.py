@@ -6,7 +6,7 @@
 
 Remembered, because two runs of one layout on one machine are to be bitwise the same, and a near tie could be decided
 either way by a second measurement. They lie in $XDG_CACHE_HOME/meshwright (default ~/.cache/meshwright), one file for
-each processor and torch version; deleting it makes the next new run measure again.
+each processor, torch version and list of choices; deleting it makes the next new run measure again.
 """
 
 import hashlib
@@ -129,11 +129,11 @@ def _cache_folder() -> Path:
 
 
 def _machine() -> str:
-    """Return 16 hex digits for what decides which way is fastest: the processor's model and torch."""
+    """Return 16 hex digits for what is chosen, and what decides it: the processor's model and torch."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     about = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    about += [torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    about += [torch.__version__, torch.backends.cpu.get_cpu_capability(), *Choices().to_dict()]
     return hashlib.blake2b("\n".join(about).encode(), digest_size=8).hexdigest()

@@ -103,7 +103,7 @@ class ModelConfig(BaseModel):
     rope_scaling: RopeScalingConfig | None = None
     """Stretches the rotary positions to longer samples; left out where the model is trained at its length."""
     t5_buckets: Annotated[int, Field(ge=4, le=4096)] = 32
-    """Buckets of distances with position = "t5"."""
+    """Buckets of distances with position = "t5", an even number."""
     t5_max_distance: Size = 128
     """With position = "t5": all distances from here on share a bucket."""
     attention_scale: NonNegativeFloat = 0.0
@@ -294,11 +294,6 @@ class ModelConfig(BaseModel):
         found = []
         if self.position == "learned" and not self.max_positions:
             found.append('model.max_positions = 0: model.position = "learned" has a row for each; 1024 would fit')
-        if self.position != "learned" and self.max_positions:
-            found.append(
-                f"model.max_positions = {self.max_positions}: is for learned positions, and model.position ="
-                f' "{self.position}"; 0 would fit'
-            )
         if self.position == "sinusoidal" and self.hidden_size % 2:
             fits = [size for size in (self.hidden_size - 1, self.hidden_size + 1) if size]
             found.append(

@@ -10,6 +10,7 @@ from meshwright.model.depth import Depth, MixtureOfDepths
 from meshwright.model.feedforward.experts import Experts
 from meshwright.model.feedforward.mlp import Inner, Mlp
 from meshwright.model.feedforward.moe import Moe, RouterLosses, SharedGate
+from meshwright.model.feedforward.routing_record import replay_routing
 from meshwright.model.generation.generate import generate
 from meshwright.model.generation.sampling import Sampling
 from meshwright.model.kinds.feedforward.moe import MoeConfig
@@ -98,6 +99,7 @@ __all__ = [
     "initialise",
     "make_router",
     "preset",
+    "replay_routing",
     "rms_norms",
     "where_of_plain_tokens",
 ]

@@ -18,22 +18,25 @@ stretched to longer samples by changing f (`RopeScaling`):
 
 import math
 from functools import cache, lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+from meshwright.model.kinds.mixers.positions import bucket_problems, stretching_problems
 from meshwright.parallel.initialise import InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split, partial_over
+
+Stretching = Literal["linear", "ntk", "yarn", "llama3"]
 
 
 class RopeScaling(NamedTuple):
     """How the frequencies of rotary positions are stretched to longer samples."""
 
-    kind: Literal["linear", "ntk", "yarn", "llama3"]
+    kind: Stretching
     factor: float
     """How many times as long."""
     original_length: int = 0
@@ -50,6 +53,26 @@ class RopeScaling(NamedTuple):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     """llama3: wavelengths above original_length / low are stretched, below original_length / high they stay."""
+
+    def problems(self) -> list[str]:
+        """Return which of the numbers cannot be, each by itself."""
+        if self.kind not in get_args(Stretching):
+            return [
+                f"rope_scaling.kind = {self.kind!r}: is unknown; one of {', '.join(get_args(Stretching))} would fit"
+            ]
+        found = []
+        if not 1.0 <= self.factor < math.inf:
+            found.append(f"rope_scaling.factor = {self.factor}: must be at least 1 and finite; 4.0 would fit")
+        for name in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            if not 0.0 < value < math.inf:
+                usual = self._field_defaults[name]
+                found.append(f"rope_scaling.{name} = {value}: must be above 0 and finite; {usual} would fit")
+        for name in ("original_length", "mscale", "mscale_all_dim", "attention_factor"):
+            value = getattr(self, name)
+            if not 0.0 <= value < math.inf:
+                found.append(f"rope_scaling.{name} = {value}: must not be negative, and finite; leave it out")
+        return found
 
     def cosine_factor(self) -> float:
         """Return what cosines and sines are multiplied by."""
@@ -77,19 +100,31 @@ class Rope(NamedTuple):
     start: int = 0
     """The position of a sample's first token."""
 
+    def problems(self, head_dim: int) -> list[str]:
+        """Return every reason why heads of this width cannot be turned so."""
+        found, size, scaling = [], int(head_dim * self.fraction), self.scaling
+        of = f"rope_fraction = {self.fraction} of head_dim = {head_dim}"
+        if size < 2 or size % 2 or size > head_dim:
+            found.append(
+                f"{of}: turns {size} features, which must be"
+                " an even number from 2 to head_dim; 1.0 would fit an even head_dim"
+            )
+        if not 0.0 < self.base < math.inf:
+            found.append(f"rope_base = {self.base}: must be above 0 and finite; 10000.0 would fit")
+        if scaling is None:
+            return found
+        found += scaling.problems()
+        return found or stretching_problems(scaling, size, of, {"rope_base": self.base}, "rope_scaling.")
+
     def turned(self, head_dim: int) -> int:
         """Return how many features of a head are turned.
 
         Raises:
-            ValueError: if that is no even number of at least 2.
+            ValueError: with every reason why they cannot be.
         """
-        size = int(head_dim * self.fraction)
-        if size < 2 or size % 2 or size > head_dim:
-            raise ValueError(
-                f"rope_fraction = {self.fraction} of head_dim = {head_dim}: turns {size} features, which must be"
-                " an even number from 2 to head_dim; 1.0 would fit an even head_dim"
-            )
-        return size
+        if problems := self.problems(head_dim):
+            raise ValueError("\n".join(problems))
+        return int(head_dim * self.fraction)
 
     def frequencies(self, head_dim: int) -> Float64[Tensor, " half"]:
         """Return the angle from one position to the next of each pair, in fp64."""
@@ -141,6 +176,10 @@ class T5(NamedTuple):
     num_buckets: int = 32
     max_distance: int = 128
     """All distances from here on are one bucket."""
+
+    def problems(self) -> list[str]:
+        """Return every reason why there cannot be such buckets."""
+        return bucket_problems(self.num_buckets, self.max_distance, ("num_buckets", "max_distance"))
 
 
 Position = Rope | Alibi | T5 | None
@@ -217,8 +256,14 @@ class T5Bias(nn.Module):
     """T5's biases of this rank's heads."""
 
     def __init__(self, t5: T5, num_heads: int, *, init: InitPolicy | None = None, tp: Axis = NO_TP) -> None:
-        """Take the number of all heads, of which a rank of `tp` has a stretch."""
+        """Take the number of all heads, of which a rank of `tp` has a stretch.
+
+        Raises:
+            ValueError: if there cannot be such buckets.
+        """
         super().__init__()
+        if problems := t5.problems():
+            raise ValueError("\n".join(problems))
         self.t5, self.tp = t5, tp
         self.rule = (init or InitPolicy()).embedding(t5.num_buckets, num_heads)
         self.table = nn.Parameter(torch.empty(t5.num_buckets, num_heads // tp.size))

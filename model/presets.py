@@ -6,14 +6,20 @@
     mixtral-* qwen3-*-a* olmoe-* deepseek-* qwen3-next-*       public, experts    preset_tables/experts.py
     mamba-2.8b mamba2-2.7b granite4-h-* nemotron-h-8b          public, a state    preset_tables/state.py
 
-A preset is a table of [model] keys; a key that a user writes beside it wins. `vocab_size` is the tokenizer's where a
-preset names none. docs/models.md lists all of them with their numbers of weights.
+A preset is a table of [model] keys; a key that a user writes beside it wins. What of the preset nothing reads any more
+is left out: the heads of `dense-small` where the user's pattern is "M-". What the user wrote himself stays, and is
+refused (kinds/unread.py). `vocab_size` is the tokenizer's where a preset names none. docs/models.md lists all presets
+with their numbers of weights.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.table import ALL
+from meshwright.model.kinds.unread import idle_keys
 from meshwright.model.preset_tables.dense import DENSE
 from meshwright.model.preset_tables.experts import EXPERTS
 from meshwright.model.preset_tables.ours import OURS
@@ -27,6 +33,8 @@ PRESETS: Mapping[str, Keys] = {**OURS, **DENSE, **EXPERTS, **STATE}
 def with_preset(table: Keys) -> dict[str, Any]:
     """Return the [model] keys with those of the preset that they name laid beneath; keys within its tables likewise.
 
+    Keys of the preset that nothing reads beside the given ones are left out.
+
     Raises:
         ValueError: if there is no preset of that name.
     """
@@ -35,7 +43,43 @@ def with_preset(table: Keys) -> dict[str, Any]:
         return dict(table)
     if name not in PRESETS:
         raise ValueError(f"there is no such preset; the presets are: {', '.join(PRESETS)}")
-    return _laid_over(PRESETS[name], table)
+    merged, before = _laid_over(PRESETS[name], table), None
+    while merged != before:  # without num_heads a head_dim that they made is idle too
+        before = dict(merged)
+        for key in _idle(merged, PRESETS[name]):
+            _leave_out(merged, key, table)
+    return merged
+
+
+def _idle(merged: dict[str, Any], beneath: Keys) -> list[str]:
+    """Return the tables and keys that nothing reads; what is wrong in itself is taken as the preset has it."""
+    try:
+        model = ModelConfig.model_validate(merged)
+    except ValidationError as error:
+        wrong = {str(entry["loc"][0]) for entry in error.errors(include_url=False) if entry["loc"]}
+        sound = {key: value for key, value in merged.items() if key not in wrong}
+        try:
+            model = ModelConfig.model_validate({key: beneath[key] for key in wrong & beneath.keys()} | sound)
+        except ValidationError:
+            return []  # told when the tables are read
+    if not model.layer_kinds:
+        return []
+    unused = {kind.table for kind in ALL if kind.table} - {kind.table for kind in model.part_kinds}
+    return [*sorted(unused), *(idle.key for idle in idle_keys(model))]
+
+
+def _leave_out(merged: dict[str, Any], key: str, written: Keys) -> None:
+    """Leave a key out unless the user wrote it: "num_heads", "moe.bias_rate", the letter of "bias.q"."""
+    name, _, inner = key.partition(".")
+    own = written.get(name)
+    if not inner:
+        if name not in written:
+            merged.pop(name, None)
+    elif name == "bias":
+        if name not in written:
+            merged[name] = tuple(letter for letter in merged[name] if letter != inner)
+    elif isinstance(merged.get(name), Mapping) and not (isinstance(own, Mapping) and inner in own):
+        merged[name] = {at: value for at, value in merged[name].items() if at != inner}
 
 
 def _laid_over(beneath: Keys, above: Keys) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from meshwright.kernels.applied import applied
 from meshwright.kernels.attention.blocks import block_attention
 from meshwright.kernels.attention.flash import Sight, partial_attention, partial_attention_gradients, slower_than_flash
 from meshwright.kernels.attention.seen import CAUSAL, Seen
-from meshwright.kernels.choose import current
+from meshwright.kernels.choose import LONG, current
 from meshwright.kernels.limits import USUAL
 from meshwright.kernels.precision import at_least_fp32, autocast_inputs
 
@@ -118,7 +118,11 @@ def cached_attention(
 def _way(q: Tensor) -> str:
     if q.device.type != "cpu":
         return "flash"
-    ways = {torch.float32: current().fp32_attention, torch.bfloat16: current().bf16_attention}
+    chosen, is_long = current(), q.shape[0] >= LONG
+    ways = {
+        torch.float32: chosen.fp32_long_attention if is_long else chosen.fp32_attention,
+        torch.bfloat16: chosen.bf16_long_attention if is_long else chosen.bf16_attention,
+    }
     return ways.get(q.dtype, "flash")
 
 

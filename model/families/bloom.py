@@ -120,5 +120,6 @@ BLOOM = Family(
     to_ours,
     NEEDED,
     FIXED,
+    aliases={"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
     prefix="transformer.",
 )

@@ -14,7 +14,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.families.bloom import BLOOM
 from meshwright.model.families.deepseek_v3 import DEEPSEEK_V3
 from meshwright.model.families.family import Family
-from meshwright.model.families.foreign_keys import fixed_problems, key_problems, shown, size_problems
+from meshwright.model.families.foreign_keys import fixed_problems, key_problems, renamed, shown, size_problems
 from meshwright.model.families.gemma import GEMMA
 from meshwright.model.families.gpt2 import GPT2
 from meshwright.model.families.granite_moe_hybrid import GRANITE_MOE_HYBRID
@@ -111,6 +111,10 @@ def config_from_foreign(foreign: Mapping[str, Any]) -> ModelConfig:
             compute; with every key at fault.
     """
     family = family_of_foreign(foreign)
+    try:
+        foreign = renamed(foreign, family.aliases)
+    except ValueError as error:
+        raise ForeignConfigError(str(error).split("\n")) from None
     if problems := key_problems(foreign, family.needed):
         raise ForeignConfigError(problems)
     problems = fixed_problems(foreign, family.fixed)

@@ -148,6 +148,7 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a DeepSeek-V3's config.json."""
     layers, first = foreign["num_hidden_layers"], foreign.get("first_k_dense_replace", 3) or 0
     dense = min(first, layers)
+    _check_what_follows(foreign)
     keys = without(foreign, "head_dim", "num_key_value_heads")
     rank = foreign.get("q_lora_rank", 1536)
     return common_keys_to_ours(keys, default_rope_base=10_000.0) | {
@@ -163,6 +164,28 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
         },
         **({"moe": _experts(foreign)} if dense < layers else {}),
     }
+
+
+def _check_what_follows(foreign: Mapping[str, Any]) -> None:
+    """Check the sizes that the class makes of others, unless a file overrides them.
+
+    Raises:
+        ValueError: for each that says something else.
+    """
+    nope, rope = foreign.get("qk_nope_head_dim", 128), foreign.get("qk_rope_head_dim", 64)
+    follows = {
+        "num_key_value_heads": ("num_attention_heads", foreign["num_attention_heads"]),
+        "head_dim": ("qk_rope_head_dim", rope),
+        "qk_head_dim": ("qk_nope_head_dim + qk_rope_head_dim", nope + rope),
+    }
+    given = {key: foreign.get(key) for key in follows}
+    problems = [
+        f"{key} = {given[key]}: follows from {of}; only {size} can be read"
+        for key, (of, size) in follows.items()
+        if given[key] not in (None, size)
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _experts(foreign: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,5 +211,6 @@ DEEPSEEK_V3 = Family(
     to_ours,
     (*NEEDED, "moe_intermediate_size"),
     FIXED,
+    aliases={"num_local_experts": "n_routed_experts"},
     ignored=r"^model\.layers\.NUM_LAYERS\.|rotary_emb\.inv_freq$",  # the layer that predicts one token more
 )

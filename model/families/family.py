@@ -131,6 +131,8 @@ class Family:
     """The foreign keys that must be there; for any other one that is missing the class has a default."""
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Foreign keys that ask for what is not computed here, unless they hold one of these; the first is written."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names by which the class takes a key from a file, each with the one that is read here."""
     prefix: str = ""
     """Beginning of the names that old files of the class leave out."""
     ignored: str = ""

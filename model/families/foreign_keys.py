@@ -69,6 +69,7 @@ NAMES_OR_NULL = may_be_null(
 KINDS = {
     "vocab_size": SIZE,
     "max_position_embeddings": SIZE,
+    "original_max_position_embeddings": SIZE,
     "hidden_size": SIZE,
     "num_hidden_layers": whole(MAX_LAYERS),
     "num_attention_heads": SIZE,
@@ -106,6 +107,7 @@ KINDS = {
     "kv_lora_rank": SIZE,
     "qk_nope_head_dim": SIZE,
     "qk_rope_head_dim": SIZE,
+    "qk_head_dim": may_be_null(SIZE),
     "v_head_dim": SIZE,
     "embedding_multiplier": POSITIVE,
     "attention_multiplier": POSITIVE,
@@ -147,6 +149,23 @@ KINDS = {
     "linear_num_key_heads": SIZE,
     "linear_num_value_heads": SIZE,
 }
+# What asks every class for something that is not computed here, unless it holds one of these.
+REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "per_layer_config": (None, {}),
+}
+_DEQUANTISED = "its weights are packed; a copy that was written dequantised, in bf16, fp16 or fp32, can be read"
+_WINDOW = "tokens would see only so many before them; a checkpoint whose layers attend to all tokens can be read"
+WAYS_OUT = {
+    "quantization_config": _DEQUANTISED,
+    "compression_config": _DEQUANTISED,
+    "per_layer_config": "layers would differ in their sizes; a checkpoint of equal layers can be read",
+    "sliding_window": _WINDOW,
+    "use_sliding_window": _WINDOW,
+    "clip_qkv": "queries, keys and values would be clipped; a checkpoint that was trained without can be read",
+    "attention_dropout": "it changes training alone; write 0.0 here, and model.attention_dropout into the run file",
+}
 ROPE_KINDS = {
     "rope_type": TEXT,
     "type": TEXT,
@@ -161,6 +180,7 @@ ROPE_KINDS = {
     "low_freq_factor": POSITIVE,
     "high_freq_factor": POSITIVE,
     "partial_rotary_factor": FRACTION,
+    "truncate": BOOLEAN,
 }
 
 # What each key of ours is called there, for what several sizes together break.
@@ -189,16 +209,42 @@ def key_problems(foreign: Mapping[str, Any], needed: Sequence[str]) -> list[str]
     for table in ("rope_parameters", "rope_scaling"):
         if isinstance(foreign.get(table), dict):
             found += _wrong(foreign[table], ROPE_KINDS, f"{table}.")
+            found += [
+                f"{table}.{key} = {shown(value)}: is of one kind of layer; only one set for all layers can be read"
+                for key, value in foreign[table].items()
+                if isinstance(value, dict)
+            ]
     return found
 
 
 def fixed_problems(foreign: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """Return a line for every key that asks for what is not computed here."""
+    """Return a line for every key that asks for what is not computed here, of this class (`fixed`) or of any."""
     return [
         f"{key} = {shown(foreign[key])}: only {' or '.join(map(repr, values))} can be read"
-        for key, values in fixed.items()
+        + (f"; {WAYS_OUT[key]}" if key in WAYS_OUT else "")
+        for key, values in {**REFUSED, **fixed}.items()
         if key in foreign and foreign[key] not in values
     ]
+
+
+def renamed(foreign: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Return the keys by the names that are read here; `aliases` are those by which the class knows them too.
+
+    Raises:
+        ValueError: if a file has a key under both names, with two values.
+    """
+    found, problems = dict(foreign), []
+    for alias, name in aliases.items():
+        if alias not in found:
+            continue
+        value = found.pop(alias)
+        if found.setdefault(name, value) != value:
+            problems.append(
+                f"{alias} = {shown(value)}: is another name of {name} = {shown(found[name])}; leave one of them out"
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
+    return found
 
 
 def size_problems(config: ModelConfig) -> list[str]:

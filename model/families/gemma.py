@@ -65,7 +65,7 @@ def to_foreign(config: ModelConfig) -> dict[str, Any]:
 def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a Gemma's config.json."""
     # GemmaConfig's head_dim is 256 where a file does not name one.
-    keys = with_defaults(foreign, head_dim=256)
+    keys = with_defaults(foreign, head_dim=256, num_key_value_heads=16)
     return common_keys_to_ours(keys, default_rope_base=10_000.0, tied=True) | {
         "pattern": "*-",
         "ffn_hidden_size": foreign["intermediate_size"],

@@ -116,6 +116,12 @@ GPT2 = Family(
     to_ours,
     NEEDED,
     FIXED,
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
     prefix="transformer.",
     ignored=r"\.attn\.(masked_)?bias$",
 )

@@ -174,7 +174,7 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mixer_letters(foreign: Mapping[str, Any]) -> list[str]:
-    layers = foreign.get("layer_types") or foreign.get("layers_block_type") or ["mamba"] * foreign["num_hidden_layers"]
+    layers = foreign.get("layer_types") or ["mamba"] * foreign["num_hidden_layers"]
     strange = sorted(set(layers) - NAMES_OF_LAYERS.keys())
     if strange or len(layers) != foreign["num_hidden_layers"]:
         rule = f"must be {foreign['num_hidden_layers']} of {', '.join(NAMES_OF_LAYERS)}"
@@ -219,4 +219,5 @@ GRANITE_MOE_HYBRID = Family(
     to_ours,
     NEEDED,
     FIXED,
+    aliases={"layers_block_type": "layer_types"},
 )

@@ -16,7 +16,7 @@ from meshwright.model.families.family import Family, Row, same
 from meshwright.model.families.mamba2 import NAMES, NEEDED
 from meshwright.model.families.rules import ANY, Parts, reasons
 from meshwright.model.families.ssm import conv_rows, joined_rows
-from meshwright.model.families.table import linear_rows, size_keys, sizes_to_ours, stack_rows
+from meshwright.model.families.table import linear_rows, size_keys, sizes_to_ours, stack_rows, with_defaults
 from meshwright.model.kinds.mixers.mamba1 import Mamba1Config
 
 PARTS = Parts(("mamba1",), (None,), "'m'")
@@ -80,7 +80,7 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a Mamba's config.json."""
     rank = foreign.get("time_step_rank", "auto")
     inner = foreign.get("intermediate_size", foreign.get("expand", 2) * foreign["hidden_size"])
-    return sizes_to_ours(foreign, tied=True) | {
+    return sizes_to_ours(with_defaults(foreign, initializer_range=0.1), tied=True) | {
         "pattern": "m",
         "norm_eps": float(foreign.get("layer_norm_epsilon", 1e-5)),
         "mamba1": {

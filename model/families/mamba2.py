@@ -11,7 +11,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family, Row
 from meshwright.model.families.rules import Parts, reasons
 from meshwright.model.families.ssm import NO_LIMIT, RULES, mamba2_of, mamba2_rows, width_problems
-from meshwright.model.families.table import Names, size_keys, sizes_to_ours, stack_rows
+from meshwright.model.families.table import Names, size_keys, sizes_to_ours, stack_rows, with_defaults
 
 NAMES = Names("backbone.embeddings", "backbone.layers", {"mixer": "norm"}, final="backbone.norm_f")
 PARTS = Parts(("mamba2",), (None,), "'M'")
@@ -59,12 +59,16 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a Mamba2's config.json."""
     if foreign.get("time_step_limit") not in NO_LIMIT:
         raise ValueError(f"time_step_limit = {foreign['time_step_limit']!r}: only steps without limits can be read")
-    return sizes_to_ours(foreign) | {
+    n, d, h = foreign.get("num_heads", 128), foreign.get("head_dim", 64), foreign["hidden_size"]
+    expand = foreign.get("expand")
+    if expand is not None and expand * h != n * d:
+        raise ValueError(f"expand = {expand}: times hidden_size = {h} must be num_heads * head_dim = {n * d}")
+    return sizes_to_ours(with_defaults(foreign, initializer_range=0.1)) | {
         "pattern": "M",
         "norm_eps": float(foreign.get("layer_norm_epsilon", 1e-5)),
         "mamba2": {
-            "num_heads": foreign.get("num_heads", 128),
-            "head_dim": foreign.get("head_dim", 64),
+            "num_heads": n,
+            "head_dim": d,
             "num_groups": foreign.get("n_groups", 8),
             "state_size": foreign.get("state_size", 128),
             "conv_kernel": foreign.get("conv_kernel", 4),

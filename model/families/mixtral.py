@@ -21,6 +21,7 @@ from meshwright.model.families.table import (
     common_keys_to_ours,
     expert_rows,
     stack_rows,
+    with_defaults,
 )
 
 EXPERT_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -71,11 +72,12 @@ def expert_keys(config: ModelConfig, width: str) -> dict[str, Any]:
 
 def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a Mixtral's config.json."""
-    return common_keys_to_ours(foreign, default_rope_base=1_000_000.0) | {
+    keys = with_defaults(foreign, num_key_value_heads=8, rms_norm_eps=1e-5)
+    return common_keys_to_ours(keys, default_rope_base=1_000_000.0) | {
         "pattern": "*E",
         "ffn_hidden_size": foreign["intermediate_size"],
         "moe": {
-            "num_experts": foreign.get("num_local_experts", foreign.get("num_experts", 8)),
+            "num_experts": foreign.get("num_local_experts", 8),
             "top_k": foreign.get("num_experts_per_tok", 2),
             "expert_hidden_size": foreign["intermediate_size"],
             "normalise_top_k": True,
@@ -83,4 +85,14 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-MIXTRAL = Family("mixtral", "MixtralForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED)
+MIXTRAL = Family(
+    "mixtral",
+    "MixtralForCausalLM",
+    reasons_against,
+    mapping,
+    to_foreign,
+    to_ours,
+    NEEDED,
+    FIXED,
+    aliases={"num_experts": "num_local_experts"},
+)

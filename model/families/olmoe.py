@@ -27,7 +27,7 @@ from meshwright.model.families.table import (
 
 PARTS = Parts(("attention",), ("moe",), "'*E'")
 RULES = {**ROPE, **OVER_TOKENS, "moe.normalise_top_k": ANY}
-FIXED = {"hidden_act": ("silu",), "attention_dropout": (0.0,), "clip_qkv": (None,)}
+FIXED = {"hidden_act": ("silu",), "attention_dropout": (0.0,), "clip_qkv": (None,), "sliding_window": (None,)}
 
 
 def reasons_against(config: ModelConfig) -> list[str]:
@@ -60,7 +60,7 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
         "qk_norm_over": "tokens",
         "bias": attention_bias_parts(foreign),
         "moe": {
-            "num_experts": foreign.get("num_experts", foreign.get("num_local_experts", 64)),
+            "num_experts": foreign.get("num_experts", 64),
             "top_k": foreign.get("num_experts_per_tok", 8),
             "expert_hidden_size": foreign["intermediate_size"],
             "normalise_top_k": foreign.get("norm_topk_prob", False),
@@ -68,4 +68,14 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-OLMOE = Family("olmoe", "OlmoeForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED)
+OLMOE = Family(
+    "olmoe",
+    "OlmoeForCausalLM",
+    reasons_against,
+    mapping,
+    to_foreign,
+    to_ours,
+    NEEDED,
+    FIXED,
+    aliases={"num_local_experts": "num_experts"},
+)

@@ -60,7 +60,8 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a Qwen3's config.json."""
     # Qwen3Config's head_dim is 128 where a file does not name one, and never hidden_size / num_heads.
     full_attention_alone(foreign)
-    return common_keys_to_ours(with_defaults(foreign, head_dim=128), default_rope_base=10_000.0) | {
+    keys = with_defaults(foreign, head_dim=128, num_key_value_heads=32)
+    return common_keys_to_ours(keys, default_rope_base=10_000.0) | {
         "pattern": "*-",
         "ffn_hidden_size": foreign["intermediate_size"],
         "qk_norm": True,

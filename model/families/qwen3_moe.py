@@ -30,6 +30,7 @@ from meshwright.model.families.table import (
     normed_attention_rows,
     shortest_pattern,
     stack_rows,
+    with_defaults,
 )
 
 PARTS = Parts(("attention",), ("mlp", "moe"), "'*E' or '*E*-'")
@@ -75,14 +76,14 @@ def dense_layer_keys(config: ModelConfig) -> dict[str, Any]:
 def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a Qwen3Moe's config.json."""
     full_attention_alone(foreign)
-    common = common_keys_to_ours(foreign, default_rope_base=10_000.0)
+    common = common_keys_to_ours(with_defaults(foreign, num_key_value_heads=4), default_rope_base=10_000.0)
     return common | {
         "pattern": shortest_pattern([f"*{letter}" for letter in feedforward_letters(foreign)]),
         "ffn_hidden_size": foreign["intermediate_size"],
         "qk_norm": True,
         "bias": attention_bias_parts(foreign),
         "moe": {
-            "num_experts": foreign.get("num_experts", foreign.get("num_local_experts", 128)),
+            "num_experts": foreign.get("num_experts", 128),
             "top_k": foreign.get("num_experts_per_tok", 8),
             "expert_hidden_size": foreign["moe_intermediate_size"],
             "normalise_top_k": foreign.get("norm_topk_prob", False),
@@ -106,4 +107,5 @@ QWEN3_MOE = Family(
     to_ours,
     (*NEEDED, "moe_intermediate_size"),
     FIXED,
+    aliases={"num_local_experts": "num_experts"},
 )

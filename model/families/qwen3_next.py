@@ -19,7 +19,6 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family, Row, same
 from meshwright.model.families.mixtral import expert_keys
 from meshwright.model.families.qwen3_moe import dense_layer_keys, feedforward_letters
-from meshwright.model.families.rope import rope_to_ours
 from meshwright.model.families.rules import ANY, ROPE, Parts, all_or_none, no_bias, only, reasons
 from meshwright.model.families.ssm import conv_rows, joined_rows
 from meshwright.model.families.table import (
@@ -147,22 +146,22 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a Qwen3Next's config.json."""
     mixers, feedforwards = _mixer_letters(foreign), feedforward_letters(foreign)
     # Qwen3NextConfig's head_dim is 256 where a file does not name one.
-    common = common_keys_to_ours(with_defaults(foreign, head_dim=256), default_rope_base=10_000.0)
-    pattern = shortest_pattern([a + b for a, b in zip(mixers, feedforwards, strict=True)])
-    keys = (
-        common
-        | rope_to_ours(foreign, 10_000.0, default_fraction=0.25)
-        | {
-            "pattern": pattern,
-            "ffn_hidden_size": foreign["intermediate_size"],
-            "norm": "rmsnorm_zero_centred",
-            "qk_norm": True,
-            "attention_gate": True,
-            "bias": attention_bias_parts(foreign),
-            **({"moe": _experts(foreign)} if "E" in feedforwards else {}),
-            **({"gated_delta": _delta(foreign)} if "G" in mixers else {}),
-        }
+    common = common_keys_to_ours(
+        with_defaults(foreign, head_dim=256, num_key_value_heads=2),
+        default_rope_base=10_000.0,
+        default_rope_fraction=0.25,
     )
+    pattern = shortest_pattern([a + b for a, b in zip(mixers, feedforwards, strict=True)])
+    keys = common | {
+        "pattern": pattern,
+        "ffn_hidden_size": foreign["intermediate_size"],
+        "norm": "rmsnorm_zero_centred",
+        "qk_norm": True,
+        "attention_gate": True,
+        "bias": attention_bias_parts(foreign),
+        **({"moe": _experts(foreign)} if "E" in feedforwards else {}),
+        **({"gated_delta": _delta(foreign)} if "G" in mixers else {}),
+    }
     return keys_read(pattern, keys)
 
 
@@ -184,7 +183,7 @@ def _experts(foreign: Mapping[str, Any]) -> dict[str, Any]:
             f"shared_expert_intermediate_size = {shared}: only multiples of moe_intermediate_size = {width} can be read"
         )
     return {
-        "num_experts": foreign.get("num_experts", foreign.get("num_local_experts", 512)),
+        "num_experts": foreign.get("num_experts", 512),
         "top_k": foreign.get("num_experts_per_tok", 10),
         "expert_hidden_size": width,
         "num_shared_experts": shared // width,
@@ -212,5 +211,6 @@ QWEN3_NEXT = Family(
     to_ours,
     (*NEEDED, "moe_intermediate_size"),
     FIXED,
+    aliases={"num_local_experts": "num_experts"},  # as our own files have both
     ignored=r"^mtp\.",
 )

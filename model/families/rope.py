@@ -4,7 +4,8 @@
     old   "rope_theta": 10000.0, "rope_scaling": {"type": "yarn", "factor": 40.0, ...} or null
 
 Scaled frequencies are read and written for linear, yarn and llama3; a base that is changed once (ntk) has no name
-there, and "dynamic" changes it with the length of each sample, which is not computed here.
+there, and "dynamic" changes it with the length of each sample, which is not computed here. Where a file has both
+spellings, transformers takes the table of the old one.
 """
 
 from collections.abc import Mapping
@@ -31,17 +32,21 @@ def rope_keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def rope_to_ours(foreign: Mapping[str, Any], default_base: float, default_fraction: float = 1.0) -> dict[str, Any]:
-    """Return our keys of the rotary positions.
+def rope_to_ours(
+    foreign: Mapping[str, Any], default_base: float, default_fraction: float | None = None
+) -> dict[str, Any]:
+    """Return our keys of the rotary positions; without a `default_fraction` the class turns whole heads.
 
     Raises:
         ValueError: if their frequencies are scaled in a way that is not computed here.
     """
-    rope = foreign.get("rope_parameters") or foreign.get("rope_scaling") or {}
+    rope = foreign.get("rope_scaling") or foreign.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", *KINDS):
         raise ValueError(f"rope_type = {kind!r}: only 'default' (without scaling), {', '.join(KINDS)} can be read")
-    fraction = rope.get("partial_rotary_factor", foreign.get("partial_rotary_factor", default_fraction))
+    fraction = rope.get("partial_rotary_factor", foreign.get("partial_rotary_factor", default_fraction or 1.0))
+    if default_fraction is None and fraction != 1.0:
+        raise ValueError(f"partial_rotary_factor = {fraction}: the class turns whole heads; only 1.0 can be read")
     return {
         "rope_base": float(rope.get("rope_theta", foreign.get("rope_theta", default_base))),
         "rope_fraction": float(fraction),
@@ -65,8 +70,17 @@ def _scaling_to_ours(foreign: Mapping[str, Any], rope: Mapping[str, Any], kind: 
     if "factor" not in rope:
         raise ValueError(f"rope_parameters.factor: is missing, and rope_type = {kind!r} needs it")
     found: dict[str, Any] = {"kind": kind, "factor": float(rope["factor"])}
+    if kind == "yarn" and not rope.get("truncate", True):
+        raise ValueError(
+            "rope_parameters.truncate = False: yarn's ramp ends at whole numbers here; only True can be read"
+        )
+    if kind != "yarn" and rope.get("mscale_all_dim"):
+        raise ValueError(
+            f"rope_parameters.mscale_all_dim = {rope['mscale_all_dim']}: can be read with rope_type = 'yarn' alone"
+        )
     if kind != "linear":
-        length = rope.get("original_max_position_embeddings", foreign.get("max_position_embeddings"))
+        of_table = rope.get("original_max_position_embeddings", foreign.get("max_position_embeddings"))
+        length = foreign.get("original_max_position_embeddings", of_table)  # which the class prefers, too
         if length is None:
             raise ValueError(
                 f"rope_parameters.original_max_position_embeddings: is missing, and rope_type = {kind!r} needs it"

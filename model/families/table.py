@@ -177,7 +177,9 @@ def sizes_to_ours(foreign: Mapping[str, Any], *, tied: bool = False) -> dict[str
     }
 
 
-def attention_to_ours(foreign: Mapping[str, Any], default_rope_base: float) -> dict[str, Any]:
+def attention_to_ours(
+    foreign: Mapping[str, Any], default_rope_base: float, default_rope_fraction: float | None = None
+) -> dict[str, Any]:
     """Return our keys of attention with RoPE."""
     num_heads = foreign["num_attention_heads"]
     return {
@@ -186,15 +188,21 @@ def attention_to_ours(foreign: Mapping[str, Any], default_rope_base: float) -> d
         # Where nothing divides, 0: the checks of our configuration tell it.
         "head_dim": foreign.get("head_dim")
         or (0 if foreign["hidden_size"] % num_heads else foreign["hidden_size"] // num_heads),
-        **rope_to_ours(foreign, default_rope_base),
+        **rope_to_ours(foreign, default_rope_base, default_rope_fraction),
     }
 
 
-def common_keys_to_ours(foreign: Mapping[str, Any], *, default_rope_base: float, tied: bool = False) -> dict[str, Any]:
+def common_keys_to_ours(
+    foreign: Mapping[str, Any],
+    *,
+    default_rope_base: float,
+    default_rope_fraction: float | None = None,
+    tied: bool = False,
+) -> dict[str, Any]:
     """Return the keys of our [model] table that all Llama-like families share."""
     return {
         **sizes_to_ours(foreign, tied=tied),
-        **attention_to_ours(foreign, default_rope_base),
+        **attention_to_ours(foreign, default_rope_base, default_rope_fraction),
         "norm_eps": float(foreign.get("rms_norm_eps", 1e-6)),
     }
 

@@ -191,7 +191,7 @@ class Kind(ABC):
     """Axes over which it cannot be spread, each with the reason."""
 
     def reads_of(self, model: ModelConfig) -> frozenset[str]:
-        """Return what it reads of `reads` with its table as it is."""
+        """Return what it reads of `reads` with its table as it is; and norm_eps if it has norms of its own."""
         return self.reads
 
     @abstractmethod

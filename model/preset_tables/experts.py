@@ -107,6 +107,7 @@ EXPERTS: Mapping[str, Keys] = {
             "weight_scale": 2.5,
             "num_groups": 8,
             "top_groups": 4,
+            "load_balancing": "sequence",
             "load_balancing_weight": 0.0001,
         },
     },

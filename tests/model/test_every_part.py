@@ -1,6 +1,8 @@
 """Every part in a whole model: decoding is the full pass, documents do not leak, names, shapes and gradients agree."""
 
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from meshwright.model.stack import LanguageModel
 from meshwright.parallel.mesh import NO_TP
 from meshwright.parallel.where import Where, place, where_of_plain_tokens
 
+PAGE = Path(__file__).parents[2] / "docs" / "parts.md"
 S, B = 12, 2
 F64 = torch.float64
 STRETCHES = {"one by one": [1] * S, "a prompt, then one by one": [7] + [1] * (S - 7)}
@@ -117,6 +120,37 @@ def test_another_document_changes_nothing(name: str) -> None:
         moved = (after - before).abs().amax(-1) > 1e-12 * before.abs().max()  # experts add up rows in another order
         assert not moved[~own].any()
         assert moved[own].all()
+
+
+def documents_meet(name: str) -> bool:
+    """Say whether, in training, another first or third document ever changes what the others of its sample give."""
+    model, document = built(one_layer(SAMPLES[name])).train(), documents()
+    for seed, changed in product(range(4), (0, 2)):
+        tokens, own = tokens_of(seed), torch.zeros(S, B, dtype=torch.bool)
+        own[:, 0] = document[:, 0] == changed
+        other = torch.where(own, (tokens + 5) % VOCAB, tokens)
+        with torch.no_grad():
+            before, after = (model(text, None, where_of(document, apart=True)) for text in (tokens, other))
+        moved = (after - before).abs().amax(-1) > 1e-12 * before.abs().max()
+        assert not moved[:, 1].any(), "another sample"
+        if moved[~own].any():
+            return True
+    return False
+
+
+# What decides about a token's way, in the words of docs/parts.md, and the sample that has it.
+ON_THE_PAGE = {f'router = "{router}"': f"router {router}" for router in ROUTERS} | {
+    "capacity_factor": "router with capacity",
+    "[ ]": "depth by sigmoid",
+}
+
+
+@pytest.mark.parametrize("key", ON_THE_PAGE)
+def test_documents_meet_in_training_where_the_page_says_so(key: str) -> None:
+    told = dict(re.findall(r"^\| `(.+?)`[^|]* \| (apart|meet) \|", PAGE.read_text(), re.MULTILINE))
+    assert told.keys() == ON_THE_PAGE.keys()
+    name = ON_THE_PAGE[key]
+    assert documents_meet(name) is (told[key] == "meet") is name.startswith(COMPETING)
 
 
 @pytest.mark.slow

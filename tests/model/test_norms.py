@@ -146,8 +146,8 @@ def test_deepnorm_scales_the_stream_and_shrinks_the_values() -> None:
     """Of a decoder of 8 layers alpha = 16^(1/4) = 2, beta = 64^(-1/4)."""
     assert deepnorm_alpha(8) == 2.0
     assert deepnorm_gain(8) == pytest.approx(64**-0.25)
-    sizes = SIZES | {"num_layers": 8, "init_depth_scaled": False}
-    plain = build_model(ModelConfig(**sizes))
+    sizes = SIZES | {"num_layers": 8}
+    plain = build_model(ModelConfig(**sizes, init_depth_scaled=False))
     deep = build_model(ModelConfig(**sizes, norm_placement="deepnorm"))
     assert deep.layers["0"].mixer.multipliers.stream == 2.0
     theirs = dict(plain.named_parameters())

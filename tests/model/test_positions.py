@@ -1,6 +1,7 @@
 """Positions are those of transformers: frequencies of rotary ones, ALiBi's slopes, T5's buckets."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -11,12 +12,18 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from meshwright.kernels.attention.rope import apply_rope
+from meshwright.model.mixers.attention import Attention, Heads
+from meshwright.model.mixers.attention_core import Look
+from meshwright.model.mixers.latent_attention import LatentAttention, LatentSizes
+from meshwright.model.mixers.switch_head import SwitchHead, SwitchSizes
 from meshwright.model.parts import initialise
 from meshwright.model.positions import (
+    T5,
     LearnedPositions,
     Rope,
     RopeScaling,
     SinusoidalPositions,
+    T5Bias,
     alibi_slopes,
     t5_buckets,
 )  # fmt: skip
@@ -63,6 +70,73 @@ def test_stretched_frequencies_are_those_of_transformers(kind: str, fraction: fl
     assert scaling.cosine_factor() == pytest.approx(factor)
     cos, sin = rope.angles(torch.tensor([3]), D, torch.float64)
     torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, factor**2))
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        (Rope(scaling=RopeScaling("linear", 0.0)), "rope_scaling.factor = 0.0: must be at least 1 and finite; 4.0"),
+        (Rope(scaling=RopeScaling("yarn", math.nan, 8)), "rope_scaling.factor = nan: must be at least 1"),
+        (Rope(scaling=RopeScaling("dynamic", 2.0)), "rope_scaling.kind = 'dynamic': is unknown; one of linear, ntk"),
+        (Rope(scaling=RopeScaling("yarn", 2.0)), 'rope_scaling.original_length = 0: kind = "yarn" needs the length'),
+        (Rope(scaling=RopeScaling("llama3", 2.0, -8)), "rope_scaling.original_length = -8: must not be negative"),
+        (Rope(scaling=RopeScaling("yarn", 2.0, 8, beta_fast=0.0)), "rope_scaling.beta_fast = 0.0: must be above 0"),
+        (Rope(scaling=RopeScaling("yarn", 2.0, 8, beta_fast=1.0)), "rope_scaling.beta_fast = 1.0: must be above rope_"),
+        (Rope(scaling=RopeScaling("llama3", 2.0, 8, low_freq_factor=4.0)), "rope_scaling.low_freq_factor = 4.0: must"),
+        (Rope(0.5, scaling=RopeScaling("yarn", 2.0, 8)), "rope_base = 0.5: must be above 1 where rope_scaling.kind ="),
+        (Rope(fraction=2 / D, scaling=RopeScaling("ntk", 2.0)), 'rope_scaling.kind = "ntk": changes the base, of'),
+        (Rope(0.0), "rope_base = 0.0: must be above 0 and finite; 10000.0 would fit"),
+        (Rope(fraction=0.1), "rope_fraction = 0.1 of head_dim = 32: turns 3 features"),
+    ],
+)
+def test_rotary_positions_made_by_hand_of_wrong_numbers_are_refused(rope: Rope, says: str) -> None:
+    looks = (
+        lambda: Attention(64, Heads(2, 2, D), look=Look(rope)),
+        lambda: SwitchHead(64, SwitchSizes(2, D, 3, 2), look=Look(rope)),
+        lambda: rope.angles(torch.arange(3), D, torch.float32),
+    )
+    for make in looks:
+        with pytest.raises(ValueError, match=re.escape(says)):
+            make()
+
+
+def test_latent_attention_refuses_wrong_numbers_of_stretching_too() -> None:
+    look = Look(Rope(scaling=RopeScaling("linear", -1.0)))
+    with pytest.raises(ValueError, match=r"rope_scaling\.factor = -1\.0: must be at least 1"):
+        LatentAttention(64, LatentSizes(2, 8, 4, 4, 4), look=look)
+
+
+def test_every_wrong_number_of_a_stretching_is_told_at_once() -> None:
+    found = Rope(-1.0, 0.3, RopeScaling("yarn", 0.5, 8, beta_slow=-1.0)).problems(D)
+    assert [line.split(" ")[0] for line in found] == [
+        "rope_fraction", "rope_base", "rope_scaling.factor", "rope_scaling.beta_slow"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("t5", "says"),
+    [
+        (T5(7, 20), "num_buckets = 7: must be even and at least 4, because half of them hold one distance each; 8"),
+        (T5(2, 20), "num_buckets = 2: must be even and at least 4"),
+        (T5(0, 20), "num_buckets = 0: must be even and at least 4"),
+        (
+            T5(8, 4),
+            "max_distance = 4: must be above 4, half of num_buckets = 8, whose distances have a bucket each; 32",
+        ),
+        (T5(8, -1), "max_distance = -1: must be above 4"),
+    ],
+)
+def test_buckets_that_cannot_be_are_refused(t5: T5, says: str) -> None:
+    for make in (lambda: T5Bias(t5, 2), lambda: Attention(64, Heads(2, 2, 16), look=Look(t5))):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            make()
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_fewest_buckets_make_biases(is_causal: bool) -> None:
+    bias = T5Bias(T5(4, 3), 2)
+    initialise(bias)
+    assert torch.isfinite(bias(torch.arange(-9, 9), is_causal, torch.ones(1))).all()
 
 
 def test_a_start_moves_all_positions() -> None:

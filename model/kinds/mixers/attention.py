@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from meshwright.model.kinds.kept import norm_inputs, normed_input
 from meshwright.model.kinds.kind import OVER_TP, Choose, Cut, Degrees, Kind, Named, Need, Types, Weight, matrix, vector
+from meshwright.model.kinds.mixers.positions import bucket_problems, stretching_problems
 from meshwright.parallel.fits import divisors, nearest
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ class AttentionKind(Kind):
     reads: ClassVar[frozenset[str]] = LOOK_KEYS | {
         "num_kv_heads", "qk_norm", "qk_norm_over", "attention_gate", "bias.q", "bias.k", "bias.v", "bias.output"
     }  # fmt: skip
+
+    def reads_of(self, model: ModelConfig) -> frozenset[str]:
+        """Return them, and norm_eps where queries and keys are normalised."""
+        return self.reads | {"norm_eps"} if normed(model) else self.reads
 
     def weights(self, model: ModelConfig) -> Named:
         """Yield q, k, v, output, and the norms of queries and keys."""
@@ -150,23 +155,15 @@ def attention_head_problems(model: ModelConfig, choose: Choose) -> list[str]:
 
 def position_problems(model: ModelConfig) -> list[str]:
     """Return what is wrong with the keys of positions and norms."""
-    found, scaling, turned = [], model.rope_scaling, int(model.head_dim * model.rope_fraction)
+    found, turned = [], int(model.head_dim * model.rope_fraction)
     if model.position == "rope" and model.rope_fraction < 1.0 and (turned < 2 or turned % 2):
         found.append(
             f"model.rope_fraction = {model.rope_fraction}: turns {turned} of model.head_dim ="
             f" {model.head_dim} features, which must be an even number; 0.5 or 1.0 would fit most"
         )
     found += scaling_problems(model, turned, f"model.head_dim = {model.head_dim} * rope_fraction")
-    if model.position == "t5" and model.t5_max_distance <= model.t5_buckets // 2:
-        exact = model.t5_buckets // 2
-        found.append(
-            f"model.t5_max_distance = {model.t5_max_distance}: must be above {exact}, half of model.t5_buckets ="
-            f" {model.t5_buckets}, whose distances have a bucket each; {4 * model.t5_buckets} would fit"
-        )
-    if scaling is not None and model.position != "rope":
-        found.append(
-            f'model.position = "{model.position}": has nothing for [model.rope_scaling]; "rope" has, or leave it out'
-        )
+    if model.position == "t5":
+        found += bucket_problems(model.t5_buckets, model.t5_max_distance, ("model.t5_buckets", "model.t5_max_distance"))
     if model.qk_norm_over == "tokens" and (model.norm == "rmsnorm_zero_centred" or "v" in normed(model)):
         found.append('model.qk_norm_over = "tokens": goes with plain RMSNorms of q and k alone; "heads" would fit')
     return found
@@ -174,34 +171,11 @@ def position_problems(model: ModelConfig) -> list[str]:
 
 def scaling_problems(model: ModelConfig, turned: int, key: str) -> list[str]:
     """Return what is wrong with [model.rope_scaling] where `turned` features of a head are, which follow from `key`."""
-    scaling, found = model.rope_scaling, list[str]()
-    if scaling is None:
-        return found
-    begin = "model.rope_scaling."
-    if scaling.kind in ("yarn", "llama3") and not scaling.original_length:
-        found.append(f'{begin}original_length = 0: kind = "{scaling.kind}" needs the length before; 4096 would fit')
-    if scaling.kind == "ntk" and turned == 2:
-        found.append(
-            f'{begin}kind = "ntk": changes the base, of which the first pair of features knows nothing, and {key}'
-            ' turns no other; 4 features or more, or "linear", would fit'
-        )
-    bases = {"model.rope_base": model.rope_base, "model.sliding.rope_base": model.sliding and model.sliding.rope_base}
-    found += [
-        f'{name} = {base}: must be above 1 where model.rope_scaling.kind = "{scaling.kind}"; 10000.0 would fit'
-        for name, base in bases.items()
-        if scaling.kind in ("yarn", "ntk") and base and base <= 1.0
-    ]
-    if scaling.kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
-        found.append(
-            f"{begin}low_freq_factor = {scaling.low_freq_factor}: must be below {begin}high_freq_factor ="
-            f" {scaling.high_freq_factor}; {scaling.high_freq_factor / 4} would fit"
-        )
-    if scaling.kind == "yarn" and scaling.beta_fast <= scaling.beta_slow:
-        found.append(
-            f"{begin}beta_fast = {scaling.beta_fast}: must be above {begin}beta_slow = {scaling.beta_slow};"
-            f" {scaling.beta_slow * 32} would fit"
-        )
-    return found
+    if model.rope_scaling is None:
+        return []
+    of_windows = model.sliding.rope_base if model.sliding else None
+    bases = {"model.rope_base": model.rope_base, "model.sliding.rope_base": of_windows}
+    return stretching_problems(model.rope_scaling, turned, key, bases, "model.rope_scaling.")
 
 
 def normed(model: ModelConfig) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ class SlidingKind(AttentionKind):
     def reads_of(self, model: ModelConfig) -> frozenset[str]:
         """Return what attention reads; the model's rope_base where the table has none."""
         has_own = model.sliding is not None and model.sliding.rope_base > 0
-        return self.reads - {"rope_base"} if has_own else self.reads
+        return super().reads_of(model) - ({"rope_base"} if has_own else frozenset())
 
     def mixing_flops(self, model: ModelConfig, seq_len: int, *, causal: bool) -> float:
         """Return the operations of the scores and of the values' sum within the window."""

@@ -58,6 +58,10 @@ class GatedDeltaConfig(BaseModel):
 class GatedDeltaKind(Kind):
     """A state for each head that unlearns what it overwrites."""
 
+    def reads_of(self, model: ModelConfig) -> frozenset[str]:
+        """Return them, and norm_eps."""
+        return self.reads | {"norm_eps"}
+
     def weights(self, model: ModelConfig) -> Named:
         """Yield what there is one of for each head, the products, the convolutions and the norm."""
         table, h = _table(model), model.hidden_size

@@ -41,6 +41,10 @@ class LatentKind(Kind):
         }
     )  # fmt: skip
 
+    def reads_of(self, model: ModelConfig) -> frozenset[str]:
+        """Return them, and norm_eps."""
+        return self.reads | {"norm_eps"}
+
     def weights(self, model: ModelConfig) -> Named:
         """Yield the projections to the latents, those of heads, and the output."""
         table, n, h, has_bias = _table(model), model.num_heads, model.hidden_size, "q" in model.bias

@@ -67,6 +67,10 @@ class Mamba2Config(BaseModel):
 class Mamba2Kind(Kind):
     """A state for each head, decaying by an input-dependent step."""
 
+    def reads_of(self, model: ModelConfig) -> frozenset[str]:
+        """Return them, and norm_eps."""
+        return self.reads | {"norm_eps"}
+
     def weights(self, model: ModelConfig) -> Named:
         """Yield what there is one of for each head, the products, the convolutions and the norm."""
         table, h = _table(model), model.hidden_size

@@ -12,7 +12,7 @@ from meshwright.kernels.attention import blocks
 from meshwright.kernels.attention.attention import attention, cached_attention
 from meshwright.kernels.attention.blocks import BLOCK, block_attention
 from meshwright.kernels.attention.seen import Seen
-from meshwright.kernels.choose import Choices, use
+from meshwright.kernels.choose import LONG, Choices, use
 
 F64 = torch.float64
 BLOCKS = Choices(fp32_attention="blocks", bf16_attention="blocks")
@@ -37,18 +37,23 @@ def test_attention_is_its_twin(choices: Choices, dtype: torch.dtype, kv_heads: i
 
 
 @pytest.mark.parametrize(
-    ("choices", "dtype", "narrow"),
+    ("choices", "dtype", "tokens", "narrow"),
     [
-        (BLOCKS, torch.float32, True),
-        (BLOCKS, torch.bfloat16, True),
-        (Choices(bf16_attention="blocks_fp32"), torch.bfloat16, False),
-        (Choices(), torch.float32, None),
-        (Choices(fp32_attention="blocks"), torch.bfloat16, None),
-        (BLOCKS, F64, None),
+        (BLOCKS, torch.float32, 3, True),
+        (BLOCKS, torch.bfloat16, 3, True),
+        (Choices(bf16_attention="blocks_fp32"), torch.bfloat16, 3, False),
+        (Choices(), torch.float32, 3, None),
+        (Choices(fp32_attention="blocks"), torch.bfloat16, 3, None),
+        (BLOCKS, F64, 3, None),
+        (BLOCKS, torch.float32, LONG - 1, True),
+        (BLOCKS, torch.float32, LONG, None),
+        (Choices(fp32_long_attention="blocks"), torch.float32, LONG, True),
+        (Choices(fp32_long_attention="blocks"), torch.float32, LONG - 1, None),
+        (Choices(bf16_long_attention="blocks_fp32"), torch.bfloat16, LONG, False),
     ],
 )
 def test_the_chosen_way_is_taken(
-    choices: Choices, dtype: torch.dtype, narrow: bool | None, monkeypatch: pytest.MonkeyPatch
+    choices: Choices, dtype: torch.dtype, tokens: int, narrow: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[bool] = []
 
@@ -58,7 +63,7 @@ def test_the_chosen_way_is_taken(
 
     monkeypatch.setattr(attention_kernel, "block_attention", watched)
     use(choices)
-    x = torch.randn(3, 1, 2, 4, dtype=dtype)
+    x = torch.randn(tokens, 1, 2, 4, dtype=dtype)
     attention(x, x, x)
     assert taken == ([] if narrow is None else [narrow])
 

@@ -59,6 +59,7 @@ def test_a_window_bounds_operations_and_memory() -> None:
             "model.t5_max_distance = 4: must be above 4, half of model.t5_buckets = 8, whose distances have a bucket"
             " each; 32 would fit",
         ),
+        ("hybrid norm", {"t5_buckets": 9}, "model.t5_buckets = 9: must be even and at least 4, because half of them"),
         (
             "gate",
             {"rope_fraction": 0.125, "rope_scaling": {"kind": "ntk", "factor": 2.0}},
@@ -115,5 +116,6 @@ def test_what_is_said_to_fit_fits() -> None:
     ntk = {"kind": "ntk", "factor": 2.0}
     assert config_of("gate", rope_fraction=0.25, rope_scaling=ntk).problems() == []
     assert config_of("latent", latent=LATENT | {"qk_rope_head_dim": 4}, rope_scaling=ntk).problems() == []
-    # A config file may have keys of another kind of stretching, which say nothing.
-    assert config_of("gate", rope_scaling={"kind": "linear", "factor": 2.0, "beta_fast": 1.0}).problems() == []
+    # Keys of another kind of stretching say nothing, and look as if they did.
+    (line,) = config_of("gate", rope_scaling={"kind": "linear", "factor": 2.0, "beta_fast": 1.0}).problems()
+    assert line.endswith('is for model.rope_scaling.kind = "yarn", and it is "linear"; 32.0 would fit')
