@@ -1,8 +1,10 @@
 """Losses, balances and choices of routers are those of megatron-core's own functions, where that is installed.
 
 Nothing of ours needs it. On a CPU `pip install --no-deps "megatron-core>=0.16,<0.17"` is enough; later ones import
-triton. What is different there, and is made equal here by hand: it knows no padding, so every token counts; a
-micro-batch is one group for Sinkhorn, so there is one sequence; a loss comes weighted, so the weight is 1.
+triton. What is different there, and is made equal here by hand: padding is left out of what it is given; the loss of a
+batch is the mean over its sequences, however long each is; Sinkhorn balances a micro-batch and not a sequence, so there
+is one of them; and in groups a group's score is the sum of its best top_k / top_groups experts, so these are the number
+that ours takes.
 """
 
 import inspect
@@ -58,57 +60,62 @@ def scores_of(seed: int = 0, k: int = E) -> Tensor:
     return torch.randn(S, B, k, dtype=F64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
-def all_count() -> Tensor:
-    return torch.ones(S, B, dtype=torch.bool)
+def counted_of(has_padding: bool) -> Tensor:
+    """Return which tokens count: all, or of each sequence another number."""
+    lengths = torch.tensor([S, S // 2, 1]) if has_padding else torch.full((B,), S)
+    return torch.arange(S)[:, None] < lengths
 
 
 def assert_same_loss(ours: Tensor, theirs: Tensor, of: Tensor) -> None:
     """Compare a loss and its gradient; theirs may be made in fp32."""
     assert ours.item() > 0
     torch.testing.assert_close(ours, theirs.to(F64), rtol=1e-6, atol=1e-7)
-    wanted = torch.autograd.grad(theirs, of)[0]
+    wanted = torch.autograd.grad(theirs, of, retain_graph=True)[0]
     assert wanted.abs().max() > 0
     torch.testing.assert_close(torch.autograd.grad(ours, of)[0], wanted, rtol=1e-5, atol=1e-8)
 
 
-def test_the_z_loss() -> None:
-    scores = scores_of()
-    ours = z_loss(scores, all_count(), step_tokens=float(S * B))
-    assert_same_loss(ours, call("z_loss_func", scores.flatten(0, 1), 1.0), scores)
+@pytest.mark.parametrize("has_padding", [False, True])
+def test_the_z_loss(has_padding: bool) -> None:
+    scores, counted = scores_of(), counted_of(has_padding)
+    ours = z_loss(scores, counted, step_tokens=float(counted.sum()))
+    assert_same_loss(ours, call("z_loss_func", scores[counted], 1.0), scores)
 
 
+@pytest.mark.parametrize("has_padding", [False, True])
 @pytest.mark.parametrize("top_k", [1, K])
-def test_the_load_balancing_loss_of_each_sequence(top_k: int) -> None:
-    """Theirs of a batch is the mean over its sequences, each by itself (`seq_aux_loss`)."""
-    scores = scores_of()
-    probability = scores.softmax(-1)
-    expert = probability.detach().topk(top_k).indices
-    choices = choices_per_sequence(expert, all_count(), E)
-    assert choices.sum() == S * B * top_k
-    lengths = torch.full((B,), S)
+def test_the_load_balancing_loss_of_each_sequence(top_k: int, has_padding: bool) -> None:
+    """Theirs of a batch is the mean over its sequences, one by one (`seq_aux_loss`); ours weighs by their tokens."""
+    scores, counted = scores_of(), counted_of(has_padding)
+    probability, lengths = scores.softmax(-1), counted.sum(0)
+    choices = choices_per_sequence(probability.detach().topk(top_k).indices, counted, E)
+    assert choices.sum(1).tolist() == (top_k * lengths).tolist()
     ours = sequence_balance_loss(
-        probability, choices, all_count(), sequence_tokens=lengths, top_k=top_k, step_tokens=float(S * B)
+        probability, choices, counted, sequence_tokens=lengths, top_k=top_k, step_tokens=float(lengths.sum())
     )
-    of_sequences = [their_balance(probability[:, b], choices[b], top_k, S) for b in range(B)]
-    assert_same_loss(ours, torch.stack(of_sequences).mean(), scores)
+    of_sequences = [their_balance(probability[counted[:, b], b], choices[b], top_k) for b in range(B)]
+    share = lengths / lengths.sum()
+    assert has_padding or torch.equal(share, torch.full((B,), 1 / B))
+    assert_same_loss(ours, (torch.stack(of_sequences) * share).sum(), scores)
 
 
-def test_the_load_balancing_loss_of_a_whole_step() -> None:
+@pytest.mark.parametrize("has_padding", [False, True])
+def test_the_load_balancing_loss_of_a_whole_step(has_padding: bool) -> None:
     """Theirs counts the load of the step itself (`global_aux_loss`), ours that which is handed in."""
-    scores = scores_of()
-    probability = scores.softmax(-1)
-    choices = torch.bincount(probability.detach().topk(K).indices.flatten(), minlength=E)
-    ours = step_balance_loss(probability, choices / (S * B * K), all_count(), step_tokens=float(S * B))
-    assert_same_loss(ours, their_balance(probability.flatten(0, 1), choices, K, S * B), scores)
+    scores, counted = scores_of(), counted_of(has_padding)
+    probability, tokens = scores.softmax(-1), counted.sum()
+    choices = torch.bincount(probability.detach()[counted].topk(K).indices.flatten(), minlength=E)
+    ours = step_balance_loss(probability, choices / (tokens * K), counted, step_tokens=float(tokens))
+    assert_same_loss(ours, their_balance(probability[counted], choices, K), scores)
 
 
-def their_balance(probability: Tensor, choices: Tensor, top_k: int, tokens: int) -> Tensor:
+def their_balance(probability: Tensor, choices: Tensor, top_k: int) -> Tensor:
     """Return megatron-core's loss of some tokens, with weight 1."""
     loss: Tensor = call(
         "switch_load_balancing_loss_func",
         probability,
         choices,
-        total_num_tokens=tokens,
+        total_num_tokens=len(probability),
         topk=top_k,
         num_experts=E,
         moe_aux_loss_coeff=1.0,

@@ -380,3 +380,11 @@ def test_jitter_is_only_of_training_and_only_of_what_the_router_sees() -> None:
 def test_the_table_holds_the_routers() -> None:
     assert ROUTERS["sigmoid"] is SigmoidRouter
     assert ROUTERS["sinkhorn"] is SinkhornRouter
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_what_is_kept_of_a_choice_is_not_all_experts(kind: str) -> None:
+    made, (x, where) = router(1, kind=kind), batch()
+    for trains in (True, False):
+        expert = made.train(trains)(x, where).expert
+        assert expert.untyped_storage().nbytes() == expert.nbytes
