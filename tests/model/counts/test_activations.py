@@ -228,7 +228,7 @@ def test_experts_count_their_rows_and_every_other_layer_may_be_recomputed() -> N
 
 
 def test_further_tokens_gather_two_vectors_of_each_token_by_hand() -> None:
-    """In fp32 on tp = 2: both, [2h] of every token, and their gradient, which is more than a loss of 64 logits takes."""
+    """In fp32 on tp = 2: both, [2h] of every token, and their gradient: more than a loss of 64 logits takes."""
     config = CONFIGS["further tokens"].model_copy(update={"vocab_size": 64})
     found = activation_bytes(config, 10, Degrees(tp=2), Types())
     assert found.at_work == 2 * 96 * (4 + 4) * 10
