@@ -225,3 +225,15 @@ def test_experts_count_their_rows_and_every_other_layer_may_be_recomputed() -> N
     assert found == ActivationBytes(kept, (gathered + 4096 / 2 * 4) * 10)
     below = activation_bytes(CONFIGS["moe"], 10, spread, Types(), Held(frozenset({0, 1}), frozenset({0}), False))
     assert below.at_work == (attention + moe + gathered) * 10
+
+
+def test_further_tokens_gather_two_vectors_of_each_token_by_hand() -> None:
+    """In fp32 on tp = 2: both, [2h] of every token, and their gradient: more than a loss of 64 logits takes."""
+    config = CONFIGS["further tokens"].model_copy(update={"vocab_size": 64})
+    found = activation_bytes(config, 10, Degrees(tp=2), Types())
+    assert found.at_work == 2 * 96 * (4 + 4) * 10
+    alone = config.model_copy(update={"multi_token": None})
+    assert activation_bytes(alone, 10, Degrees(tp=2), Types()).at_work == (96 * (4 + 4) + 64 / 2 * 4) * 10
+    layers, head = 3 * layer_bytes(config, config.layers[0], Degrees(tp=2), Types()), 96 / 2 * (4 + 4)
+    kept = layers + 3 * head + 2 * 96 / 2 * (4 + 2 * 4)
+    assert found.kept == kept * 10 + 3 * 64 * 96 / 2 * 4
