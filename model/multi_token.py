@@ -6,11 +6,13 @@
 
 The mean of the losses, each over the tokens of the step as the main loss is, is added with a weight; the loss that the
 model returns is that of the next token alone. A position counts where the token that it is to predict does, and is of
-its document where documents are apart. In evaluation and generation nothing of this is computed.
+its document where documents are apart; one that does not counts for a router within layer_k neither, and takes its own
+token for the one that is not there. In evaluation and generation nothing of this is computed.
 
 Tokens further on may lie on another rank of cp: every rank has whole samples of token ids (`Where.whole_tokens`).
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -28,10 +30,12 @@ from meshwright.parallel.where import Where
 
 
 class Shifted(NamedTuple):
-    """The tokens some places on from those that a mixer of this rank sees, and the targets there."""
+    """The tokens some places on from those that a mixer of this rank sees, the targets there, and whose they are."""
 
     tokens: Int64[Tensor, "s b"]
     targets: Int64[Tensor, "s b"]
+    where: Where
+    """The place of the tokens that predict: only those with a target count."""
 
 
 def shifted(where: Where, tokens: Int64[Tensor, "s b"], targets: Int64[Tensor, "s b"], by: int) -> Shifted:
@@ -40,12 +44,17 @@ def shifted(where: Where, tokens: Int64[Tensor, "s b"], targets: Int64[Tensor, "
     Behind the end of a sample, or of a document where they are apart, there is no target.
     """
     whole_tokens, whole_targets = where.whole_tokens or (tokens, targets)
-    last = len(whole_tokens) - 1
-    at = (where.position_mixed + by).clamp(max=last)
-    is_there = (where.position_mixed + by <= last)[:, None]
+    here = torch.arange(len(whole_tokens), device=whole_tokens.device)
+    ahead = (here + by).clamp(max=len(here) - 1)
+    is_there = (here + by < len(here))[:, None]
     if where.mask_documents:
-        is_there = is_there & (where.document_whole[at] == where.document_whole[where.position_mixed])
-    return Shifted(whole_tokens[at], torch.where(is_there, whole_targets[at], NOT_COUNTED))
+        is_there = is_there & (where.document_whole[ahead] == where.document_whole)
+    further = torch.where(is_there, whole_tokens[ahead], whole_tokens)
+    wanted = torch.where(is_there, whole_targets[ahead], NOT_COUNTED)
+    counted, mixed = wanted != NOT_COUNTED, where.position_mixed
+    # What layers found of the tokens that count is another thing here; the rest they find once more.
+    place = replace(where, counted=counted[where.position], sequence_tokens=counted.sum(0), derived={})
+    return Shifted(further[mixed], wanted[mixed], place)
 
 
 class FurtherToken(nn.Module):

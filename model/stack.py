@@ -147,7 +147,7 @@ class LanguageModel(nn.Module):
         for by, further in enumerate(self.multi_token, start=1):
             assert isinstance(further, FurtherToken), "the list holds nothing else"
             ahead = shifted(where, tokens, targets, by)
-            stream = further(stream, self._embedded(ahead.tokens), where, tally)
+            stream = further(stream, self._embedded(ahead.tokens), ahead.where, tally)
             normed = self._scaled(stream, further.final_norm)
             loss = next_token_loss(normed, self.output_rows, ahead.targets, where.step_tokens, where.limits)
             tally.add(f"{further.name}.loss", loss)

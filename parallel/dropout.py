@@ -147,8 +147,8 @@ def _words_of_tokens(place: _Place, count: int) -> Tensor:
 
 def _place(where: Where, name: str, position: Tensor | None, first_feature: int) -> _Place:
     position = where.position if position is None else position
-    name = f"{name}/lap{where.lap}" if where.lap else name
-    return _Place(stream_key(where.seed, name), where.step, where.sample, position, first_feature, where.limits)
+    key = stream_key(where.seed, where.draw_name(name))
+    return _Place(key, where.step, where.sample, position, first_feature, where.limits)
 
 
 def _scaled(x: Tensor, factors: OfWords, place: _Place) -> Tensor:

@@ -79,6 +79,10 @@ class Where:
         """Return this place for layers that are used once more."""
         return replace(self, lap=lap) if lap else self
 
+    def draw_name(self, name: str) -> str:
+        """Return the name under which a layer draws random numbers: in each lap another."""
+        return f"{name}/lap{self.lap}" if self.lap else name
+
     def remembering(self) -> "Where":
         """Return this place for one call of a layer that will be called with it again."""
         return replace(self, decisions={})

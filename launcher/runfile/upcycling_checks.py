@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from meshwright.launcher.runfile.messages import problem
 from meshwright.launcher.runfile.tables import InitConfig, RunFile
 from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.feedforward.moe import MoeConfig
 
 Wrong = tuple[str, object, str, str]
 """Key, value, rule, and what would fit."""
@@ -42,16 +43,33 @@ def _wrong(model: ModelConfig, init: InitConfig) -> Iterator[Wrong]:
         rule = f"must be model.ffn_hidden_size = {model.ffn_hidden_size}, the dense model's, whose copies experts are"
         yield "model.moe.expert_hidden_size", moe.expert_hidden_size, rule, f"{model.ffn_hidden_size}"
     if init.upcycle == "partition":
-        yield from _partition_problems(model.ffn_hidden_size, moe.expert_hidden_size, moe.num_experts, moe.top_k)
+        yield from _partition_problems(model.ffn_hidden_size, moe)
 
 
-def _partition_problems(dense: int, width: int, experts: int, top_k: int) -> Iterator[Wrong]:
+def _partition_problems(dense: int, moe: MoeConfig) -> Iterator[Wrong]:
+    width = moe.expert_hidden_size
     if dense % width != 0:
         rule = f"must divide model.ffn_hidden_size = {dense}, the dense model's, whose pieces experts are"
         yield "model.moe.expert_hidden_size", width, rule, f"{dense // 2 if dense % 2 == 0 else dense}"
         return
     pieces = dense // width
-    for key, value in (("num_experts", experts), ("top_k", top_k)):
+    for key, value in (("num_experts", moe.num_experts), ("top_k", moe.top_k)):
         if value % pieces != 0:
             rule = f"must be a multiple of the {pieces} pieces of a dense feed-forward of {dense}"
             yield f"model.moe.{key}", value, rule, f"{-(-value // pieces) * pieces}"
+    if not _groups_keep_pieces(pieces, moe, moe.num_groups):
+        size = moe.num_experts // moe.num_groups
+        rule = f"would choose among groups of {size} experts, which part the {pieces} pieces of a dense feed-forward"
+        fewer = range(moe.num_groups - 1, moe.top_groups - 1, -1)
+        fits = [n for n in fewer if moe.num_experts % n == 0 and _groups_keep_pieces(pieces, moe, n)]
+        way_out = f"{fits[0]}" if fits else "1 with model.moe.top_groups = 1"
+        yield "model.moe.num_groups", moe.num_groups, rule, way_out
+
+
+def _groups_keep_pieces(pieces: int, moe: MoeConfig, num_groups: int) -> bool:
+    """Say whether a token that may go to one piece of a dense feed-forward may go to all of them."""
+    if moe.top_groups == num_groups or moe.num_experts % pieces != 0:
+        return True
+    size = max(1, moe.num_experts // num_groups)
+    # Neighbouring groups of one feed-forward have one score, and of equals the lower goes first: all or none are kept.
+    return size % pieces == 0 or (pieces % size == 0 and moe.top_groups * size % pieces == 0)

@@ -186,7 +186,8 @@ class Moe(nn.Module):
         shape = where.counted.shape
         places = torch.stack((where.sample[None].expand(shape), where.position[:, None].expand(shape)), dim=-1)
         rows, _, _ = self.experts.exchange.send(places.flatten(0, 1), flat.expert, flat.weight, flat.taken)
-        return RowTokens(rows, stream_key(where.seed, f"{self.name}/expert_dropout"), where.step, where.limits)
+        key = stream_key(where.seed, where.draw_name(f"{self.name}/expert_dropout"))
+        return RowTokens(rows, key, where.step, where.limits)
 
     def _attach_losses(self, x: Tensor, routing: Routing, where: Where, tally: Tally) -> Tensor:
         choices = choices_per_sequence(routing.expert, where.counted, self.num_experts, routing.taken)

@@ -55,4 +55,4 @@ def dropped_weights(p: float, where: Where, name: str, first_head: int = 0) -> D
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p = {p} must be at least 0 and below 1")
-    return DroppedWeights(p, where.seed, name, where.step, where.sample, first_head)
+    return DroppedWeights(p, where.seed, where.draw_name(name), where.step, where.sample, first_head)

@@ -12,9 +12,9 @@ from meshwright.model.counts.costs import forward_flops_per_token, further_token
 from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.model.multi_token import shifted
 from meshwright.model.parts import build_model
-from meshwright.parallel.mesh import single_process_mesh
+from meshwright.parallel.mesh import NO_TP, single_process_mesh
 from meshwright.parallel.tally import Tally, declared_entries
-from meshwright.parallel.where import Where, where_of_plain_tokens
+from meshwright.parallel.where import Where, place, where_of_plain_tokens
 
 S, B = 8, 2
 
@@ -77,7 +77,34 @@ def test_there_is_no_target_behind_the_end_of_a_sample_or_of_its_document() -> N
     assert ahead.tokens[:4, 0].tolist() == [2, 3, 4, 5]
     document = torch.tensor([0, 0, 0, 1, 1, 1])[:, None]
     apart = Where(**(vars(where) | {"document_whole": document, "mask_documents": True}))
-    assert shifted(apart, tokens, tokens + 1, 1).targets[:, 0].tolist() == [2, 3, NOT_COUNTED, 5, 6, NOT_COUNTED]
+    ahead = shifted(apart, tokens, tokens + 1, 1)
+    assert ahead.targets[:, 0].tolist() == [2, 3, NOT_COUNTED, 5, 6, NOT_COUNTED]
+    assert ahead.tokens[:, 0].tolist() == [1, 2, 2, 4, 5, 5]
+    assert ahead.where.counted[:, 0].tolist() == [True, True, False] * 2
+    assert ahead.where.sequence_tokens.tolist() == [4]
+
+
+@pytest.mark.parametrize("router", ["none", "softmax", "expert_choice"])
+def test_documents_that_do_not_count_move_no_gradient(router: str) -> None:
+    balancing = {"load_balancing_weight": 0.1} if router == "softmax" else {}
+    experts = {"pattern": "*-*E", "router": router, "z_loss_weight": 0.1, **balancing}
+    of = config() if router == "none" else moe_config(num_layers=2, multi_token={}, **experts)
+    model = build_model(of, dtype=torch.float64, seed=3).train()
+    document = torch.tensor([[0] * 3 + [1] * 6 + [2] * 3, [0] * 7 + [1] * 5]).T
+    counted = torch.zeros(12, 2, dtype=torch.bool)
+    counted[3:9, 0] = True
+    more = {"step": 0, "step_tokens": 6.0, "mask_documents": True}
+    where = place(torch.arange(2), document, counted, torch.arange(12), NO_TP, **more)
+    text = torch.randint(0, of.vocab_size, (12, 2), generator=torch.Generator().manual_seed(1))
+
+    def gradients(text: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        loss_of(model, text, torch.where(counted, (text + 1) % of.vocab_size, NOT_COUNTED), where)[0].backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    first, second = gradients(text), gradients(torch.where(counted, text, (text + 5) % of.vocab_size))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-12, atol=1e-14, msg=name)  # sums in another order
 
 
 def test_the_tables_count_it() -> None:

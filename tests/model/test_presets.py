@@ -161,6 +161,14 @@ def test_switch_all_has_experts_in_attention_and_feed_forward() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_makes_a_model(name: str) -> None:
     assert preset(name).problems() == []
+    # What nothing read would be left out without a word, such as the weight of a loss that there is not.
+    assert with_preset({"preset": name}) == {**PRESETS[name], "preset": name}
+
+
+def test_deepseek_v3_has_its_published_loss_beside_the_bias() -> None:
+    moe = preset("deepseek-v3").moe
+    assert moe is not None
+    assert (moe.load_balancing, moe.load_balancing_weight, moe.bias_rate) == ("sequence", 0.0001, 0.001)
 
 
 def test_changes_win_also_within_the_tables_of_parts() -> None:

@@ -127,6 +127,23 @@ def test_the_masks_of_split_tokens_are_bitwise_those_of_the_whole() -> None:
         assert torch.equal(part, whole[position])
 
 
+DRAWS = {
+    key: moe_config(**{key: 0.3})
+    for key in ("residual_dropout", "ffn_dropout", "attention_dropout", "expert_dropout", "router_jitter")
+} | {"noisy": moe_config(router="noisy")}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_layers_that_are_gone_through_again_draw_anew(name: str) -> None:
+    model = build_model(DRAWS[name], dtype=torch.float64, seed=3).train()
+    layer, tokens = model.layers["0"], torch.arange(24).view(12, 2) % 37
+    where = where_of_plain_tokens(tokens)
+    x = model.begin(tokens, where)
+    first, second, again = (layer(x, where.of_lap(lap), None) for lap in (0, 1, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(second, again)
+
+
 def test_a_model_that_does_not_train_draws_and_drops_nothing() -> None:
     tokens = torch.arange(24).view(12, 2) % 37
     where = where_of_plain_tokens(tokens)

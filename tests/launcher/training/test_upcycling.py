@@ -21,6 +21,8 @@ FROZEN = ("learning_rate.peak=1e-12", "train.steps=1", "evaluation.every=1")
 COPY = ("init.upcycle=copy", "model.moe.num_shared_experts=0", "model.moe.expert_hidden_size=64")
 PARTITION = ("init.upcycle=partition", *COPY[1:2], "model.moe.expert_hidden_size=16", "model.moe.num_experts=8")
 ALL_PIECES = (*PARTITION, "model.moe.top_k=4")
+# Four pieces in groups of two: of equal groups the lower come first, so that those of one feed-forward are kept.
+PIECES_IN_GROUPS = (*ALL_PIECES, "model.moe.num_groups=4", "model.moe.top_groups=2")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def first_loss(folder: Path, dense: Path, *overrides: str) -> float:
     return numbers(folder, "validation_loss", "evaluation")[0]
 
 
-@pytest.mark.parametrize("how", [COPY, ALL_PIECES, (*COPY, "model.moe.weight_scale=2.5")], ids=str)
+@pytest.mark.parametrize("how", [COPY, ALL_PIECES, PIECES_IN_GROUPS, (*COPY, "model.moe.weight_scale=2.5")], ids=str)
 def test_the_first_loss_is_the_dense_models(dense: Path, tmp_path: Path, how: tuple[str, ...]) -> None:
     loss = numbers(dense, "validation_loss", "evaluation")[-1]
     assert first_loss(tmp_path, dense, *how) == pytest.approx(loss, rel=1e-5)  # experts' products round otherwise
@@ -112,6 +114,17 @@ def test_pieces_and_their_routers_are_in_groups() -> None:
     assert torch.equal(made.read(f"{part}.router.weight"), fresh[[0, 0, 0, 3, 3, 3]])
 
 
+IN_GROUPS = (
+    "init.from=x",
+    "init.upcycle=partition",
+    "model.moe.router=sigmoid",
+    "model.moe.num_experts=12",
+    "model.moe.top_k=3",
+    "model.moe.expert_hidden_size=2",
+)
+"""Three pieces of each feed-forward."""
+
+
 def problems(*overrides: str) -> list[str]:
     model = {**SIZES, "pattern": "*E", "moe": {"num_experts": 4, "top_k": 2, "expert_hidden_size": 6}}
     tables: dict[str, Any] = {"run": {"name": "x"}, "model": model, "data": {"store": "x", "seq_len": 8}}
@@ -131,11 +144,20 @@ def problems(*overrides: str) -> list[str]:
         (("init.from=x", "init.upcycle=partition", "model.moe.expert_hidden_size=4"), "3 would fit"),
         (("init.from=x", "init.upcycle=partition", "model.moe.expert_hidden_size=2"), "model.moe.num_experts = 4"),
         (("init.from=x", "init.upcycle=partition", "model.moe.router=noisy"), "pieces of several feed-forwards"),
+        ((*IN_GROUPS, "model.moe.num_groups=6", "model.moe.top_groups=2"), "groups of 2 experts, which part the 3"),
+        ((*IN_GROUPS, "model.moe.num_groups=6", "model.moe.top_groups=2"), "4 would fit"),
+        ((*IN_GROUPS, "model.moe.num_groups=6", "model.moe.top_groups=5"), "1 with model.moe.top_groups = 1 would fit"),
     ],
 )
 def test_what_cannot_be_upcycled_is_named(overrides: tuple[str, ...], line: str) -> None:
     assert any(line in found for found in problems(*overrides)), problems(*overrides)
     assert not problems("init.from=x", "init.upcycle=copy")
+
+
+@pytest.mark.parametrize(("groups", "top"), [(4, 2), (12, 3), (6, 6)])
+def test_groups_that_keep_the_pieces_together_are_taken(groups: int, top: int) -> None:
+    overrides = (*IN_GROUPS, f"model.moe.num_groups={groups}", f"model.moe.top_groups={top}")
+    assert not [line for line in problems(*overrides) if "which part" in line]
 
 
 def test_heads_are_pooled_where_experts_and_routed_layers_are_already() -> None:
