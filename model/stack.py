@@ -106,6 +106,10 @@ class LanguageModel(nn.Module):
 
         Where a sample lies on several ranks, `tokens` and `targets` are those that a mixer sees ([s/cp, b]), and the
         loss is this rank's share: the shares of all ranks add up to it. Logits are of its part of the vocabulary.
+
+        `tally` (`tally_of(model)`) collects and attaches what training needs besides: the losses of routers, of
+        Mixture-of-Depths' predictors and of further tokens, and the loads that routers move by (`finish_step`). None
+        leaves all of these out, silently: the gradient is then that of the returned loss alone, for comparisons.
         """
         where = where or where_of_plain_tokens(tokens)
         x = self.begin(tokens, where)

@@ -127,7 +127,10 @@ class Moe(nn.Module):
             self.previous_share.copy_(load / load.sum().clamp(min=1.0))
 
     def forward(self, x: Float[Tensor, "s b h"], where: Where, tally: Tally | None) -> Float[Tensor, "s b h"]:
-        """Send each token through its experts; attach the router's losses and count its load when training."""
+        """Send each token through its experts; attach the router's losses and count its load when training.
+
+        Without a tally there are no losses and no load: nothing balances the experts then, by gradient or by bias.
+        """
         routing: Routing = self.router(x, where)
         taken = routing.taken
         if self.training and self.capacity_factor:
