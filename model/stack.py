@@ -8,7 +8,7 @@ targets the model returns the loss; without, the logits. It is an ordinary `nn.M
 A rank of a pipeline holds the layers of its stages, and the ends that these have; `model/stage.py` runs them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,8 +74,15 @@ class LanguageModel(nn.Module):
 
         The layers are gone through `laps` times, with the same weights. Of a pipeline's ranks, those without the first
         stage have no embedding (but for the copy of a tied one), those without the last no final norm and no output.
+
+        Raises:
+            ValueError: naming each part that sees later tokens: the loss would be of tokens that the model was shown.
         """
         super().__init__()
+        further = {f"multi_token.{depth}": each for depth, each in enumerate(extras.further)}
+        stack: dict[str, nn.Module] = {f"layers.{number}": layer for number, layer in layers.items()}
+        if problems := [line for name, layer in (stack | further).items() for line in _not_causal(name, layer)]:
+            raise ValueError("\n".join(problems))
         self.embedding, self.positions, self.embedding_norm = embedding, extras.positions, extras.embedding_norm
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
         self.final_norm = final_norm
@@ -196,3 +203,13 @@ class LanguageModel(nn.Module):
 
     def _in_order(self) -> list[Layer]:
         return [layer for layer in self.layers.values() if isinstance(layer, Layer)] * self.laps
+
+
+def _not_causal(name: str, layer: nn.Module) -> Iterator[str]:
+    """Yield a line for each module of a layer that says of itself that it sees later tokens."""
+    for within, module in layer.named_modules(prefix=name):
+        if getattr(module, "sees_later_tokens", False):
+            yield (
+                f"{within} sees later tokens, and a LanguageModel predicts each token from those before it alone;"
+                " a part that sees none, such as attention with is_causal = True, would fit"
+            )
