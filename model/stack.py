@@ -21,6 +21,7 @@ from meshwright.model.multi_token import FurtherToken, shifted
 from meshwright.model.positions import LearnedPositions
 from meshwright.model.room import refuse_beyond
 from meshwright.parallel.dropout import dropout
+from meshwright.parallel.fits import check_share
 from meshwright.parallel.tally import Tally, attach_loss
 from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows, next_token_logits, next_token_loss
 from meshwright.parallel.where import Where, where_of_plain_tokens
@@ -83,6 +84,7 @@ class LanguageModel(nn.Module):
         stack: dict[str, nn.Module] = {f"layers.{number}": layer for number, layer in layers.items()}
         if problems := [line for name, layer in (stack | further).items() for line in _not_causal(name, layer)]:
             raise ValueError("\n".join(problems))
+        check_share("embedding_dropout", ends.embedding_dropout)
         self.embedding, self.positions, self.embedding_norm = embedding, extras.positions, extras.embedding_norm
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
         self.final_norm = final_norm
