@@ -184,7 +184,7 @@ def make_block_sparse(config: ModelConfig, making: Making) -> Attention:
 def _made(config: ModelConfig, making: Making, look: Look) -> Attention:
     mesh = making.mesh
     copies = mesh.neighbours(copies_of_kv_heads(config.num_kv_heads, mesh.tp.size))
-    bias = frozenset(config.bias) | ({"gate"} if "q" in config.bias else set())
+    bias = frozenset(config.bias) - {"ffn"} | ({"gate"} if "q" in config.bias else set())
     norm = NORMS["rmsnorm_zero_centred" if config.norm == "rmsnorm_zero_centred" else "rmsnorm"]
     of_heads = HeadNorms(
         frozenset(normed(config)),
