@@ -8,7 +8,6 @@ Below this file functions take numbers, axes and modules.
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from meshwright.parallel.mesh import Mesh, Sizes
 from meshwright.parallel.pipeline.adapter import Pipeline
 from meshwright.parallel.placement import placement_table
 from meshwright.parallel.recompute.policy import Recompute
-from meshwright.parallel.tally import Tally, declared_entries, everyones_entries
+from meshwright.parallel.tally import Tally, declared_entries, everyones_entries, take_sums
 from meshwright.parallel.zero.engine import ZeroEngine
 
 
@@ -62,10 +61,7 @@ class Run:
 
     def finish_step(self, sums: dict[str, Tensor]) -> None:
         """Let every module that watches the step's sums take them."""
-        for module in self.model.modules():
-            take: Callable[[dict[str, Tensor]], None] | None = getattr(module, "finish_step", None)
-            if callable(take):
-                take(sums)
+        take_sums(self.model, sums)
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the state that modules keep beside their parameters, by global name, the same on every rank."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from meshwright.model.kinds.norms import PRE, Form
 from meshwright.parallel.dropout import dropout
+from meshwright.parallel.fits import check_share
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 
@@ -55,12 +56,13 @@ class Block(nn.Module):
         `name`, the global one, is what dropout draws by.
 
         Raises:
-            ValueError: if a norm is missing that the form has, or there that it has not.
+            ValueError: if a norm is missing that the form has, or there that it has not, or dropout is no share.
         """
         super().__init__()
         given = tuple(key for key, each in (("norm", norm), ("post_norm", post_norm)) if each is not None)
         if given != form.names:
             raise ValueError(f"a block of {form} has the norms {list(form.names)}, not {list(given)}")
+        check_share("residual_dropout", residual_dropout)
         self.norm, self.part, self.post_norm = norm, part, post_norm
         self.form, self.multipliers = form, multipliers
         self.residual_dropout, self.name = residual_dropout, name

@@ -122,8 +122,8 @@ class ModelConfig(BaseModel):
     """Share of what each part adds to the residual stream that is zeroed in training; 0 is usual in pretraining."""
     ffn_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the MLP's inner numbers, and of shared experts', that is zeroed in training; 0 is usual."""
-    init: Literal["normal", "xavier_uniform", "scaled"] = "normal"
-    """How weights begin: normal(init_std), Xavier-uniform, or normal with 1/sqrt(fan_in)."""
+    init: Literal["normal", "xavier_uniform", "xavier_normal", "scaled"] = "normal"
+    """How weights begin: normal(init_std), Xavier uniform or normal (DeepNorm's), or normal with 1/sqrt(fan_in)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of `init = "normal"`; 0.006 to 0.02 are usual."""
     init_depth_scaled: bool = True

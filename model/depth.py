@@ -135,7 +135,10 @@ class MixtureOfDepths(Layer):
         return {f"{self.name}.depth_predictor": 1, f"{self.name}.depth_right": 1, f"{self.name}.depth_chosen": 1}
 
     def forward(self, x: Float[Tensor, "s b h"], where: Where, tally: Tally | None) -> Float[Tensor, "s b h"]:
-        """Let the chosen tokens through, each sample's by themselves, and the others pass by."""
+        """Let the chosen tokens through, each sample's by themselves, and the others pass by.
+
+        Without a tally the predictor has no loss and learns nothing.
+        """
         wide = at_least_fp32(x)  # once for both, which keep it
         score, predicted = self.router(wide), self.predictor(wide.detach())
         order = order_of(where, self.axes.token)

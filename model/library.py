@@ -33,7 +33,7 @@ from meshwright.model.routers.router import Ways
 from meshwright.model.routers.table import make_router
 from meshwright.model.stack import Ends, Extras, LanguageModel
 from meshwright.parallel.initialise import InitPolicy
-from meshwright.parallel.tally import Tally
+from meshwright.parallel.tally import Tally, finish_step, tally_of
 from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows
 from meshwright.parallel.where import Where, where_of_plain_tokens
 
@@ -95,11 +95,13 @@ __all__ = [
     "Where",
     "ZeroCentredRMSNorm",
     "build_model",
+    "finish_step",
     "generate",
     "initialise",
     "make_router",
     "preset",
     "replay_routing",
     "rms_norms",
+    "tally_of",
     "where_of_plain_tokens",
 ]

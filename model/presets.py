@@ -13,9 +13,10 @@ with their numbers of weights.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from meshwright.model.config import ModelConfig
 from meshwright.model.kinds.table import ALL
@@ -24,6 +25,16 @@ from meshwright.model.preset_tables.dense import DENSE
 from meshwright.model.preset_tables.experts import EXPERTS
 from meshwright.model.preset_tables.ours import OURS
 from meshwright.model.preset_tables.state import STATE
+from meshwright.model.wording import (
+    BOUND_RULES,
+    choices_of,
+    closest,
+    dotted,
+    no_such_key,
+    not_one_of,
+    of_type,
+    out_of_bounds,
+)
 
 Keys = Mapping[str, Any]
 
@@ -42,7 +53,9 @@ def with_preset(table: Keys) -> dict[str, Any]:
     if name == "":
         return dict(table)
     if name not in PRESETS:
-        raise ValueError(f"there is no such preset; the presets are: {', '.join(PRESETS)}")
+        near = closest(str(name), PRESETS)
+        meant = f"; did you mean {near}?" if near else ""
+        raise ValueError(f"there is no such preset; the presets are: {', '.join(PRESETS)}{meant}")
     merged, before = _laid_over(PRESETS[name], table), None
     while merged != before:  # without num_heads a head_dim that they made is idle too
         before = dict(merged)
@@ -94,9 +107,41 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     """Return a preset's config, with some keys changed: `preset("moe-tiny", vocab_size=512, moe={"top_k": 1})`.
 
     Raises:
-        ValueError: if there is no such preset, or the changed sizes make no model.
+        ValueError: if there is no such preset or key, or the changed sizes make no model: naming every reason.
     """
-    config = ModelConfig.model_validate(with_preset({**changes, "preset": name}))
+    try:
+        config = ModelConfig.model_validate(with_preset({**changes, "preset": name}))
+    except ValidationError as error:
+        raise ValueError("\n".join(_line_of(entry) for entry in error.errors(include_url=False))) from None
     if problems := config.problems():
         raise ValueError("\n".join(problems))
     return config
+
+
+def _line_of(error: Mapping[str, Any]) -> str:
+    """Return the line for one of pydantic's errors, as `check` words those of a run file."""
+    location, kind, value = error["loc"], error["type"], error["input"]
+    key = dotted(("model", *location))
+    table, field = _at(location)
+    if kind == "extra_forbidden":
+        names, (of, _, last) = list(table.model_fields), key.rpartition(".")
+        near = closest(last, names)
+        return no_such_key(of, last, names, f"{of}.{near}" if near else None)
+    if kind == "missing":
+        return f"{key}: is missing" + (f"; {field.description}" if field and field.description else "")
+    if kind == "literal_error" and field:
+        return not_one_of(key, value, list(choices_of(field.annotation)))
+    if kind in BOUND_RULES:
+        is_whole = field is None or "float" not in str(field.annotation)
+        return out_of_bounds(key, value, kind, error["ctx"][BOUND_RULES[kind][0]], is_whole=is_whole)
+    return of_type(key, value, kind, error["msg"])
+
+
+def _at(location: tuple[str | int, ...]) -> tuple[type[BaseModel], FieldInfo | None]:
+    """Return the table that a key of [model] stands in, and its field if there is one."""
+    table: type[BaseModel] = ModelConfig
+    *within, last = [at for at in location if isinstance(at, str)]
+    for name in within:
+        found = get_args(table.model_fields[name].annotation) if name in table.model_fields else ()
+        table = next((each for each in found if isinstance(each, type) and issubclass(each, BaseModel)), table)
+    return table, table.model_fields.get(last)

@@ -8,7 +8,7 @@ targets the model returns the loss; without, the logits. It is an ordinary `nn.M
 A rank of a pipeline holds the layers of its stages, and the ends that these have; `model/stage.py` runs them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from meshwright.model.multi_token import FurtherToken, shifted
 from meshwright.model.positions import LearnedPositions
 from meshwright.model.room import refuse_beyond
 from meshwright.parallel.dropout import dropout
+from meshwright.parallel.fits import check_share
 from meshwright.parallel.tally import Tally, attach_loss
 from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows, next_token_logits, next_token_loss
 from meshwright.parallel.where import Where, where_of_plain_tokens
@@ -74,8 +75,16 @@ class LanguageModel(nn.Module):
 
         The layers are gone through `laps` times, with the same weights. Of a pipeline's ranks, those without the first
         stage have no embedding (but for the copy of a tied one), those without the last no final norm and no output.
+
+        Raises:
+            ValueError: naming each part that sees later tokens: the loss would be of tokens that the model was shown.
         """
         super().__init__()
+        further = {f"multi_token.{depth}": each for depth, each in enumerate(extras.further)}
+        stack: dict[str, nn.Module] = {f"layers.{number}": layer for number, layer in layers.items()}
+        if problems := [line for name, layer in (stack | further).items() for line in _not_causal(name, layer)]:
+            raise ValueError("\n".join(problems))
+        check_share("embedding_dropout", ends.embedding_dropout)
         self.embedding, self.positions, self.embedding_norm = embedding, extras.positions, extras.embedding_norm
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
         self.final_norm = final_norm
@@ -106,6 +115,10 @@ class LanguageModel(nn.Module):
 
         Where a sample lies on several ranks, `tokens` and `targets` are those that a mixer sees ([s/cp, b]), and the
         loss is this rank's share: the shares of all ranks add up to it. Logits are of its part of the vocabulary.
+
+        `tally` (`tally_of(model)`) collects and attaches what training needs besides: the losses of routers, of
+        Mixture-of-Depths' predictors and of further tokens, and the loads that routers move by (`finish_step`). None
+        leaves all of these out, silently: the gradient is then that of the returned loss alone, for comparisons.
         """
         where = where or where_of_plain_tokens(tokens)
         x = self.begin(tokens, where)
@@ -192,3 +205,13 @@ class LanguageModel(nn.Module):
 
     def _in_order(self) -> list[Layer]:
         return [layer for layer in self.layers.values() if isinstance(layer, Layer)] * self.laps
+
+
+def _not_causal(name: str, layer: nn.Module) -> Iterator[str]:
+    """Yield a line for each module of a layer that says of itself that it sees later tokens."""
+    for within, module in layer.named_modules(prefix=name):
+        if getattr(module, "sees_later_tokens", False):
+            yield (
+                f"{within} sees later tokens, and a LanguageModel predicts each token from those before it alone;"
+                " a part that sees none, such as attention with is_causal = True, would fit"
+            )

@@ -1,6 +1,9 @@
-"""Which sizes would fit, for messages about one that does not: few, and near to what was given."""
+"""Which sizes would fit, for messages about one that does not: few, and near to what was given.
 
-from collections.abc import Iterable
+Sizes and shares that a caller gives a part are held to what they can be: the same line for the same mistake.
+"""
+
+from collections.abc import Iterable, Mapping
 
 
 def divisors(size: int) -> list[int]:
@@ -17,3 +20,46 @@ def up_to(most: int) -> str:
 def nearest(fits: Iterable[int], value: int, most: int = 8) -> list[int]:
     """Return the few of `fits` that are nearest to `value`, in order."""
     return sorted(sorted(fits, key=lambda size: abs(size - value))[:most])
+
+
+def check_sizes(sizes: Mapping[str, int], *, may_be_none: Iterable[str] = ()) -> None:
+    """Hold sizes to being whole numbers of 1 or more; those in `may_be_none` may be 0.
+
+    Raises:
+        ValueError: naming each that is not.
+    """
+    least = {name: 0 if name in may_be_none else 1 for name in sizes}
+    wrong = [f"{name} = {size}: must be at least {least[name]}" for name, size in sizes.items() if size < least[name]]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def check_share(name: str, value: float) -> None:
+    """Hold what is dropped to a share.
+
+    Raises:
+        ValueError: if nothing, or more than there is, would be left.
+    """
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} = {value}: must be at least 0 and below 1; 0.1 would fit")
+
+
+def check_not_below_zero(name: str, value: float) -> None:
+    """Hold a weight, or a factor that 0 turns off, to what it can be.
+
+    Raises:
+        ValueError: if it is below 0 or no number.
+    """
+    if not value >= 0.0:
+        raise ValueError(f"{name} = {value}: must be at least 0; 0 turns it off")
+
+
+def check_known(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Hold names to those that there are.
+
+    Raises:
+        ValueError: naming the others, and what would fit.
+    """
+    fits = list(known)
+    if strange := sorted(set(given) - set(fits)):
+        raise ValueError(f"{name} = {', '.join(map(repr, strange))}: must be of {', '.join(map(repr, fits))}")

@@ -74,12 +74,13 @@ class InitPolicy:
     """Which rule a matrix gets, from the global sizes: the choice that a run file makes for all layers.
 
     `normal`: N(0, std). `xavier_uniform`: U(-a, a) with a = sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010).
-    `scaled`: N(0, 1 / fan_in). `residual_depth` > 0 divides what is written to the residual stream by
-    sqrt(residual_depth), the number of branches that are added up (GPT-2, section 2.3). `value_gain` multiplies what
-    goes through a part as a value: attention's values, feed-forwards, and all outputs (DeepNorm's beta).
+    `xavier_normal`: N(0, 2 / (fan_in + fan_out)), the same variance. `scaled`: N(0, 1 / fan_in). `residual_depth` > 0
+    divides what is written to the residual stream by sqrt(residual_depth), the number of branches that are added up
+    (GPT-2, section 2.3). `value_gain` multiplies what goes through a part as a value: attention's values,
+    feed-forwards, and all outputs (DeepNorm's beta).
     """
 
-    kind: Literal["normal", "xavier_uniform", "scaled"] = "normal"
+    kind: Literal["normal", "xavier_uniform", "xavier_normal", "scaled"] = "normal"
     std: float = 0.02
     residual_depth: int = 0
     value_gain: float = 1.0
@@ -91,13 +92,15 @@ class InitPolicy:
             shrink *= self.value_gain
         if self.kind == "xavier_uniform":
             return InitRule("uniform", (6.0 / (fan_in + fan_out)) ** 0.5 * shrink)
+        if self.kind == "xavier_normal":
+            return InitRule("normal", (2.0 / (fan_in + fan_out)) ** 0.5 * shrink)
         if self.kind == "scaled":
             return InitRule("normal", fan_in**-0.5 * shrink)
         return InitRule("normal", self.std * shrink)
 
     def embedding(self, vocab_size: int, hidden_size: int) -> InitRule:
-        """Return the rule of an embedding: a row is looked up, so its fan-in is the width alone."""
-        if self.kind == "xavier_uniform":
+        """Return the rule of an embedding: a row is looked up, so its fan-in is the width (Xavier: both)."""
+        if self.kind in ("xavier_uniform", "xavier_normal"):
             return self.matrix(vocab_size, hidden_size)
         return self.matrix(hidden_size, vocab_size)
 

@@ -8,6 +8,10 @@ number needs no flag: the sum of all ranks' losses is none then.
 An auxiliary loss enters the gradient through `attach_loss`, an identity on the activations; its value is
 added to the tally. So it needs no way to the last stage, and a recomputed forward pass, during which the
 tally is paused, counts nothing twice.
+
+    tally = tally_of(model)                    once
+    model(..., tally=tally).backward()         for each micro-batch: without a tally there are no auxiliary losses
+    sums = finish_step(model, tally)           once a step: routers' biases and thresholds move by what was counted
 """
 
 import re
@@ -20,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import all_reduce
-from meshwright.parallel.mesh import Axis, Mesh
+from meshwright.parallel.mesh import Axis, Mesh, single_process_mesh
 
 T = TypeVar("T")
 
@@ -64,13 +68,45 @@ class Tally:
 
 
 def declared_entries(model: nn.Module) -> dict[str, int]:
-    """Return what the model's modules will add, by entry name: every module's `tally_entries()` together."""
+    """Return what the model's modules will add, by entry name: every module's `tally_entries()` together.
+
+    Raises:
+        ValueError: if two modules would add to the same entry.
+    """
     entries: dict[str, int] = {}
     for module in model.modules():
         say = getattr(module, "tally_entries", None)
-        if callable(say):
-            entries |= say()
+        own = say() if callable(say) else {}
+        if twice := [name for name in own if name in entries]:
+            raise ValueError(f"{twice[0]} would be counted by two modules; another name for one of them would fit")
+        entries |= own
     return entries
+
+
+def tally_of(model: nn.Module, device: torch.device | str | None = None) -> Tally:
+    """Return a tally of all that the model, or a part of one, will add; None: on the device of its parameters."""
+    if device is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return Tally(declared_entries(model), device)
+
+
+def finish_step(model: nn.Module, tally: Tally, mesh: Mesh | None = None) -> dict[str, Tensor]:
+    """Sum what a step tallied over all ranks, let the modules that act on it take it, and return it.
+
+    To be called once for each update, on every rank: by this the bias of a sigmoid router and the thresholds of expert
+    choice move, and "step" balancing learns the load. The tally begins again from zero.
+    """
+    sums = tally.reduce(mesh or single_process_mesh())
+    take_sums(model, sums)
+    return sums
+
+
+def take_sums(model: nn.Module, sums: dict[str, Tensor]) -> None:
+    """Let every module that watches the step's sums take them."""
+    for module in model.modules():
+        take = getattr(module, "finish_step", None)
+        if callable(take):
+            take(sums)
 
 
 def attach_loss(x: Tensor, loss: Tensor) -> Tensor:

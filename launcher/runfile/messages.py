@@ -5,13 +5,28 @@ runs/8b.toml: 2 problems, nothing was started
   parallel.tp = 16: must divide model.num_kv_heads = 8; one of [1, 2, 4, 8] would fit
 """
 
-import difflib
-import json
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meshwright.launcher.runfile.keys import all_keys, entry_of, field_of, fields, tables
+from meshwright.model.wording import (
+    BOUND_RULES,
+    choices_of,
+    closest,
+    cut_short,
+    dotted,
+    no_such_key,
+    not_one_of,
+    of_type,
+    out_of_bounds,
+    problem,
+    shown,
+)
+
+__all__ = [
+    "OTHER_NAMES", "ConfigError", "closest", "cut_short", "dotted", "of_validation", "problem", "shown", "suggestion",
+    "unknown_key",
+]  # fmt: skip
 
 # What other systems call it; a user who comes from one of them is told our name.
 OTHER_NAMES = {
@@ -36,25 +51,6 @@ OTHER_NAMES = {
     "eval_interval": "evaluation.every", "log_interval": "log.every",
 }  # fmt: skip
 
-TYPE_RULES = {
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "string_type": "must be text, in quotes",
-    "bool_type": "must be true or false",
-    "tuple_type": "must be a list, in brackets",
-    "model_type": "must be a table",
-    "finite_number": "must be a finite number",
-}
-
-# pydantic's name of a bound, in words; {0} is the bound.
-BOUND_RULES = {
-    "greater_than": ("gt", "must be above {0}"),
-    "greater_than_equal": ("ge", "must be at least {0}"),
-    "less_than": ("lt", "must be below {0}"),
-    "less_than_equal": ("le", "must be at most {0}"),
-}
-
 
 class ConfigError(ValueError):
     """What a user gave cannot be honoured; `problems` holds every reason, `str()` what the user reads."""
@@ -69,38 +65,6 @@ class ConfigError(ValueError):
         self.problems = tuple(problems)
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
         super().__init__("\n".join([f"{source}: {count}, nothing was started", *(f"  {line}" for line in problems)]))
-
-
-def problem(key: str, value: object, rule: str, way_out: str = "") -> str:
-    """Return one line: `key = value: rule; way out`."""
-    return f"{key} = {shown(value)}: {rule}" + (f"; {way_out}" if way_out else "")
-
-
-def shown(value: object) -> str:
-    """Return a value as it stands in TOML, cut short where it is long."""
-    if isinstance(value, bool | str):
-        text = json.dumps(value, ensure_ascii=False)
-    elif isinstance(value, Mapping):
-        text = "{" + ", ".join(f"{key} = {shown(inner)}" for key, inner in value.items()) + "}"
-    elif isinstance(value, list | tuple):
-        text = "[" + ", ".join(shown(inner) for inner in value) + "]"
-    elif isinstance(value, int) and value.bit_length() > 4096:  # str() has a limit, and nobody reads so many digits
-        text = f"a number of about {round(value.bit_length() * 0.30103):,} digits"
-    else:
-        text = str(value)
-    return cut_short(text)
-
-
-def cut_short(text: str) -> str:
-    """Return the beginning of a text that is too long for a line."""
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def closest(word: str, among: Iterable[str]) -> str | None:
-    """Return the one of `among` that the user most likely meant, or None if nothing is near."""
-    by_lower = {name.lower(): name for name in among}
-    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[found[0]] if found else None
 
 
 def suggestion(table: str, key: str) -> str | None:
@@ -119,10 +83,8 @@ def unknown_key(table: str, key: str) -> str:
     """Return the line for a key, or a table, that does not exist: what it may have meant and what there is."""
     meant = suggestion(table, key)
     if table:
-        names = [*fields(tables()[table]), *_tables_within(table)]
-        fault, listing = f"{table}.{key}: no such key", f"[{table}] has: {', '.join(names)}"
-    else:
-        fault, listing = f"{key}: no such table", f"the tables are: {', '.join(tables())}"
+        return no_such_key(table, key, [*fields(tables()[table]), *_tables_within(table)], meant)
+    fault, listing = f"{key}: no such table", f"the tables are: {', '.join(tables())}"
     return f"{fault}; did you mean {meant}? {listing}" if meant else f"{fault}; {listing}"
 
 
@@ -138,32 +100,21 @@ def of_validation(error: Mapping[str, Any]) -> str:
     if kind == "missing":
         return _missing(key)
     if kind in BOUND_RULES:
-        name, rule = BOUND_RULES[kind]
-        if isinstance(value, int) and context[name] == 0 and name == "gt" and _is_whole(key):
-            rule = "must be at least 1"
-        return problem(key, value, rule.format(context[name]))
+        return out_of_bounds(key, value, kind, context[BOUND_RULES[kind][0]], is_whole=_is_whole(key))
     if kind == "literal_error":
-        return _not_one_of(key, value, field_of(_without_index(key)))
+        field = field_of(_without_index(key))
+        return not_one_of(key, value, list(choices_of(field.annotation)) if field else [])
     if kind == "string_pattern_mismatch":
         field = field_of(key)
         return problem(key, value, "does not have the form", field.description or "" if field else "")
     if kind in ("too_long", "too_short"):
         return problem(key, value, f"must have {context.get('max_length', context.get('min_length'))} values")
-    rule = TYPE_RULES.get(kind, error["msg"][:1].lower() + error["msg"][1:])
-    return problem(key, value, rule, _unquoted(value) if kind in ("int_type", "float_type", "bool_type") else "")
+    return of_type(key, value, kind, error["msg"])
 
 
 def _tables_within(table: str) -> list[str]:
     """Return the tables that stand in this one, without its name."""
     return [name.removeprefix(f"{table}.") for name in tables() if name.startswith(f"{table}.")]
-
-
-def dotted(location: Sequence[str | int]) -> str:
-    """Return pydantic's location as the user would write it: `train.batch_ramp[0].samples`."""
-    text = ""
-    for at in location:
-        text += f"[{at}]" if isinstance(at, int) else f".{at}" if text else at
-    return text
 
 
 def _missing(key: str) -> str:
@@ -175,22 +126,6 @@ def _missing(key: str) -> str:
     return f"{key}: is missing{meaning}"
 
 
-def _not_one_of(key: str, value: object, field: Any) -> str:
-    choices = list(_choices(field.annotation)) if field else []
-    near = closest(value, choices) if isinstance(value, str) else None
-    listed = "[" + ", ".join(shown(choice) for choice in choices) + "]"  # whole, however long: it is the way out
-    return problem(key, value, f"must be one of {listed}", f"did you mean {shown(near)}?" if near else "")
-
-
-def _choices(annotation: Any) -> Iterable[str]:
-    """Yield the values of every Literal within an annotation."""
-    if typing.get_origin(annotation) is typing.Literal:
-        yield from typing.get_args(annotation)
-    else:
-        for inner in typing.get_args(annotation):
-            yield from _choices(inner)
-
-
 def _is_whole(key: str) -> bool:
     """Say whether a key holds a whole number, so that above 0 means at least 1."""
     table, in_list, last = key.rpartition("].")
@@ -199,17 +134,6 @@ def _is_whole(key: str) -> bool:
     if entry:
         field = fields(entry).get(last)
     return field is None or "float" not in str(field.annotation)
-
-
-def _unquoted(value: object) -> str:
-    """Return the way out when the value would be right without its quotes."""
-    if not isinstance(value, str):
-        return ""
-    try:
-        float(value)
-    except ValueError:
-        return "" if value.lower() not in ("true", "false") else f"write {value.lower()} without quotes"
-    return f"write {value} without quotes"
 
 
 def _without_index(key: str) -> str:

@@ -1,16 +1,24 @@
 """Which optimizer updates a parameter, and with which settings: by its name and global shape alone.
 
     kind            optimizer.kind = "muon"                      optimizer.kind = "adamw"
-    matrices        q, k, v, output; gate, up, down;             -
-    and z, x, B, C  each routed or shared expert's: Muon
-    all else        embedding, output, router, norms, biases:    all: AdamW
-                    AdamW, learning rate * adamw_learning_rate_factor
+    matrices of     q, k, v, output; gate, up, down; z, x, B, C; -
+    layers          latent attention's; projections of further
+                    tokens; each expert of a stack: Muon
+    all else        embedding, output, whatever chooses (routers, all: AdamW
+                    gates of one expert or head), time steps and
+                    decays, norms, biases: AdamW,
+                    learning rate * adamw_learning_rate_factor
+
+Muon makes all singular values of an update alike. That is meant for what turns one vector of features into another; of
+what has one row for each choice, head or token id, or few numbers that set a state's pace, rows are separate things. A
+name that is not known to be of the first sort is not taken (docs/optimizer.md lists both).
 
     optimizer.groups, in order     the first pattern that fits a name gives what it has; the rest is [optimizer]'s.
                                    A group may choose the kind for what it matches
-    [optimizer] weight_decay       not on norms and biases (one dim, or a bias of stacked experts), nor on what governs
-                                   a state (A_log, dt_bias, ...; short convolutions); on embeddings by choice; a group
-                                   that gives weight_decay means it for all that it fits
+    [optimizer] weight_decay       not on norms and biases (one dim, a bias of stacked experts, T5's table of biases),
+                                   nor on what governs a state (A_log, dt_bias, ...; short convolutions); on embeddings
+                                   (of tokens, of learned positions, the output matrix) by choice; a group that gives
+                                   weight_decay means it for all that it fits
 
 Muon's updates have the size of AdamW's (launcher/training/muon.py), so both take the learning rate and the weight
 decay as they are. Nothing here loads torch: a run file's groups are checked before a rank is started.
@@ -26,9 +34,20 @@ from meshwright.launcher.runfile.tables import OptimizerConfig, OptimizerGroup
 Kind = Literal["adamw", "muon"]
 Shapes = Mapping[str, tuple[int, ...]]
 
-PRODUCTS = frozenset({"q", "k", "v", "output", "gate", "up", "down", "z", "x", "B", "C"})
+PRODUCTS = frozenset(
+    {
+        "q", "k", "v", "output", "gate", "up", "down", "z", "x", "B", "C", "projection",
+        "q_a", "q_b", "kv_a", "k_rope", "k_b", "v_b",
+    }
+)  # fmt: skip
+"""Modules whose weight is a matrix from features to features; the last six are latent attention's."""
+STACKS = {"experts": frozenset({"gate", "up", "down"}), "part": frozenset({"v", "output"})}
+"""Parameters that are such matrices one upon the other, by the module that has them: "part" is SwitchHead."""
+EMBEDDINGS = frozenset({"embedding.weight", "output.weight", "positions.weight"})
 OF_STATE = frozenset({"A_log", "A_imag", "C", "D", "log_dt", "dt_bias"})
 """Of Mamba, S4D and the delta net; "C" is S4D's own parameter, Mamba's is a product's C.weight."""
+T5_TABLE = "core.bias.table"
+"""What is added to the scores of attention by distance: biases, as many as heads and buckets."""
 MUON_KEYS = ("muon_momentum", "muon_nesterov", "muon_steps", "adamw_learning_rate_factor")
 _SHOWN = 3
 
@@ -80,9 +99,9 @@ def _usual_kind(name: str, shape: tuple[int, ...], config: OptimizerConfig) -> K
 def _is_matrix_of_layer(name: str, shape: tuple[int, ...]) -> bool:
     """Say whether a parameter is what a layer multiplies its tokens with; what is not known to be is not."""
     *path, last = name.split(".")
-    if path[:1] != ["layers"] or not _is_matrix(name, shape):
+    if path[:1] not in (["layers"], ["multi_token"]) or not _is_matrix(name, shape):
         return False
-    return path[-1] in PRODUCTS if last == "weight" else path[-1] == "experts" and last in PRODUCTS
+    return path[-1] in PRODUCTS if last == "weight" else last in STACKS.get(path[-1], ())
 
 
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
@@ -98,9 +117,9 @@ def _is_of_state(name: str) -> bool:
 
 def _decays(name: str, shape: tuple[int, ...], config: OptimizerConfig) -> bool:
     """Say whether [optimizer]'s weight decay acts on a parameter."""
-    if not _is_matrix(name, shape) or _is_of_state(name):
+    if not _is_matrix(name, shape) or _is_of_state(name) or name.endswith(T5_TABLE):
         return False
-    return config.embedding_weight_decay or name not in ("embedding.weight", "output.weight")
+    return config.embedding_weight_decay or name not in EMBEDDINGS
 
 
 def _key_problems(config: OptimizerConfig) -> Iterator[str]:

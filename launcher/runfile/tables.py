@@ -119,7 +119,7 @@ class OptimizerConfig(BaseModel):
     model_config = TABLE
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """muon updates the layers' matrices; embedding, output, router, norms and biases stay with AdamW."""
+    """muon updates matrices of features to features (docs/optimizer.md lists them); all else stays with AdamW."""
     muon_momentum: Beta = 0.95
     """Muon: how slowly the average of the gradient moves; 0.9 to 0.95 are usual."""
     muon_nesterov: bool = True
@@ -135,7 +135,7 @@ class OptimizerConfig(BaseModel):
     weight_decay: NonNegativeFloat = 0.1
     """Part of a weight that is taken off at each step, times the learning rate; 0.01 to 0.1 are usual."""
     embedding_weight_decay: bool = True
-    """Let weight decay act on the embedding and the output matrix too."""
+    """Let weight decay act on the embedding, on learned positions and on the output matrix too."""
     groups: Annotated[tuple[OptimizerGroup, ...], Field(strict=False)] = ()
     """Other settings for some parameters: [{match = "*.router.weight", weight_decay = 0.0}, ...]."""
 

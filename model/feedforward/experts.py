@@ -22,6 +22,7 @@ from meshwright.kernels.matmul.grouped import grouped_linear
 from meshwright.model.feedforward.mlp import SWIGLU, Activation, Inner
 from meshwright.parallel.dropout import RowsOf, dropout_of_rows
 from meshwright.parallel.experts.exchange import AllToAll, return_rows, share_rows
+from meshwright.parallel.fits import check_share, check_sizes
 from meshwright.parallel.initialise import ZEROS, InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_EP, NO_ETP, Axis
 from meshwright.parallel.placement import Placement, Split, partial_over
@@ -73,10 +74,13 @@ class Experts(nn.Module):
             ValueError: if ep does not divide the experts, or etp their width, or the exchange cannot do what is asked.
         """
         super().__init__()
+        widths = {"hidden_size": hidden_size, "expert_hidden_size": expert_hidden_size}
+        check_sizes(widths | {"num_experts": num_experts})
+        check_share("dropout", inner.dropout)
         e_local = divide(num_experts, ep.size, what="num_experts", by=ep.name)
         h, f = hidden_size, divide(expert_hidden_size, etp.size, what="expert_hidden_size", by=etp.name)
         self.ep, self.etp, init = ep, etp, init or InitPolicy()
-        self.inner, self.width = inner, expert_hidden_size
+        self.inner, self.width, self.hidden_size, self.num_experts = inner, expert_hidden_size, h, num_experts
         self.exchange = exchange or AllToAll(num_experts, ep)
         if inner.dropout and not isinstance(self.exchange, AllToAll):
             raise ValueError(f"expert dropout = {inner.dropout} needs whole numbers exchanged: all_to_all would fit")

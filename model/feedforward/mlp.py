@@ -15,6 +15,7 @@ from meshwright.kernels.activations import gated_unit, plain_unit, unit_of
 from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.parallel.dropout import dropout
+from meshwright.parallel.fits import check_share, check_sizes
 from meshwright.parallel.initialise import InitPolicy
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.tally import Tally
@@ -67,8 +68,14 @@ class Mlp(nn.Module):
         init: InitPolicy | None = None,
         tp: Axis = NO_TP,
     ) -> None:
-        """Take global sizes; `name`, the global one, is what dropout draws by."""
+        """Take global sizes; `name`, the global one, is what dropout draws by.
+
+        Raises:
+            ValueError: if a size is 0, the activation is none, or dropout is no share.
+        """
         super().__init__()
+        check_sizes({"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size})
+        check_share("dropout", inner.dropout)
         self.tp, init = tp, init or InitPolicy()
         self.name, self.inner = name, inner
         inward, bias = init.matrix(hidden_size, ffn_hidden_size, is_value=True), inner.bias

@@ -36,6 +36,7 @@ from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.counter_rng import stream_key
 from meshwright.parallel.experts.deep_ep import DeepEpExchange
 from meshwright.parallel.experts.exchange import AllToAll
+from meshwright.parallel.fits import check_known, check_not_below_zero
 from meshwright.parallel.initialise import InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.placement import Placement, partial_over
@@ -50,6 +51,16 @@ class RouterLosses:
     load_balancing: Literal["sequence", "step", "none"] = "sequence"
     load_balancing_weight: float = 0.0
     z_loss_weight: float = 0.0
+
+    def check(self) -> None:
+        """Hold each to what it can be.
+
+        Raises:
+            ValueError: naming what it is not.
+        """
+        check_known("load_balancing", [self.load_balancing], ("sequence", "step", "none"))
+        check_not_below_zero("load_balancing_weight", self.load_balancing_weight)
+        check_not_below_zero("z_loss_weight", self.z_loss_weight)
 
 
 class SharedGate(nn.Module):
@@ -102,10 +113,13 @@ class Moe(nn.Module):
             )
         if shared_gate is not None and shared is None:
             raise ValueError("a gate of the shared expert needs a shared expert")
+        check_not_below_zero("capacity_factor", capacity_factor)
+        _check_sizes_agree(router, experts)
         self.capacity_factor = capacity_factor
         self.name, self.num_experts, self.token = router.name, router.num_experts, router.token
         self.router, self.experts, self.shared, self.shared_gate = router, experts, shared, shared_gate
         self.losses = losses or RouterLosses()
+        self.losses.check()
         if self.losses.load_balancing == "step":
             self.register_buffer("previous_share", torch.empty(self.num_experts))
 
@@ -127,7 +141,10 @@ class Moe(nn.Module):
             self.previous_share.copy_(load / load.sum().clamp(min=1.0))
 
     def forward(self, x: Float[Tensor, "s b h"], where: Where, tally: Tally | None) -> Float[Tensor, "s b h"]:
-        """Send each token through its experts; attach the router's losses and count its load when training."""
+        """Send each token through its experts; attach the router's losses and count its load when training.
+
+        Without a tally there are no losses and no load: nothing balances the experts then, by gradient or by bias.
+        """
         routing: Routing = self.router(x, where)
         taken = routing.taken
         if self.training and self.capacity_factor:
@@ -224,6 +241,19 @@ class Moe(nn.Module):
             return whole
 
         return where.decide(f"choices/{id(self)}", summed)
+
+
+def _check_sizes_agree(router: Router, experts: Experts) -> None:
+    sizes = {
+        "num_experts": (router.num_experts, experts.num_experts),
+        "hidden_size": (router.weight.shape[1], experts.hidden_size),
+    }
+    if wrong := [
+        f"{name} = {of_router} of the router: must be that of the experts, {of_experts}"
+        for name, (of_router, of_experts) in sizes.items()
+        if of_router != of_experts
+    ]:
+        raise ValueError("\n".join(wrong))
 
 
 def make(config: ModelConfig, making: Making) -> Moe:

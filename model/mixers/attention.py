@@ -31,6 +31,7 @@ from meshwright.model.mixers.attention_core import ONE_RANK, USUAL_LOOK, Attenti
 from meshwright.model.mixers.attention_norms import NO_NORMS, HeadNorms, rms_norms
 from meshwright.model.norms import NORMS
 from meshwright.model.positions import Rope
+from meshwright.parallel.fits import check_known, check_sizes
 from meshwright.parallel.initialise import InitPolicy
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.tensor.linear import ColumnLinear, RowLinear, column_products, divide
@@ -77,15 +78,18 @@ class Attention(nn.Module):
         """Take global sizes; `name` is the layer's global name, under which weights of the scores are dropped.
 
         Raises:
-            ValueError: if the key heads do not divide the query heads, tp does not divide either, or `look` or the
-                names in `products.bias` are none.
+            ValueError: if a size is 0, the key heads do not divide the query heads, tp divides neither, or `look` or
+                the names in `products.bias` or `norms.of` are none.
         """
         super().__init__()
+        check_sizes({"hidden_size": hidden_size, **heads._asdict()})
         num_heads, num_kv_heads, head_dim = heads
         tp, kv_copies = spread.tp, spread.kv_copies
         if num_heads % num_kv_heads != 0:
             raise ValueError(f"num_heads = {num_heads} does not divide by num_kv_heads = {num_kv_heads}")
         init, bias = init or InitPolicy(), products.bias
+        norms.check()
+        check_known("bias", bias, ("q", "k", "v", "output", "gate"))
         divide(num_heads, tp.size, what="num_heads", by=tp.name)
         divide(num_kv_heads * kv_copies.size, tp.size, what="num_kv_heads * copies", by=tp.name)
         self.head_dim, self.spread = head_dim, spread
@@ -180,7 +184,7 @@ def make_block_sparse(config: ModelConfig, making: Making) -> Attention:
 def _made(config: ModelConfig, making: Making, look: Look) -> Attention:
     mesh = making.mesh
     copies = mesh.neighbours(copies_of_kv_heads(config.num_kv_heads, mesh.tp.size))
-    bias = frozenset(config.bias) | ({"gate"} if "q" in config.bias else set())
+    bias = frozenset(config.bias) - {"ffn"} | ({"gate"} if "q" in config.bias else set())
     norm = NORMS["rmsnorm_zero_centred" if config.norm == "rmsnorm_zero_centred" else "rmsnorm"]
     of_heads = HeadNorms(
         frozenset(normed(config)),

@@ -118,6 +118,11 @@ class AttentionCore(nn.Module):
         self.bias = bias_of(look.position, num_heads, init or InitPolicy(), spread.tp)
 
     @property
+    def sees_later_tokens(self) -> bool:
+        """Say whether a token is mixed with those behind it, which a decoder's must not be (model/stack.py)."""
+        return not self.look.is_causal
+
+    @property
     def is_plain(self) -> bool:
         """Say whether order alone decides what is seen and how it is weighed, which every flash operator can do."""
         look = self.look

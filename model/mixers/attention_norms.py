@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from meshwright.kernels.precision import at_least_fp32
 from meshwright.model.norms import RMSNorm
 from meshwright.parallel.collectives import sum_over_ranks
+from meshwright.parallel.fits import check_known
 from meshwright.parallel.initialise import ONES, InitRule
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split, partial_over
@@ -36,6 +37,14 @@ class HeadNorms(NamedTuple):
     over: Literal["heads", "tokens"] = "heads"
     eps: float = 1e-6
     """Of tokens: RMSNorm's."""
+
+    def check(self) -> None:
+        """Hold the names to those that there are.
+
+        Raises:
+            ValueError: naming the others.
+        """
+        check_known("norms", self.of, ("q", "k", "v"))
 
     def made(self, of: str, num_heads: int, head_dim: int, tp: Axis, copies: Axis = NO_COPIES) -> nn.Module | None:
         """Return the norm of q, k or v, None if it has none."""

@@ -27,6 +27,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.model.mixers.channel_conv import ChannelConv
 from meshwright.model.norms import RMSNorm
+from meshwright.parallel.fits import check_sizes
 from meshwright.parallel.initialise import ONES, InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split
@@ -90,6 +91,7 @@ class GatedDelta(nn.Module):
             ValueError: if the key heads do not divide the value heads, or tp does not divide either.
         """
         super().__init__()
+        check_sizes({"hidden_size": hidden_size, **sizes._asdict()})
         n, key_heads, self.d, self.e, kernel, self.chunk_size = sizes
         divide(n, key_heads, what="num_heads", by="num_key_heads")
         tp, copies, self.cp = spread

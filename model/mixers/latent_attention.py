@@ -38,6 +38,7 @@ from meshwright.model.norms import RMSNorm
 from meshwright.model.positions import Rope, yarn_scale
 from meshwright.model.room import refuse_beyond, with_room
 from meshwright.parallel.collectives import gather
+from meshwright.parallel.fits import check_sizes
 from meshwright.parallel.initialise import ZEROS, InitPolicy, InitRule
 from meshwright.parallel.mesh import Axis
 from meshwright.parallel.placement import Placement, partial_over
@@ -99,6 +100,7 @@ class LatentAttention(nn.Module):
         rope = look.position
         if not isinstance(rope, Rope) or rope.fraction != 1.0 or look.window or look.blocks or not look.is_causal:
             raise ValueError(f"{look}: latent attention is causal, to all tokens, with rotary positions of fraction 1")
+        check_sizes({"hidden_size": hidden_size, **sizes._asdict()}, may_be_none=("q_lora_rank",))
         n, c, p, r, e, a = sizes
         init, tp = init or InitPolicy(), spread.tp
         divide(n, tp.size, what="num_heads", by=tp.name)

@@ -28,6 +28,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.model.mixers.channel_conv import ChannelConv
 from meshwright.parallel.collectives import gather, scatter_sum
+from meshwright.parallel.fits import check_sizes
 from meshwright.parallel.initialise import ONES, InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split
@@ -78,6 +79,7 @@ class Mamba1(nn.Module):
             ValueError: if tp does not divide the channels.
         """
         super().__init__()
+        check_sizes({"hidden_size": hidden_size, **sizes._asdict()})
         channels, self.dt_rank, self.state_size, kernel, self.chunk_size = sizes
         local = divide(channels, tp.size, what="inner_size", by=tp.name)
         self.tp, self.cp, init = tp, cp, init or InitPolicy()

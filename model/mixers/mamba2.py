@@ -28,6 +28,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.model.mixers.channel_conv import ChannelConv
 from meshwright.parallel.collectives import all_reduce
+from meshwright.parallel.fits import check_sizes
 from meshwright.parallel.initialise import ONES, InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split
@@ -130,6 +131,7 @@ class Mamba2(nn.Module):
             ValueError: if the groups do not divide the heads, or tp does not divide either.
         """
         super().__init__()
+        check_sizes({"hidden_size": hidden_size, **sizes._asdict()})
         n, d, groups, size, kernel, self.chunk_size = sizes
         divide(n, groups, what="num_heads", by="num_groups")
         tp, copies, self.cp = spread

@@ -22,6 +22,7 @@ from meshwright.kernels.states.s4d import S4dParameters, s4d
 from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.parallel.collectives import sequence_to_heads
+from meshwright.parallel.fits import check_sizes
 from meshwright.parallel.initialise import ZEROS, InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split
@@ -72,6 +73,7 @@ class S4d(nn.Module):
         if cp.is_split:
             raise ValueError(f"an S4D mixer needs whole samples: cp = {cp.size} is refused; cp = 1 would fit")
         size, self.chunk_size, self.start = sizes
+        check_sizes({"hidden_size": hidden_size, "state_size": size, "chunk_size": sizes.chunk_size})
         self.tp, init = tp, init or InitPolicy()
         local = divide(hidden_size, tp.size, what="hidden_size", by=tp.name)
         pairs = divide(size, 2, what="state_size", by="the two of a conjugate pair")

@@ -33,6 +33,7 @@ from meshwright.model.mixers.attention_core import ONE_RANK, USUAL_LOOK, Attenti
 from meshwright.model.positions import Rope
 from meshwright.model.room import with_room
 from meshwright.parallel.collectives import gather, scatter_sum
+from meshwright.parallel.fits import check_sizes
 from meshwright.parallel.initialise import InitPolicy, InitRule
 from meshwright.parallel.placement import Placement, Split
 from meshwright.parallel.tally import Tally
@@ -95,6 +96,7 @@ class SwitchHead(nn.Module):
             ValueError: if a token would choose more experts than there are, or tp does not divide the heads.
         """
         super().__init__()
+        check_sizes({"hidden_size": hidden_size, **sizes._asdict()})
         n, d, num_experts, top_k = sizes
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k = {top_k} must be from 1 to num_experts = {num_experts}")

@@ -36,10 +36,44 @@ def test_the_blocks_of_the_page_run_in_order() -> None:
     assert all(isinstance(names[name], nn.Module) for name in ("model", "hybrid", "attention", "moe", "own", "spread"))
     assert next(names["hybrid"].parameters()).dtype == torch.bfloat16
     assert torch.isfinite(names["own_loss"])
+    check_that_the_tally_trains(names["complete"], names["further_loss"])
+
+
+def check_that_the_tally_trains(model: nn.Module, further_loss: torch.Tensor) -> None:
+    """Hold what the page's last training lines left: gradients of every loss, and a bias that moved."""
+    assert further_loss > 0.0
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+    moved = {
+        name: parameter.grad.abs().max() > 0.0
+        for name, parameter in model.named_parameters()
+        if "predictor" in name or "multi_token" in name
+    }
+    assert len(moved) > 2
+    assert all(moved.values())
+    bias = model.layers["1"].feedforward.part.router.bias
+    assert bias.abs().max() > 0.0
+
+
+def test_routers_learn_from_their_losses_only_with_a_tally() -> None:
+    tokens = torch.randint(0, 64, (17, 2), generator=torch.Generator().manual_seed(0))
+    losses = {"load_balancing_weight": 1.0, "z_loss_weight": 1.0}
+    model = library.build_model(library.preset("moe-tiny", vocab_size=64, moe=losses))
+    router = model.layers["0"].feedforward.part.router.weight
+    found = {}
+    for name, tally in (("without", None), ("with", library.tally_of(model))):
+        model.zero_grad()
+        model(tokens[:-1], tokens[1:], tally=tally).backward()
+        found[name] = router.grad.clone()
+    assert (found["with"] - found["without"]).norm() > 0.1 * found["without"].norm()
+
+
+def test_the_training_lines_of_the_page_use_the_tally() -> None:
+    assert [block for block in BLOCKS if ".backward()" in block and "tally" not in block] == []
 
 
 def test_the_page_has_all_its_blocks() -> None:
-    assert len(BLOCKS) == 11
+    assert len(BLOCKS) == 12
 
 
 def test_every_part_works_in_a_few_lines() -> None:
@@ -54,6 +88,6 @@ def test_the_page_of_parts_shows_all_that_is_importable() -> None:
     shown = set(re.findall(r"\w+", "\n".join(PARTS)))
     of_library = {
         *("PRESETS", "LanguageModel", "Ends", "Extras", "Layer", "Form", "Depth", "MixtureOfDepths", "FurtherToken"),
-        *("HeadNorms", "Embedding", "VocabularyRows", "InitPolicy", "Where", "Tally"),
+        *("HeadNorms", "Embedding", "VocabularyRows", "InitPolicy", "Where", "Tally", "tally_of", "finish_step"),
     }
     assert set(library.__all__) - shown == of_library

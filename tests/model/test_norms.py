@@ -158,6 +158,25 @@ def test_deepnorm_scales_the_stream_and_shrinks_the_values() -> None:
             assert torch.equal(value, theirs[name]), name
 
 
+def test_deepnorm_begins_as_published() -> None:
+    """Wang et al. 2022, figure 2: xavier_normal_ with gain beta = (8 * 8)^(-1/4); q and k with gain 1."""
+    h, kv, f = 256, 128, 384
+    sizes = {"num_layers": 8, "hidden_size": h, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": f}
+    model = build_model(ModelConfig(**sizes, vocab_size=64, init="xavier_normal", norm_placement="deepnorm"))
+    mixer, feedforward = model.layers["3"].mixer.part, model.layers["3"].feedforward.part
+    beta = 64**-0.25
+    published = [
+        (mixer.q, h, h, 1.0), (mixer.k, h, kv, 1.0), (mixer.v, h, kv, beta), (mixer.output, h, h, beta),
+        *((each, h, f, beta) for each in (feedforward.gate, feedforward.up, feedforward.down)),
+    ]  # fmt: skip
+    for each, fan_in, fan_out, gain in published:
+        theirs = torch.nn.init.xavier_normal_(torch.empty(fan_out, fan_in), gain)
+        assert each.weight.numel() == theirs.numel()
+        # Of 32768 draws the standard deviation is known to 1 / sqrt(2 * 32768) = 0.4 %; five times that.
+        assert each.weight.std().item() == pytest.approx(gain * (2 / (fan_in + fan_out)) ** 0.5, rel=0.02)
+        assert each.weight.std().item() == pytest.approx(theirs.std().item(), rel=0.03)
+
+
 def test_the_ends_scale_and_normalise() -> None:
     config = ModelConfig(**SIZES, embedding_multiplier=3.0, logits_scaling=8.0, embedding_norm=True, final_norm=False)
     model = build_model(config)

@@ -6,11 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meshwright.model.block import Block, Layer
 from meshwright.model.config import ModelConfig
 from meshwright.model.kinds.feedforward.moe import MoeConfig
-from meshwright.model.parts import build_model
+from meshwright.model.mixers.attention import Attention, Heads, Look
+from meshwright.model.mixers.switch_head import SwitchHead, SwitchSizes
+from meshwright.model.norms import RMSNorm
+from meshwright.model.parts import build_model, initialise
 from meshwright.model.stack import LanguageModel
+from meshwright.parallel.initialise import InitPolicy
 from meshwright.parallel.tally import Tally, declared_entries
+from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows
 from meshwright.parallel.where import Where, where_of_plain_tokens
 
 S, B, V = 9, 3, engine_cases.VOCAB
@@ -134,3 +140,40 @@ def test_narrow_types_stay_near_the_wide_ones(name: str, precision: str) -> None
         assert found.grad.dtype == found.dtype
         error = (found.grad - wanted.grad).norm() / wanted.grad.norm()
         assert error < (0.3 if name == "moe" else 0.1)  # a few tokens of 27 change their expert
+
+
+class SeesAll(torch.nn.Module):
+    """A user's own mixer of all tokens, which says so."""
+
+    sees_later_tokens = True
+
+    def forward(self, x: Tensor, where: Where, tally: Tally | None) -> Tensor:
+        return x.mean(0, keepdim=True).expand_as(x)
+
+
+H, BOTH_SIDES = 16, Look(is_causal=False)
+
+
+def stack_of(*mixers: torch.nn.Module) -> LanguageModel:
+    layers = {at: Layer(Block(mixer, norm=RMSNorm(H, 1e-5)), None) for at, mixer in enumerate(mixers)}
+    rows = VocabularyRows(V, H, rule=InitPolicy().matrix(H, V))
+    return LanguageModel(layers, embedding=Embedding(V, H), final_norm=RMSNorm(H, 1e-5), output=rows)
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        Attention(H, Heads(2, 2, 8), look=BOTH_SIDES),
+        SwitchHead(H, SwitchSizes(2, 8, 4), look=BOTH_SIDES),
+        SeesAll(),
+    ],
+    ids=["attention", "switch_head", "a user's own"],
+)
+def test_a_decoder_refuses_parts_that_see_later_tokens_by_their_name(mixer: torch.nn.Module) -> None:
+    causal = Attention(H, Heads(2, 2, 8))
+    stack_of(causal)
+    with pytest.raises(ValueError, match=r"^layers\.1\.mixer\.part.* sees later tokens.*is_causal = True, would fit$"):
+        stack_of(causal, mixer)
+    initialise(mixer)
+    x = torch.randn(S, B, H)
+    assert mixer(x, where_of_plain_tokens(tokens_of()), None).shape == x.shape  # by itself it works

@@ -102,9 +102,11 @@ def test_a_policy_gives_each_matrix_its_rule() -> None:
     assert InitPolicy().matrix(h, f) == InitRule("normal", 0.02)
     assert InitPolicy("scaled").matrix(h, f) == InitRule("normal", 8**-0.5)
     assert InitPolicy("xavier_uniform").matrix(h, f) == InitRule("uniform", math.sqrt(6 / 40))
+    assert InitPolicy("xavier_normal").matrix(h, f) == InitRule("normal", math.sqrt(2 / 40))
+    assert InitPolicy("xavier_normal").embedding(v, h) == InitRule("normal", math.sqrt(2 / 108))
     assert InitPolicy("scaled").embedding(v, h) == InitRule("normal", 8**-0.5)
     assert InitPolicy("xavier_uniform").embedding(v, h) == InitRule("uniform", math.sqrt(6 / 108))
-    for kind in ("normal", "scaled", "xavier_uniform"):
+    for kind in ("normal", "scaled", "xavier_uniform", "xavier_normal"):
         deep = InitPolicy(kind, residual_depth=16)
         assert deep.matrix(f, h, to_residual=True).scale == deep.matrix(f, h).scale / 4
         assert deep.matrix(f, h) == InitPolicy(kind).matrix(f, h)

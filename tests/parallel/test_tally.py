@@ -11,7 +11,9 @@ from meshwright.parallel.tally import (
     attach_loss,
     declared_entries,
     everyones_entries,
+    finish_step,
     gather_texts,
+    tally_of,
 )
 
 ONE = single_process_mesh()
@@ -120,3 +122,33 @@ def union(mesh: Mesh) -> list[tuple[str, int]]:
 def test_all_stages_reduce_the_same_entries_in_the_order_of_the_layers() -> None:
     entries = [("a", 1), ("layers.2.load", 3), ("layers.9.load", 4), ("layers.10.load", 3)]
     assert run_mesh(Sizes(pp=2), union) == [entries] * 2
+
+
+class Watcher(nn.Module):
+    """A part that counts under a name, and keeps what a step counted."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.seen = name, -1.0
+
+    def tally_entries(self) -> dict[str, int]:
+        return {self.name: 1}
+
+    def finish_step(self, sums: dict[str, Tensor]) -> None:
+        self.seen = sums[self.name].item()
+
+
+def test_a_step_is_finished_once_with_what_it_counted() -> None:
+    model = nn.ModuleList([Watcher("a"), Watcher("b")])
+    tally = tally_of(model)
+    tally.add("b", 2.0)
+    tally.add("b", 3.0)
+    assert finish_step(model, tally)["b"].item() == 5.0
+    assert [each.seen for each in model] == [0.0, 5.0]
+    finish_step(model, tally)
+    assert [each.seen for each in model] == [0.0, 0.0]
+
+
+def test_two_parts_that_would_count_as_one_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^a would be counted by two modules; another name for one of them would fit"):
+        tally_of(nn.ModuleList([Watcher("a"), Watcher("a")]))

@@ -52,6 +52,61 @@ def test_what_governs_a_state_is_not_decayed_and_its_products_go_to_muon() -> No
     assert by_muon == {"z", "x", "B", "C", "output", "gate", "q", "k", "v"}
 
 
+LATENT = {"kv_lora_rank": 10, "q_lora_rank": 14, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
+# Matrices that stay with AdamW, of each part in one layer, as docs/optimizer.md says.
+OF_ADAMW = {
+    "*-": ({}, set()),
+    "L-": ({"sliding": {"window": 4}}, set()),
+    "+-": ({"latent": LATENT}, set()),
+    "H-": ({"switch_head": {"num_experts": 4}}, {"mixer.part.source", "mixer.part.destination"}),
+    "M": ({}, {"mixer.part.dt.weight", *(f"mixer.part.conv_{each}.weight" for each in "xBC")}),
+    "m": ({}, {f"mixer.part.{each}" for each in ("dt_down.weight", "dt_up.weight", "A_log", "conv_x.weight")}),
+    "G": ({}, {f"mixer.part.{each}.weight" for each in ("a", "beta", "conv_q", "conv_k", "conv_v")}),
+    "S": ({}, {f"mixer.part.{each}" for each in ("log_dt", "A_log", "A_imag", "C", "D")}),
+    "[*-]": ({}, {"router.weight", "predictor.weight", "predictor.inward"}),
+    "*E": (
+        {"moe": {
+            "num_experts": 4, "top_k": 2, "expert_hidden_size": 8, "num_shared_experts": 1, "shared_expert_gate": True
+        }},
+        {"feedforward.part.router.weight", "feedforward.part.shared_gate.weight"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", OF_ADAMW)
+def test_muon_takes_all_matrices_of_a_part_but_those_that_the_page_names(pattern: str) -> None:
+    keys, expected = OF_ADAMW[pattern]
+    heads = {"num_heads": 4} if set(pattern) & set("*L+H") else {}
+    further = {} if "[" in pattern else {"multi_token": {}}
+    model = ModelConfig(pattern=pattern, num_layers=1, hidden_size=32, vocab_size=64, **heads, **keys, **further)
+    assert model.problems() == []
+    config, shapes = OptimizerConfig(kind="muon"), parameter_shapes(model)
+    left = {
+        name for name, shape in shapes.items()
+        if len(shape) > 1 and settings_of(name, shape, config).kind == "adamw" and not name.endswith("bias")
+    }  # fmt: skip
+    beginnings = ("layers.0.", "multi_token.0.layer.") if further else ("layers.0.",)
+    matrices = {f"{begin}{name}" for begin in beginnings for name in expected if len(shapes[f"{begin}{name}"]) > 1}
+    assert left - {"embedding.weight", "output.weight"} == matrices
+    if further:
+        projection = "multi_token.0.projection.weight"
+        assert settings_of(projection, shapes[projection], config).kind == "muon"
+
+
+def test_learned_positions_decay_as_embeddings_do_and_t5s_table_as_biases_do() -> None:
+    sizes = {"num_layers": 1, "hidden_size": 32, "num_heads": 4, "vocab_size": 64}
+    learned = parameter_shapes(ModelConfig(**sizes, position="learned", max_positions=16))
+    t5 = parameter_shapes(ModelConfig(**sizes, position="t5"))
+    table = next(name for name in t5 if name.endswith("table"))
+    for decays in (True, False):
+        config = OptimizerConfig(embedding_weight_decay=decays, weight_decay=0.1)
+        expected = 0.1 if decays else 0.0
+        for name in ("positions.weight", "embedding.weight", "output.weight"):
+            assert settings_of(name, learned[name], config).weight_decay == expected
+        assert settings_of(table, t5[table], config).weight_decay == 0.0
+        assert settings_of("layers.0.mixer.part.q.weight", (32, 32), config).weight_decay == 0.1
+
+
 def test_a_group_chooses_the_kind_both_ways() -> None:
     one = (
         'optimizer.groups=[{match = "layers.0.*.q.weight", kind = "adamw"}, {match = "*.router.weight", kind = "muon"}]'

@@ -102,9 +102,12 @@ def test_large_stacks_are_made_orthogonal_in_several_products() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+LATENT = {"kv_lora_rank": 10, "q_lora_rank": 14, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 CONFIGS = {
     "dense": dense_config(num_layers=1, bias=("q", "ffn")),
     "moe": moe_config(num_layers=2, bias=("ffn",)),
+    "latent": dense_config(num_layers=1, pattern="+-", num_kv_heads=4, latent=LATENT, multi_token={}),
+    "switch_head": dense_config(num_layers=1, pattern="H-", num_kv_heads=4, switch_head={"num_experts": 4, "top_k": 2}),
 }
 MUON = OptimizerConfig(
     kind="muon",
@@ -124,6 +127,8 @@ LAYOUTS = [
     (Sizes(dp_shard=2), "moe", 3),
     (Sizes(dp_shard=2, tp=2), "dense", 1),
     (Sizes(cp=2), "dense", 1),
+    (Sizes(tp=2), "latent", 0),
+    (Sizes(dp_shard=2, tp=2), "switch_head", 1),
 ]
 MORE_LAYOUTS = [
     (Sizes(dp_shard=2), "dense", 2),
@@ -143,6 +148,10 @@ MORE_LAYOUTS = [
     (Sizes(pp=2, dp_shard=2), "moe", 1),
     (Sizes(pp=2, cp=2, ep=2), "moe", 3),
     (Sizes(dp_shard=2, cp=2, ep=2), "moe", 1),
+    (Sizes(dp_shard=2, tp=2), "latent", 1),
+    (Sizes(dp_shard=2), "latent", 3),
+    (Sizes(dp_shard=2), "switch_head", 3),
+    (Sizes(tp=4), "switch_head", 0),
 ]
 
 
