@@ -173,7 +173,10 @@ def with_index(text: str) -> Callable[[Path], object]:
             with_config(num_hidden_layers=10**9),
             r"config\.json.*\n  num_hidden_layers = 1000000000: must be .* to 16384",
         ),
-        (with_config(num_experts=2**24, num_local_experts=2**24), r"config\.json describes a model of more than 100,\d+ tensors, "),
+        (
+            with_config(num_experts=2**24, num_local_experts=2**24),
+            r"config\.json describes a model of more than 100,\d+ tensors, ",
+        ),
         (with_config(num_hidden_layers=3000), r"\n  and [0-9,]+ more$"),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), r"config\.json.*\n.*nested too deep"),
         (with_config(x=json.loads("[" * 100 + "]" * 100)), r"config\.json.*\n.*nested too deep"),
