@@ -13,13 +13,8 @@ import torch
 from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.launcher.build import empty_model
 from meshwright.launcher.runfile.messages import ConfigError, problem
-from meshwright.launcher.weights.read_weights import (
-    CheckpointWeights,
-    ExportWeights,
-    fill_model,
-    find_source,
-    read_json,
-)
+from meshwright.launcher.weights.foreign_files import read_json
+from meshwright.launcher.weights.read_weights import CheckpointWeights, ExportWeights, fill_model, find_source
 from meshwright.launcher.weights.saved_run import read_saved_run
 from meshwright.model.config import ModelConfig
 from meshwright.model.stack import LanguageModel

@@ -96,7 +96,7 @@ def _changes(before: RunFile, after: RunFile) -> Iterator[Change]:
     for change in changed_keys(before, after):
         if change.key == "model.preset":  # a preset's name changes nothing: its keys are compared
             continue
-        if change.key in DERIVED and all(_is_filled_in(change.key, run_file.model) for run_file in (before, after)):
+        if all(is_derived(change.key, run_file.model) for run_file in (before, after)):
             continue  # it follows from another key, whose change is told
         # 0 is the tokenizer's, which the fingerprint looks after
         if change.key == "model.vocab_size" and 0 in (change.before, change.after):
@@ -104,8 +104,10 @@ def _changes(before: RunFile, after: RunFile) -> Iterator[Change]:
         yield change
 
 
-def _is_filled_in(key: str, model: ModelConfig) -> bool:
-    """Say whether a size is what the table would have filled in."""
+def is_derived(key: str, model: ModelConfig) -> bool:
+    """Say whether a key of [model] is a size that the table fills in, and is what it would have filled in."""
+    if key not in DERIVED:
+        return False
     name = key.removeprefix("model.")
     filled = ModelConfig.model_validate({**model.model_dump(), name: 0})
     return bool(getattr(filled, name) == getattr(model, name))

@@ -18,8 +18,10 @@ from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.launcher.build import Run, held_dtype
 from meshwright.launcher.ranks.one_outcome import one_outcome
 from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.source_rules import differing_keys, source_problems
 from meshwright.launcher.training.kept_moments import Kept, kept_moments
 from meshwright.launcher.training.progress import Progress, held_tensors
+from meshwright.launcher.weights.foreign_files import first_told
 from meshwright.launcher.weights.read_weights import (
     CheckpointWeights,
     ExportWeights,
@@ -29,6 +31,7 @@ from meshwright.launcher.weights.read_weights import (
 )
 from meshwright.launcher.weights.saved_run import run_file_of
 from meshwright.launcher.weights.upcycle import Upcycled, Weights
+from meshwright.model.config import ModelConfig
 from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.describe import HeldPart
@@ -58,7 +61,7 @@ def begin_from(run: Run, source: Path, events: list[str]) -> Progress:
     else:
         if found.is_checkpoint and not found.is_verified and (damage := verify(found.path, run.mesh)):
             raise ConfigError(title, damage, is_same_on_all_ranks=True)
-        updates = one_outcome(run.mesh, title, lambda: _fill_from_weights(run, found))
+        updates = one_outcome(run.mesh, title, lambda: _fill_from_weights(run, found, state, events))
     run.optimizer.set_updates(updates)
     run.engine.publish_weights()
     events.append(f"begun from {found.path} ({load})")
@@ -82,6 +85,12 @@ def _fill_from_checkpoint(run: Run, found: Source, state: dict[str, Any], events
     with _as_given(title):
         load_checkpoint(found.path, wanted, run.mesh, expect)
     events += kept.notes
+    try:
+        events += _differences(run, run_file_of(state, found.path).model)
+    except ConfigError as error:  # of a version with other keys: its weights are taken by name and shape all the same
+        events.append(
+            f"{error.source} is not readable ({error.problems[0]}): whether [model] differs was not looked at"
+        )
     return int(state["updates"]) if with_moments and kept.keeps_updates else 0
 
 
@@ -98,7 +107,35 @@ def _kept_and_wanted(run: Run, path: Path, state: dict[str, Any]) -> tuple[Kept,
     }
 
 
-def _fill_from_weights(run: Run, found: Source) -> int:
+def _differences(run: Run, there: ModelConfig) -> list[str]:
+    """Return the line for the keys by which the weights compute something else here than there, if there are any."""
+    init = run.run_file.init
+    if init.upcycle != "none":
+        return []  # these were refused
+    found = differing_keys(there, run.run_file.model)
+    told = [str(change) for change in found if not (init.pool_kv_heads and change.key == "num_kv_heads")]
+    line = f"the weights compute something else than at init.from, where [model] differs: {'; '.join(told)}"
+    return [line] if told else []
+
+
+def _upcycled(run: Run, weights: Weights, there: ModelConfig) -> Weights:
+    """Return the weights that are made of a dense model's.
+
+    Raises:
+        ValueError: naming every key, and every weight, with which that cannot be done.
+    """
+    model, init, problems = run.run_file.model, run.run_file.init, list[str]()
+    try:
+        made = Upcycled(weights, model, init, run.run_file.run.seed, lambda name: _fresh(run, name))
+    except ValueError as error:
+        problems = str(error).splitlines()
+    problems = [*source_problems(there, model, init, same_shapes=not problems), *problems]
+    if problems:
+        raise ValueError("\n".join(first_told(problems)))
+    return made
+
+
+def _fill_from_weights(run: Run, found: Source, state: dict[str, Any] | None, events: list[str]) -> int:
     """Read this rank's part of every weight, of an export or of what a dense model makes.
 
     Raises:
@@ -106,12 +143,16 @@ def _fill_from_weights(run: Run, found: Source) -> int:
     """
     init = run.run_file.init
     if init.load != "weights":
-        raise ValueError('an export has no optimizer state; init.load = "weights" would fit')
-    weights: Weights = (
-        CheckpointWeights(found.path, is_verified=True) if found.is_checkpoint else ExportWeights(found.path)
-    )
+        what = "an export has" if state is None else "heads that are pooled have"
+        raise ValueError(f'{what} no optimizer state; init.load = "weights" would fit')
+    weights: Weights
+    if state is None:
+        weights = opened = ExportWeights(found.path)
+        model = opened.config
+    else:
+        weights, model = CheckpointWeights(found.path, is_verified=True), run_file_of(state, found.path).model
     if init.upcycle != "none" or init.pool_kv_heads:
-        weights = Upcycled(weights, run.run_file.model, init, run.run_file.run.seed, lambda name: _fresh(run, name))
+        weights = _upcycled(run, weights, model)
     # Of the whole model, whose other weights other ranks hold: all ranks find the same mistakes.
     wanted, there = parameter_shapes(run.run_file.model), weights.shapes()
     wrong = [
@@ -134,6 +175,7 @@ def _fill_from_weights(run: Run, found: Source) -> int:
             whole = Box((0,) * part.tensor.dim(), part.global_shape)
             rows, *columns = Box(part.offset, tuple(part.tensor.shape)).within(whole)
             part.tensor.copy_(weights.read(name, (rows.start, rows.stop))[(slice(None), *columns)])
+    events += _differences(run, model)
     return 0
 
 

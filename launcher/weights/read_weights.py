@@ -13,22 +13,20 @@ own, and q, k and v one together. Both look the same from here. What is kept wit
 bias of a router) has "buffers." before its name. One process reads; no process group is needed.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from meshwright.launcher.runfile.input_file import MOST_NESTED, input_bytes, nesting
-from meshwright.launcher.runfile.messages import ConfigError, shown
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.weights.foreign_files import are_the_same, files_of, first_told, read_json
 from meshwright.launcher.weights.rows import read_ours
-from meshwright.launcher.weights.safetensors_stream import INDEX_NAME
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.choose import ForeignConfigError, config_from_foreign, family_of_foreign
 from meshwright.model.families.family import BUFFERS, Family, Row, our_shapes
@@ -46,13 +44,12 @@ Kind = Literal["checkpoint", "export", "run"]
 # Beginnings of names in a checkpoint that are neither weights nor kept with them.
 NOT_WEIGHTS = ("optimizer.",)
 
-# The index of a model of a million tensors has some 100 MB; nothing else in JSON comes near.
-MOST_JSON_BYTES = 2**28
-# As many missing tensors are named one by one, and so many lines are printed.
-MOST_NAMED, MOST_TOLD = 100_000, 40
+# As many missing tensors are named one by one.
+MOST_NAMED = 100_000
 
-# What classes that tie it call the output; what it holds is the embedding.
+# What classes that tie it call the output; what it holds is the embedding, by our name.
 TIED_OUTPUT = "lm_head.weight"
+EMBEDDING = "embedding.weight"
 
 
 class CheckpointWeights:
@@ -114,7 +111,8 @@ class ExportWeights:
         self.class_name: str = family.class_name
         longest = foreign.get("max_position_embeddings", foreign.get("n_positions"))
         self.max_positions: int | None = longest if type(longest) is int and longest > 0 else None
-        self._file_of = _files_of(folder)
+        self._file_of = files_of(folder)
+        self._says_tied = "tie_word_embeddings" in foreign
         self._saved_as: dict[str, str] = {}
         # Not all of them: a count that is only a slip would make rows until the memory ends.
         most = len(self._file_of) + MOST_NAMED
@@ -133,7 +131,7 @@ class ExportWeights:
                 self._held.setdefault(source.ours, []).append((row, number))
         self._shapes = our_shapes(rows)
         if problems := self._problems(rows, family):
-            raise ConfigError(f"{folder} does not hold the model of its config.json", _first(problems))
+            raise ConfigError(f"{folder} does not hold the model of its config.json", first_told(problems))
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return every weight's global shape."""
@@ -183,6 +181,7 @@ class ExportWeights:
                 left_over.append(name)
         problems = [f"{name} {list(wanted[name])} is missing" for name in sorted(wanted.keys() - self._saved_as.keys())]
         problems += [f"{name} has no place in the class" for name in left_over]
+        problems += self._tied_problems()
         for path in sorted(set(self._file_of.values())):
             with safe_open(path, framework="pt") as file:
                 held = set(file.keys())
@@ -191,6 +190,17 @@ class ExportWeights:
                     if shape != wanted[name]:
                         problems.append(f"{name} is {list(shape)}, config.json says {list(wanted[name])}")
         return problems
+
+    def _tied_problems(self) -> list[str]:
+        """Return why an output that is there cannot be left unread, as that of a tied model is."""
+        embedding = self._saved_as.get(self._held[EMBEDDING][0][0].theirs)
+        if not self.config.tie_embeddings or TIED_OUTPUT not in self._file_of or embedding is None:
+            return []
+        if are_the_same(TIED_OUTPUT, embedding, self._file_of):
+            return []
+        given = " = true" if self._says_tied else f" is not given, which {self.class_name} takes as true"
+        rule = f"{TIED_OUTPUT} must be {embedding} once more, and is another matrix"
+        return [f"tie_word_embeddings{given}: {rule}; false would fit"]
 
 
 @dataclass(frozen=True)
@@ -295,70 +305,3 @@ def _checked_rows(name: str, shape: tuple[int, ...], rows: tuple[int, int] | Non
     if not 0 <= first <= end <= shape[0]:
         raise ValueError(f"rows {first} to {end} are not within {name} {list(shape)}")
     return first, end
-
-
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Return in which file each foreign tensor lies.
-
-    Raises:
-        ConfigError: if a file is missing, no safetensors file, or lacks what the index promises.
-    """
-    index = folder / INDEX_NAME
-    names = _names_in(index) if index.is_file() else ["model.safetensors"]
-    found: dict[str, Path] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            pickled = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
-            way_out = (
-                f"; {pickled[0]} cannot be read, save_pretrained of transformers writes safetensors" if pickled else ""
-            )
-            raise ConfigError(str(path), [f"is missing{way_out}"])
-        try:
-            with safe_open(path, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
-            raise ConfigError(str(path), [f"is damaged: {error}"]) from None
-    return found
-
-
-def _names_in(index: Path) -> list[str]:
-    """Return the file names that an index gives."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ConfigError(str(index), ["weight_map: must be an object that names the file of each tensor"])
-    wrong = [
-        f"weight_map: {shown(name)} is in the file {shown(file)}: must be the name of a file in the same folder"
-        for name, file in weight_map.items()
-        if not isinstance(file, str) or "\0" in file or Path(file).name != file
-    ]
-    if wrong:
-        raise ConfigError(str(index), _first(wrong))
-    return sorted(set(weight_map.values()))
-
-
-def _first(problems: list[str]) -> list[str]:
-    """Return as many problems as are told, and how many more there are."""
-    more = [f"and {len(problems) - MOST_TOLD:,} more"] if len(problems) > MOST_TOLD else []
-    return [*problems[:MOST_TOLD], *more]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file that came from another hand.
-
-    Raises:
-        ConfigError: if the file cannot be read, or holds no object.
-    """
-    try:
-        content = json.loads(input_bytes(path, MOST_JSON_BYTES))
-    except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
-    except RecursionError:
-        raise ConfigError(str(path), ["is damaged: lists or objects are nested too deep"]) from None
-    except ValueError as error:
-        raise ConfigError(str(path), [f"is damaged: not JSON ({error})"]) from None
-    if not isinstance(content, dict):
-        raise ConfigError(str(path), ["is damaged: not a JSON object"])
-    if nesting(content) > MOST_NESTED:
-        raise ConfigError(str(path), ["is damaged: lists or objects are nested too deep"])
-    return content

@@ -154,7 +154,8 @@ class Upcycled:
             if source not in self._there:
                 yield f"{source} is missing, of which {name} is to be made" if made else f"{name} is missing"
             elif list(self._there[source]) != wanted and not self._can_pool(name):
-                yield f"{source} is {list(self._there[source])}, {name} is made of {wanted}"
+                needs = f"{name} is made of one of {wanted}" if made else f"the run file's model has {wanted}"
+                yield f"{source} is {list(self._there[source])}, {needs}"
         yield from (f"{name} has no place in the model" for name in sorted(self._there.keys() - used))
 
     def _can_pool(self, name: str) -> bool:

@@ -12,6 +12,7 @@ from tiny_exports import CONFIGS, tiny_model, write_tiny_export, write_tiny_run,
 
 from meshwright.data.store import TokenStore
 from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.weights import foreign_files
 from meshwright.launcher.weights.read_weights import (
     CheckpointWeights,
     ExportWeights,
@@ -207,4 +208,36 @@ def test_a_damaged_export_is_refused_by_name(damage: object, problem: str, tmp_p
     write_tiny_export(tmp_path, tiny_model(CONFIG), CONFIG)
     damage(tmp_path)  # type: ignore[operator]
     with pytest.raises(ConfigError, match=problem):
+        ExportWeights(tmp_path)
+
+
+def with_output(folder: Path, output: torch.Tensor) -> None:
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {"lm_head.weight": output}, path)
+
+
+def test_an_output_that_a_tied_model_would_leave_unread_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreign_files, "COMPARED_BYTES", 1000)  # in many blocks, of which the last one alone differs
+    config = CONFIGS["llama tied with biases"]
+    write_tiny_export(tmp_path, tiny_model(config), config)
+    output = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].clone()
+    with_output(tmp_path, output.clone())
+    assert "output.weight" not in ExportWeights(tmp_path).shapes()
+    output[-1, -1] += 1
+    for other in (output, output[:-1].clone(), output.half()):
+        with_output(tmp_path, other)
+        rule = "lm_head.weight must be model.embed_tokens.weight once more, and is another matrix; false would fit"
+        with pytest.raises(ConfigError, match=f"\n  tie_word_embeddings = true: {rule}$"):
+            ExportWeights(tmp_path)
+
+
+def test_a_class_that_is_tied_unless_told_otherwise_is_named(tmp_path: Path) -> None:
+    write_tiny_export(tmp_path, tiny_model(CONFIGS["gemma"]), CONFIGS["gemma"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with_output(tmp_path, torch.ones(320, 16))
+    with pytest.raises(ConfigError, match="tie_word_embeddings is not given, which GemmaForCausalLM takes as true: "):
         ExportWeights(tmp_path)

@@ -1,0 +1,109 @@
+"""The files of an exported folder: which tensor lies in which, and what their JSON says.
+
+    model.safetensors                                  of a small model, all of them
+    model-00001-of-00002.safetensors ...               of a larger one, and model.safetensors.index.json, which says
+                                                       in its weight_map where each tensor lies
+    config.json                                        the model
+
+Everything here came from another hand: each thing that does not hold is told by name. This file knows no names of ours.
+"""
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from meshwright.launcher.runfile.input_file import MOST_NESTED, input_bytes, nesting
+from meshwright.launcher.runfile.messages import ConfigError, shown
+from meshwright.launcher.weights.safetensors_stream import INDEX_NAME
+
+# The index of a model of a million tensors has some 100 MB; nothing else in JSON comes near.
+MOST_JSON_BYTES = 2**28
+# So many lines are printed.
+MOST_TOLD = 40
+# Two tensors are held against each other so many bytes at a time.
+COMPARED_BYTES = 2**26
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Return in which file each foreign tensor lies.
+
+    Raises:
+        ConfigError: if a file is missing, no safetensors file, or lacks what the index promises.
+    """
+    index = folder / INDEX_NAME
+    names = _names_in(index) if index.is_file() else ["model.safetensors"]
+    found: dict[str, Path] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            pickled = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
+            way_out = (
+                f"; {pickled[0]} cannot be read, save_pretrained of transformers writes safetensors" if pickled else ""
+            )
+            raise ConfigError(str(path), [f"is missing{way_out}"])
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise ConfigError(str(path), [f"is damaged: {error}"]) from None
+    return found
+
+
+def _names_in(index: Path) -> list[str]:
+    """Return the file names that an index gives."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ConfigError(str(index), ["weight_map: must be an object that names the file of each tensor"])
+    wrong = [
+        f"weight_map: {shown(name)} is in the file {shown(file)}: must be the name of a file in the same folder"
+        for name, file in weight_map.items()
+        if not isinstance(file, str) or "\0" in file or Path(file).name != file
+    ]
+    if wrong:
+        raise ConfigError(str(index), first_told(wrong))
+    return sorted(set(weight_map.values()))
+
+
+def first_told(problems: list[str]) -> list[str]:
+    """Return as many problems as are told, and how many more there are."""
+    more = [f"and {len(problems) - MOST_TOLD:,} more"] if len(problems) > MOST_TOLD else []
+    return [*problems[:MOST_TOLD], *more]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file that came from another hand.
+
+    Raises:
+        ConfigError: if the file cannot be read, or holds no object.
+    """
+    try:
+        content = json.loads(input_bytes(path, MOST_JSON_BYTES))
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
+    except RecursionError:
+        raise ConfigError(str(path), ["is damaged: lists or objects are nested too deep"]) from None
+    except ValueError as error:
+        raise ConfigError(str(path), [f"is damaged: not JSON ({error})"]) from None
+    if not isinstance(content, dict):
+        raise ConfigError(str(path), ["is damaged: not a JSON object"])
+    if nesting(content) > MOST_NESTED:
+        raise ConfigError(str(path), ["is damaged: lists or objects are nested too deep"])
+    return content
+
+
+def are_the_same(name: str, other: str, file_of: dict[str, Path]) -> bool:
+    """Say whether two matrices have the same shape, dtype and bytes; a block of rows of each is held at a time."""
+    with safe_open(file_of[name], framework="pt") as file, safe_open(file_of[other], framework="pt") as other_file:
+        first, second = file.get_slice(name), other_file.get_slice(other)
+        shape = first.get_shape()
+        if not shape or shape != second.get_shape() or first.get_dtype() != second.get_dtype():
+            return False
+        rows = max(1, COMPARED_BYTES // max(1, 8 * prod(shape[1:])))  # of at most 8 bytes each
+        return all(
+            torch.equal(first[at : at + rows].view(torch.uint8), second[at : at + rows].view(torch.uint8))
+            for at in range(0, shape[0], rows)
+        )

@@ -1,0 +1,124 @@
+"""What may differ between the model at init.from and the one that begins from its weights."""
+
+from typing import Any
+
+import pytest
+
+from meshwright.launcher.runfile.source_rules import differing_keys, source_problems
+from meshwright.launcher.runfile.tables import InitConfig
+from meshwright.model.config import ModelConfig
+
+SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "head_dim": 8, "ffn_hidden_size": 32}
+EXPERTS = {"pattern": "*E", "moe": {"num_experts": 4, "top_k": 2, "expert_hidden_size": 32}}
+DENSE = ModelConfig(**SIZES)
+COPY, POOL = InitConfig(upcycle="copy"), InitConfig(pool_kv_heads=True)
+
+
+def model(**changes: Any) -> ModelConfig:
+    return ModelConfig(**(SIZES | changes))
+
+
+def told(here: ModelConfig, there: ModelConfig = DENSE) -> list[str]:
+    return [str(change) for change in differing_keys(there, here)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"rope_base": 100.0}, "rope_base: 10000.0 -> 100.0"),
+        ({"ffn_activation": "geglu"}, 'ffn_activation: "swiglu" -> "geglu"'),
+        ({"norm_eps": 1e-6}, "norm_eps: 1e-05 -> 1e-06"),
+        ({"pattern": "-*"}, 'pattern: "*-" -> "-*"'),
+        ({"attention_scale": 0.25}, "attention_scale: 0.0 -> 0.25"),
+        ({"distinct_layers": 1}, "distinct_layers: 0 -> 1"),
+        ({"num_layers": 3}, "num_layers: 2 -> 3"),
+    ],
+)
+def test_a_key_by_which_the_same_weights_compute_something_else_is_told(changes: dict[str, Any], line: str) -> None:
+    assert told(model(**changes)) == [line]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init_std": 0.1, "init": "scaled", "residual_dropout": 0.1, "attention_dropout": 0.2},
+        {"pattern": "2(*-)"},  # the same layers
+        {"distinct_layers": 2},
+        {"num_kv_heads": 4, "vocab_size": 320, "attention_scale": 8**-0.5},  # what is filled in
+    ],
+)
+def test_keys_that_leave_the_result_alone_are_not_told(changes: dict[str, Any]) -> None:
+    assert told(model(**changes)) == []
+
+
+def test_sizes_that_follow_from_another_one_and_keys_that_nothing_reads_are_not_told_again() -> None:
+    without = {key: value for key, value in SIZES.items() if key not in ("head_dim", "ffn_hidden_size")}
+    assert told(ModelConfig(**without | {"num_heads": 2}), ModelConfig(**without)) == ["num_heads: 4 -> 2"]
+    states = {"num_layers": 2, "hidden_size": 24, "pattern": "M"}
+    assert told(ModelConfig(**states), ModelConfig(**states, ffn_hidden_size=96)) == []
+    assert told(ModelConfig(**states), ModelConfig(**states, mamba2={"state_size": 16})) == [
+        "mamba2.state_size: 16 -> 128"
+    ]
+
+
+def test_a_table_that_one_of_them_has_is_told_and_what_would_fit() -> None:
+    stretched = {"rope_scaling": {"kind": "linear", "factor": 2.0}}
+    (added,) = source_problems(DENSE, model(**EXPERTS, **stretched), COPY, same_shapes=True)
+    assert added.startswith("[model.rope_scaling]: is there, and must be as at init.from")
+    assert added.endswith("leaving it out would fit")
+    (left_out,) = source_problems(model(**stretched), model(**EXPERTS), COPY, same_shapes=True)
+    assert left_out.startswith("[model.rope_scaling]: is left out, and")
+    assert 'kind = "linear", factor = 2.0' in left_out
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({"ffn_activation": "geglu"}, [('model.ffn_activation = "geglu": must be as at', '; "swiglu" would fit')]),
+        (
+            {"num_heads": 8, "head_dim": 4},
+            [("model.num_heads = 8: must be as at", "; 4 would fit"), ("model.head_dim = 4: must", "; 8 would fit")],
+        ),
+        ({"hidden_size": 20}, [("model.hidden_size = 20: must be as at init.from", "; 24 would fit")]),
+        ({"num_kv_heads": 2}, [("model.num_kv_heads = 2: must be as at init.from", "; 4 would fit")]),
+        ({"pattern": "[*E]"}, [('model.pattern = "[*E]": must be that at init.from, "*-", with', '; "*E" would fit')]),
+        ({"multi_token": {}}, [("[model.multi_token]: is there, and must be", "leaving it out would fit")]),
+        ({"pattern": "*-*E"}, []),  # layers that stay dense
+        ({"attention_dropout": 0.1, "init_std": 0.5}, []),
+    ],
+)
+def test_an_upcycled_model_computes_what_the_dense_one_does(
+    changes: dict[str, Any], lines: list[tuple[str, str]]
+) -> None:
+    found = source_problems(DENSE, model(**(EXPERTS | changes)), COPY, same_shapes=True)
+    assert len(found) == len(lines)
+    for line, (begin, end) in zip(found, lines, strict=True):
+        assert line.startswith(begin)
+        assert line.endswith(end)
+
+
+def test_experts_are_not_made_of_experts() -> None:
+    (line,) = source_problems(model(**EXPERTS), model(**EXPERTS), COPY, same_shapes=False)
+    assert line.startswith('init.upcycle = "copy": makes experts of dense layers')
+    assert line.endswith('"none" would fit')
+
+
+def test_heads_are_pooled_that_were_trained() -> None:
+    here = model(num_heads=2, num_kv_heads=1, head_dim=16, rope_base=100.0)
+    heads, width = source_problems(DENSE, here, POOL, same_shapes=True)
+    assert heads == "model.num_heads = 2: must be as at init.from, or its weights compute something else; 4 would fit"
+    assert width.startswith("model.head_dim = 16: must be as at init.from")
+    assert source_problems(DENSE, model(num_kv_heads=2), POOL, same_shapes=True) == []
+
+
+def test_heads_are_not_pooled_to_more_of_them() -> None:
+    (line,) = source_problems(model(num_kv_heads=2), DENSE, POOL, same_shapes=False)
+    assert line.startswith("model.num_kv_heads = 4: must divide the 2 key heads at init.from")
+    assert line.endswith("one of [1, 2] would fit")
+
+
+def test_pooling_from_another_width_names_the_key_where_the_shapes_say_so() -> None:
+    here = model(hidden_size=20, num_kv_heads=2, rope_base=100.0)
+    (line,) = source_problems(DENSE, here, POOL, same_shapes=False)
+    assert line.startswith("model.hidden_size = 20: must be as at init.from")
+    assert source_problems(DENSE, here, POOL, same_shapes=True) == []
