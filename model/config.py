@@ -189,6 +189,11 @@ class ModelConfig(BaseModel):
         return [kind for kind in ALL if kind.name in names]
 
     @property
+    def known_kinds(self) -> list[Kind]:
+        """Return those of them that can be asked: whose table, if they have one, is not missing (told elsewhere)."""
+        return [kind for kind in self.part_kinds if not kind.table or getattr(self, kind.table) is not None]
+
+    @property
     def held_layers(self) -> int:
         """Return how many layers have weights of their own."""
         return self.distinct_layers or self.num_layers
@@ -260,9 +265,8 @@ class ModelConfig(BaseModel):
             *self._table_problems(),
             *unread_problems(self),
         ]
-        for kind in self.part_kinds:
-            if not kind.table or getattr(self, kind.table) is not None:
-                found += [line for line in kind.problems(self, choose) if line not in found]
+        for kind in self.known_kinds:
+            found += [line for line in kind.problems(self, choose) if line not in found]
         return found
 
     def _pattern_problems(self, choose: Choose) -> list[str]:

@@ -178,8 +178,7 @@ def _learning_rate_problems(run_file: RunFile) -> list[str]:
 def _optimizer_problems(run_file: RunFile) -> list[str]:
     """Hold [optimizer] against the model's parameters, if its layers are known; their sizes do not matter."""
     model = run_file.model
-    is_known = all(not kind.table or getattr(model, kind.table) is not None for kind in model.part_kinds)
-    if not kinds_in(model.pattern) or not is_known:
+    if not kinds_in(model.pattern) or model.known_kinds != model.part_kinds:
         return []
     # As many as the period and the places ask for; that there are others is the pattern's problem.
     asked = max([model.num_layers, *(place + 1 for place in parse_placed(model.pattern))])

@@ -33,10 +33,8 @@ def layout_problems(run_file: RunFile, choose: Choose = all_of) -> list[str]:
 
 def _need_problems(run_file: RunFile, choose: Choose) -> list[str]:
     """Return each axis that a size of some part does not divide by, once for each part."""
-    parallel, found = run_file.parallel, []
-    model = run_file.model
-    kinds = [kind for kind in model.part_kinds if not kind.table or getattr(model, kind.table) is not None]
-    for needed in [*(kind.needs(model) for kind in kinds), multi_token_needs(model)]:
+    parallel, model, found = run_file.parallel, run_file.model, list[str]()
+    for needed in [*(kind.needs(model) for kind in model.known_kinds), multi_token_needs(model)]:
         needs = [need._replace(axis="tp") if need.axis == "heads" else need for need in needed]
         for axis in ("tp", "ep", "etp"):
             of_axis = [need for need in needs if need.axis == axis]
@@ -88,7 +86,7 @@ def _context_problems(run_file: RunFile, choose: Choose) -> list[str]:
     cp, tp = parallel.cp, parallel.tp
     if cp == 1 or parallel.context == "ring":
         return []
-    heads = [need for kind in model.part_kinds for need in kind.needs(model) if need.axis == "heads"]
+    heads = [need for kind in model.known_kinds for need in kind.needs(model) if need.axis == "heads"]
     broken = next((need for need in heads if not need.allows(cp * tp)), None)
     if broken is None:
         return []

@@ -7,8 +7,15 @@ import pytest
 from runfile_cases import MOE, run_file
 
 from meshwright.launcher.runfile.cross_checks import check
+from meshwright.launcher.runfile.read import examine
 
 WIDE = {**MOE, "moe": {"num_experts": 12, "expert_hidden_size": 40, "num_shared_experts": 1}}
+SOUND: dict[str, dict[str, Any]] = {
+    "run": {"name": "x"},
+    "data": {"store": "s", "seq_len": 64},
+    "train": {"steps": 100, "global_batch_size": 24},
+    "learning_rate": {"peak": 1e-3},
+}
 DROPPED = {**MOE, "moe": {**MOE["moe"], "expert_dropout": 0.1}}
 
 
@@ -120,3 +127,11 @@ def test_context_parallelism_fits_where_its_chunks_and_heads_divide() -> None:
 def test_more_ranks_than_key_heads_and_an_uneven_vocabulary_fit() -> None:
     assert check(run_file(parallel={"tp": 4}, model={"num_kv_heads": 1, "vocab_size": 1001}), 8) == []
     assert check(run_file(parallel={"dp_replicate": 2, "tp": 2}, zero={"stage": 3}), 8) == []
+
+
+@pytest.mark.parametrize(("pattern", "table"), [("*E", "moe"), ("+-", "latent")])
+@pytest.mark.parametrize("parallel", [{"cp": 2, "context": "ulysses"}, {"tp": 2}, {"ep": 2}, {"pp": 2}])
+def test_a_part_without_its_table_is_told_on_any_layout(pattern: str, table: str, parallel: dict[str, Any]) -> None:
+    model = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "pattern": pattern}
+    _, found = examine({**SOUND, "model": model, "parallel": parallel}, world_size=2)
+    assert any(f"a table [model.{table}]" in line for line in found)
