@@ -13,7 +13,7 @@ Tokens further on may lie on another rank of cp: every rank has whole samples of
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -95,3 +95,24 @@ class FurtherToken(nn.Module):
         (columns,) = column_products(both, [self.projection], self.tp)
         stream = heads_to_sequence(columns[..., None], self.tp)[..., 0]
         return self.layer(stream.to(x.dtype), where, tally)  # type: ignore[no-any-return]
+
+
+def beside(embedded: Float[Tensor, "s b h"], x: Float[Tensor, "s b h"]) -> Float[Tensor, "s b h"]:
+    """Return `embedded` unchanged, as something that comes of `x` too; no gradient goes there.
+
+    A split backward begins for a weight's gradient where what comes of the weight alone meets what comes of the stage's
+    input. If one such place of the embedding lay behind another, as the second further token's behind the first's, the
+    graph between them would be gone through twice, and it is freed; beside `x` none lies behind another.
+    """
+    placed: Tensor = _Beside.apply(embedded, x)  # type: ignore[no-untyped-call]
+    return placed
+
+
+class _Beside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, embedded: Tensor, x: Tensor) -> Tensor:
+        return embedded.view_as(embedded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from meshwright.model.block import Layer
-from meshwright.model.multi_token import FurtherToken, shifted
+from meshwright.model.multi_token import FurtherToken, beside, shifted
 from meshwright.model.positions import LearnedPositions
 from meshwright.model.room import refuse_beyond
 from meshwright.parallel.dropout import dropout
@@ -150,22 +150,25 @@ class LanguageModel(nn.Module):
         tally: Tally | None,
     ) -> Float[Tensor, ""]:
         """Return the loss of what the last layer gives; in training the losses of further tokens are attached to it."""
+        last = self._scaled(x, self.final_norm)
+        loss = next_token_loss(last, self.output_rows, targets, where.step_tokens, where.limits)
         if self.training and tally is not None and self.multi_token:
-            x = self._attach_further(x, tokens, targets, where, tally)
-        x = self._scaled(x, self.final_norm)
-        return next_token_loss(x, self.output_rows, targets, where.step_tokens, where.limits)
+            # To the loss, not to x: a split backward takes the ways to the output matrix one by one, and none of them
+            # may lead through another (torch frees what it has gone through).
+            loss = attach_loss(loss, self._further_loss(x, tokens, targets, where, tally))
+        return loss
 
-    def _attach_further(self, x: Tensor, tokens: Tensor, targets: Tensor, where: Where, tally: Tally) -> Tensor:
+    def _further_loss(self, x: Tensor, tokens: Tensor, targets: Tensor, where: Where, tally: Tally) -> Tensor:
         stream, total = x, x.new_zeros(())
         for by, further in enumerate(self.multi_token, start=1):
             assert isinstance(further, FurtherToken), "the list holds nothing else"
             ahead = shifted(where, tokens, targets, by)
-            stream = further(stream, self._embedded(ahead.tokens), ahead.where, tally)
+            stream = further(stream, beside(self._embedded(ahead.tokens), x), ahead.where, tally)
             normed = self._scaled(stream, further.final_norm)
             loss = next_token_loss(normed, self.output_rows, ahead.targets, where.step_tokens, where.limits)
             tally.add(f"{further.name}.loss", loss)
             total = total + loss
-        return attach_loss(x, total * (self.ends.further_weight / len(self.multi_token)))
+        return total * (self.ends.further_weight / len(self.multi_token))
 
     def _scaled(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         x = x if norm is None else norm(x)

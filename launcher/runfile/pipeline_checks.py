@@ -3,7 +3,8 @@
     stages          at most as many as layers
     micro-batches   of one size, because activations of one shape go from stage to stage, and as many as the schedule
                     takes; for every size that train.batch_ramp comes through
-    schedules that compute the gradients of weights apart: no ZeRO-3, no layer run again, no torch.compile, no "bf16"
+    schedules that compute the gradients of weights apart: no ZeRO-3, no layer run again, no torch.compile, no "bf16",
+                    no further tokens of a tied embedding
 
 Nothing here loads torch.
 """
@@ -60,7 +61,9 @@ def _split_backward_problems(run_file: RunFile) -> list[str]:
     if schedule not in ZERO_BUBBLE:
         return []
     recompute, stage = run_file.recompute.mode, run_file.zero.stage
-    # torch 2.13: under ZeRO-3 gradients are lost without a word; a layer is recomputed once for each group of weights.
+    further_of_one_matrix = run_file.model.tie_embeddings and run_file.model.multi_token is not None
+    # torch 2.13: under ZeRO-3 gradients are lost without a word; a layer is recomputed once for each group of weights;
+    # what lies between two uses of one weight is gone through twice, and the graph is freed by then.
     rows: list[tuple[str, object, bool, str, str]] = [
         ("zero.stage", stage, stage == 3, "would gather weights for each part of the backward", "0, 1 or 2"),
         (
@@ -77,6 +80,13 @@ def _split_backward_problems(run_file: RunFile) -> list[str]:
             train.precision == "bf16",
             "would add up the gradients of micro-batches in bf16",
             '"bf16_autocast"',
+        ),
+        (
+            "model.tie_embeddings",
+            True,
+            further_of_one_matrix,
+            "would use one matrix before and behind the layers of [model.multi_token]",
+            "false",
         ),
     ]
     return [

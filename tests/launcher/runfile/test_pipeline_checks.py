@@ -71,6 +71,12 @@ def test_a_pipeline_table_without_a_pipeline_is_left_alone() -> None:
             ' "interleaved_1f1b", would fit',
         ),
         (
+            ["parallel.pp=2", "pipeline.schedule=zbv", "model.multi_token.depth=1", "model.tie_embeddings=true"],
+            "model.tie_embeddings = true: would use one matrix before and behind the layers of [model.multi_token], and"
+            ' pipeline.schedule = "zbv" takes backwards apart; false, or schedule "1f1b", "gpipe" or'
+            ' "interleaved_1f1b", would fit',
+        ),
+        (
             ["parallel.pp=2", "pipeline.schedule=interleaved_zero_bubble", "train.precision=bf16"],
             'train.precision = "bf16": would add up the gradients of micro-batches in bf16, and pipeline.schedule ='
             ' "interleaved_zero_bubble" takes backwards apart; "bf16_autocast", or schedule "1f1b", "gpipe" or'

@@ -11,7 +11,7 @@ from rank_pool import run_mesh
 from meshwright.kernels.limits import Limits
 from meshwright.launcher.build import recompute_of
 from meshwright.parallel.apply import Plan
-from meshwright.parallel.config import RecomputeConfig
+from meshwright.parallel.config import ZERO_BUBBLE, RecomputeConfig
 from meshwright.parallel.mesh import Mesh, Sizes, build_mesh, single_process_mesh
 from meshwright.parallel.pipeline.orders import Stages
 from meshwright.parallel.recompute.policy import Recompute
@@ -22,6 +22,9 @@ CONFIGS = {
     "moe": moe_config(num_layers=4, num_experts=4, load_balancing="step"),
     "moe-tied": moe_config(num_layers=4, tie_embeddings=True),
     "deep": moe_config(num_layers=8, tie_embeddings=True),
+    "further": dense_config(num_layers=4, multi_token={"depth": 2, "loss_weight": 0.5}),
+    "further of experts": moe_config(num_layers=4, multi_token={"depth": 1, "loss_weight": 0.5}),
+    "further, tied": dense_config(num_layers=4, tie_embeddings=True, multi_token={"depth": 2, "loss_weight": 0.5}),
 }
 SCHEDULES = {
     "gpipe": 1,
@@ -64,6 +67,27 @@ def test_a_schedule_computes_what_one_process_computes(schedule: str) -> None:
 @pytest.mark.parametrize("name", ["dense", "tied", "moe"])
 def test_every_schedule_does_for_every_kind_of_model(schedule: str, name: str) -> None:
     assert_like_one_process(TWO, name, schedule, Plan())
+
+
+FURTHER = [(name, schedule) for name in ("further", "further of experts") for schedule in SCHEDULES]
+FURTHER += [("further, tied", schedule) for schedule in SCHEDULES if schedule not in ZERO_BUBBLE]
+QUICK_FURTHER = [("further", "1f1b"), ("further", "zbv")]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [pytest.param(*one, marks=() if one in QUICK_FURTHER else pytest.mark.slow) for one in FURTHER],
+)
+def test_further_tokens_are_predicted_in_the_last_stage(name: str, schedule: str) -> None:
+    assert_like_one_process(TWO, name, schedule, Plan())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ZERO_BUBBLE)
+def test_a_split_backward_breaks_for_further_tokens_of_a_tied_embedding(schedule: str) -> None:
+    """What the check refuses is so: if torch mends it, the refusal goes."""
+    with pytest.raises(BaseException, match="backward through the graph a second time"):
+        assert_like_one_process(TWO, "further, tied", schedule, Plan())
 
 
 @pytest.mark.slow
