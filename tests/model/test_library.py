@@ -68,8 +68,8 @@ def test_routers_learn_from_their_losses_only_with_a_tally() -> None:
     assert (found["with"] - found["without"]).norm() > 0.1 * found["without"].norm()
 
 
-def test_the_training_lines_of_the_page_use_the_tally() -> None:
-    assert [block for block in BLOCKS if ".backward()" in block and "tally" not in block] == []
+def test_the_training_lines_of_the_pages_use_the_tally() -> None:
+    assert [block for block in [*PARTS, *BLOCKS] if ".backward()" in block and "tally" not in block] == []
 
 
 def test_the_page_has_all_its_blocks() -> None:
@@ -82,12 +82,12 @@ def test_every_part_works_in_a_few_lines() -> None:
     for block in PARTS:
         exec(compile(block, "parts.md", "exec"), names)
     assert names["text"].shape == (8, 2)
+    decoder, projection = names["decoder"], names["decoder"].multi_token[0].projection.weight
+    assert names["further_loss"] > 0.0
+    assert projection.grad.abs().max() > 0.0  # the further token's loss reached it
+    assert [name for name, each in decoder.named_parameters() if each.grad is None] == []
 
 
-def test_the_page_of_parts_shows_all_that_is_importable() -> None:
-    shown = set(re.findall(r"\w+", "\n".join(PARTS)))
-    of_library = {
-        *("PRESETS", "LanguageModel", "Ends", "Extras", "Layer", "Form", "Depth", "MixtureOfDepths", "FurtherToken"),
-        *("HeadNorms", "Embedding", "VocabularyRows", "InitPolicy", "Where", "Tally", "tally_of", "finish_step"),
-    }
-    assert set(library.__all__) - shown == of_library
+def test_the_pages_show_all_that_is_importable() -> None:
+    shown = set(re.findall(r"\w+", "\n".join([*PARTS, *BLOCKS])))
+    assert set(library.__all__) - shown == set()

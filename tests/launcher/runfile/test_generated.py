@@ -14,16 +14,18 @@ from meshwright.launcher.runfile.read import examine, load_toml, read_run_file
 from meshwright.launcher.runfile.schema import json_schema, key_list, with_key_list
 from meshwright.model.kinds.feedforward.mlp import FfnActivation
 from meshwright.model.kinds.feedforward.moe import RouterKind
-from meshwright.model.kinds.mixers.attention_keys import PositionName
+from meshwright.model.kinds.mixers.attention_keys import PositionName, RopeScalingConfig
 from meshwright.model.kinds.norms import NormName, Placing
 from meshwright.model.kinds.table import KINDS
+from meshwright.model.presets import PRESETS, preset
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNS = ROOT / "runs"
 PAGE = ROOT / "docs" / "run-file.md"
 PARTS = sorted((RUNS / "parts").glob("*.toml"))
-# What is like another that is used, and left to the tests of the parts.
-UNUSED = {"norm": {"adaptive_rmsnorm"}, "norm_placement": {"post"}, "position": {"learned", "sinusoidal"}}
+# Every name that these keys can have; a new one needs a run file, or for an activation a preset at least.
+CHOICES = {"norm": NormName, "norm_placement": Placing, "position": PositionName, "ffn_activation": FfnActivation}
+OF_PRESETS = {key: [preset(name) for name in PRESETS] if key == "ffn_activation" else [] for key in CHOICES}
 ANEW = "run `python -m meshwright.launcher.runfile.schema`"
 
 # The ranks that each file is to be sound on, on which scaling experiments are made; a new file must be named here.
@@ -131,15 +133,14 @@ def test_a_run_file_of_a_part_is_sound_on_the_ranks_that_it_names(path: Path) ->
     assert run_file.evaluation.every * 2 <= run_file.train.steps
 
 
-def test_every_kind_of_part_every_router_norm_and_placement_is_in_some_run_file() -> None:
+def test_every_kind_of_part_and_every_name_of_a_choice_is_in_some_run_file() -> None:
     models = [read_run_file(path).model for path in (*PARTS, *RUNS.glob("*.toml"))]
-    used = {kind.name for model in models for kind in model.part_kinds}
-    assert used == set(KINDS)
-    choices = {"norm": NormName, "norm_placement": Placing, "position": PositionName}
-    for key, values in choices.items():
-        missing = set(get_args(values)) - {getattr(model, key) for model in models}
-        assert missing == UNUSED.get(key, set()), key
-    assert set(get_args(RouterKind)) == {model.moe.router for model in models if model.moe}
+    assert set(KINDS) - {kind.name for model in models for kind in model.part_kinds} == set()
+    for key, names in CHOICES.items():
+        assert set(get_args(names)) - {getattr(model, key) for model in models + OF_PRESETS[key]} == set(), key
+    assert set(get_args(RouterKind)) - {model.moe.router for model in models if model.moe} == set()
+    stretching = get_args(RopeScalingConfig.model_fields["kind"].annotation)
+    assert set(stretching) - {model.rope_scaling.kind for model in models if model.rope_scaling} == set()
 
 
 def test_the_main_jobs_file_explains_each_of_its_keys() -> None:

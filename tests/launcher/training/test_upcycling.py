@@ -1,5 +1,6 @@
 """A mixture of experts that begins from a dense model: the same loss without noise, in every layout."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.tables import InitConfig
 from meshwright.launcher.weights.upcycle import Upcycled
 from meshwright.model.config import ModelConfig
+from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.model.parts import build_model
+from meshwright.model.presets import preset
 
 EXPERTS = ("[model.moe]", "num_experts = 4", "top_k = 2", "num_shared_experts = 1", 'load_balancing = "step"')
 FROZEN = ("learning_rate.peak=1e-12", "train.steps=1", "evaluation.every=1")
@@ -123,6 +126,18 @@ IN_GROUPS = (
     "model.moe.expert_hidden_size=2",
 )
 """Three pieces of each feed-forward."""
+
+
+def test_the_example_of_the_page_is_sound_and_made_of_the_model_that_it_names() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "export.md").read_text(encoding="utf-8")
+    tables = tomllib.loads(page.partition("```toml\n")[2].partition("```")[0])
+    tables |= {"run": {"name": "x"}, "data": {"store": "x", "seq_len": 8}, "learning_rate": {"peak": 1.0}}
+    run_file, found = examine(tables | {"train": {"steps": 1, "global_batch_size": 1}})
+    assert run_file is not None, found
+    wanted, source = run_file.model.with_vocab(64), Held(preset("dense-tiny", vocab_size=64, num_kv_heads=4))
+    made = Upcycled(source, wanted, run_file.init, 0, lambda name: torch.empty(parameter_shapes(wanted)[name]))
+    for name, shape in parameter_shapes(wanted).items():
+        assert made.read(name).shape == shape
 
 
 def problems(*overrides: str) -> list[str]:
