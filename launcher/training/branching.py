@@ -150,7 +150,8 @@ def _fill_from_weights(run: Run, found: Source, state: dict[str, Any] | None, ev
         weights = opened = ExportWeights(found.path)
         model = opened.config
     else:
-        weights, model = CheckpointWeights(found.path, is_verified=True), run_file_of(state, found.path).model
+        weights, opened = CheckpointWeights(found.path, is_verified=True), None
+        model = run_file_of(state, found.path).model
     if init.upcycle != "none" or init.pool_kv_heads:
         weights = _upcycled(run, weights, model)
     # Of the whole model, whose other weights other ranks hold: all ranks find the same mistakes.
@@ -175,6 +176,8 @@ def _fill_from_weights(run: Run, found: Source, state: dict[str, Any] | None, ev
             whole = Box((0,) * part.tensor.dim(), part.global_shape)
             rows, *columns = Box(part.offset, tuple(part.tensor.shape)).within(whole)
             part.tensor.copy_(weights.read(name, (rows.start, rows.stop))[(slice(None), *columns)])
+    if opened:
+        opened.check_finite()
     events += _differences(run, model)
     return 0
 

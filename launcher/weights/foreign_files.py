@@ -9,6 +9,7 @@ Everything here came from another hand: each thing that does not hold is told by
 """
 
 import json
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,22 @@ def files_of(folder: Path) -> dict[str, Path]:
     """Return in which file each foreign tensor lies.
 
     Raises:
-        ConfigError: if a file is missing, no safetensors file, or lacks what the index promises.
+        ConfigError: if files are missing or no safetensors files, or hold anything else than the index says.
     """
     index = folder / INDEX_NAME
-    names = _names_in(index) if index.is_file() else ["model.safetensors"]
-    found: dict[str, Path] = {}
+    if not index.is_file():
+        held = _tensors_in(folder, ["model.safetensors"])
+        return {tensor: folder / file for file, tensors in held.items() for tensor in tensors}
+    weight_map = _weight_map(index)
+    held = _tensors_in(folder, sorted(set(weight_map.values())))
+    if problems := list(_broken_promises(weight_map, held)):
+        raise ConfigError(str(index), first_told(problems))
+    return {tensor: folder / file for tensor, file in weight_map.items()}
+
+
+def _tensors_in(folder: Path, names: list[str]) -> dict[str, frozenset[str]]:
+    """Return the names of the tensors in each file."""
+    held, problems = dict[str, frozenset[str]](), dict[str, str]()
     for name in names:
         path = folder / name
         if not path.is_file():
@@ -44,17 +56,23 @@ def files_of(folder: Path) -> dict[str, Path]:
             way_out = (
                 f"; {pickled[0]} cannot be read, save_pretrained of transformers writes safetensors" if pickled else ""
             )
-            raise ConfigError(str(path), [f"is missing{way_out}"])
+            problems[name] = f"is missing{way_out}"
+            continue
         try:
             with safe_open(path, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
+                held[name] = frozenset(file.keys())
         except SafetensorError as error:
-            raise ConfigError(str(path), [f"is damaged: {error}"]) from None
-    return found
+            problems[name] = f"is damaged: {error}"
+    if len(problems) == 1:
+        ((name, problem),) = problems.items()
+        raise ConfigError(str(folder / name), [problem])
+    if problems:
+        raise ConfigError(str(folder), first_told([f"{name} {problem}" for name, problem in problems.items()]))
+    return held
 
 
-def _names_in(index: Path) -> list[str]:
-    """Return the file names that an index gives."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return in which file each tensor lies, as an index says."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ConfigError(str(index), ["weight_map: must be an object that names the file of each tensor"])
@@ -65,7 +83,28 @@ def _names_in(index: Path) -> list[str]:
     ]
     if wrong:
         raise ConfigError(str(index), first_told(wrong))
-    return sorted(set(weight_map.values()))
+    return weight_map
+
+
+def _broken_promises(weight_map: dict[str, str], held: dict[str, frozenset[str]]) -> Iterator[str]:
+    """Yield each tensor that does not lie where the index says, and each of which it says nothing."""
+    for tensor, promised in weight_map.items():
+        if tensor not in held[promised]:
+            elsewhere = [shown(file) for file, tensors in held.items() if tensor in tensors]
+            fits = f"{elsewhere[0]} would fit" if elsewhere else "an index without it would fit"
+            yield f"weight_map: {shown(tensor)} is in the file {shown(promised)}: must be there, and is not; {fits}"
+    for file, tensors in held.items():
+        for tensor in sorted(tensors):
+            if tensor not in weight_map:
+                yield (
+                    f"weight_map: {shown(tensor)} of {shown(file)} is left out: must name each tensor of its files;"
+                    f" {shown(file)} would fit"
+                )
+            elif weight_map[tensor] != file and tensor in held[weight_map[tensor]]:
+                yield (
+                    f"weight_map: {shown(tensor)} is in the file {shown(weight_map[tensor])}: must be in one file, and"
+                    f" is in {shown(file)} too; {shown(file)} without it would fit"
+                )
 
 
 def first_told(problems: list[str]) -> list[str]:

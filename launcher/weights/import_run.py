@@ -6,8 +6,10 @@ The weights stay where they are: `[init] from` in the run file names the folder,
 the run starts (launcher/training/branching.py). Nothing is written where anything is wrong.
 """
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from meshwright.launcher.build import empty_model
-from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.runfile.messages import ConfigError, cut_short
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.write import toml_of
 from meshwright.launcher.weights.export_report import LogitsReport
@@ -70,6 +72,8 @@ def import_run(request: ImportRequest) -> Imported:
     out = request.out or Path(f"{name}.toml")
     if out.exists() and not request.overwrite:
         raise ValueError(f"--out {out}: is there already; give another name, or --overwrite to replace it")
+    if why := _why_not_written(out):  # before anything long is done
+        raise _not_written(out, why)
     if request.verify:
         import_transformers()  # a missing library is told before anything long is done
     weights = ExportWeights(folder)
@@ -83,9 +87,26 @@ def import_run(request: ImportRequest) -> Imported:
     prepare = f"meshwright prepare --tokenizer {tokenizer} --out {store} TEXT..." if tokenizer.is_file() else ""
     imported = Imported(out, weights.class_name, weights.config, count, prepare, logits)
     if logits is None or failure_of(logits) is None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, _page(imported, folder, tables))
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(out, _page(imported, folder, tables))
+        except OSError as error:
+            raise _not_written(out, error.strerror or str(error)) from None
     return imported
+
+
+def _why_not_written(out: Path) -> str | None:
+    """Return why no file can be written there, as far as that can be seen without writing."""
+    if out.is_dir():
+        return "is a folder"
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not there.is_dir():
+        return f"{there} is no folder"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} may not be written to"
+
+
+def _not_written(out: Path, why: str) -> ValueError:
+    return ValueError(f"--out {out}: the run file cannot be written ({why}); a new name in a folder of yours would fit")
 
 
 @torch.no_grad()
@@ -93,20 +114,38 @@ def compare_with_transformers(weights: ExportWeights) -> LogitsReport:
     """Compare our logits of fixed token ids with those of the class, both in fp32.
 
     The ids are no text, so that no tokenizer is needed; they reach over the whole vocabulary.
+
+    Raises:
+        ConfigError: if weights are not finite, or transformers cannot load the folder or compute with it.
     """
     model = empty_model(weights.config, torch.device("cpu"))
     fill_model(model, weights)
-    theirs = import_transformers().AutoModelForCausalLM.from_pretrained(
-        weights.path, dtype=torch.float32, local_files_only=True
-    )
+    transformers = import_transformers()
+    with _told_of_transformers(weights.path, "load the folder"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            weights.path, dtype=torch.float32, local_files_only=True
+        )
     length = min(LONGEST_SAMPLE, weights.max_positions or LONGEST_SAMPLE)
     ids = torch.arange(length * SAMPLES) * 7919 % weights.config.vocab_size
     tokens = ids.view(SAMPLES, length).T.contiguous()
 
     def logits(batch: Tensor) -> Tensor:
-        return their_logits(theirs.eval(), batch)
+        with _told_of_transformers(weights.path, "compute with the folder"):
+            return their_logits(theirs.eval(), batch)
 
     return compare_logits(model, logits, tokens)[0]
+
+
+@contextmanager
+def _told_of_transformers(folder: Path, what: str) -> Iterator[None]:
+    """Tell any error of the library in one line: in what it reads of a folder it trips in many ways."""
+    try:
+        yield
+    except Exception as error:  # nothing narrower is common to them
+        words = " ".join(str(error).split())
+        line = f"transformers cannot {what}: {type(error).__name__}: {cut_short(words)}"
+        way_out = "a folder that save_pretrained wrote, or --skip-verify to do without the comparison, would fit"
+        raise ConfigError(str(folder), [f"{line}; {way_out}"]) from error
 
 
 def failure_of(logits: LogitsReport) -> str | None:

@@ -51,6 +51,9 @@ MOST_NAMED = 100_000
 TIED_OUTPUT = "lm_head.weight"
 EMBEDDING = "embedding.weight"
 
+# What a safetensors file calls the dtypes of weights; of others, scales of their own would be needed.
+FLOATS = ("F64", "F32", "F16", "BF16")
+
 
 class CheckpointWeights:
     """The weights of one checkpoint folder, verified when it is opened."""
@@ -114,6 +117,7 @@ class ExportWeights:
         self._file_of = files_of(folder)
         self._says_tied = "tie_word_embeddings" in foreign
         self._saved_as: dict[str, str] = {}
+        self._not_finite: set[str] = set()
         # Not all of them: a count that is only a slip would make rows until the memory ends.
         most = len(self._file_of) + MOST_NAMED
         rows = list(islice(family.mapping(self.config), most + 1))
@@ -161,7 +165,21 @@ class ExportWeights:
         with safe_open(self._file_of[saved], framework="pt") as file:
             whole = file.get_slice(saved)
             tensor: Tensor = whole[:, first:end] if is_last_dim else whole[first:end]
-            return tensor
+        # Of NaN and infinity both ends tell; nothing as large as the tensor is made for it.
+        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            self._not_finite.add(saved)
+        return tensor
+
+    def check_finite(self) -> None:
+        """Look at what was read so far.
+
+        Raises:
+            ConfigError: naming every tensor that holds NaN or infinity.
+        """
+        way_out = "an earlier checkpoint, or converting it anew, would fit"
+        lines = [f"{name} holds NaN or infinity: must be finite; {way_out}" for name in sorted(self._not_finite)]
+        if lines:
+            raise ConfigError(str(self.path), first_told(lines))
 
     def _problems(self, rows: list[Row], family: Family) -> list[str]:
         """Return every tensor that is missing, left over or of another shape, and note under which name each is saved.
@@ -189,6 +207,10 @@ class ExportWeights:
                     shape = tuple(file.get_slice(self._saved_as[name]).get_shape())
                     if shape != wanted[name]:
                         problems.append(f"{name} is {list(shape)}, config.json says {list(wanted[name])}")
+                    if (dtype := file.get_slice(self._saved_as[name]).get_dtype()) not in FLOATS:
+                        rule = f"must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+                        way_out = "the weights as they were before quantising would fit"
+                        problems.append(f"{name} is of dtype {dtype}: {rule}; {way_out}")
         return problems
 
     def _tied_problems(self) -> list[str]:
@@ -282,7 +304,7 @@ def fill_model(model: nn.Module, weights: CheckpointWeights | ExportWeights) -> 
     """Copy the weights into a model that holds all of them, whatever its dtype and device.
 
     Raises:
-        ValueError: if they are not exactly the model's, naming every one at fault.
+        ValueError: if they are not exactly the model's, or those of an export not finite, naming every one at fault.
     """
     parameters, held = dict(model.named_parameters()), weights.shapes()
     problems = [f"{name} is missing" for name in parameters.keys() - held.keys()]
@@ -298,6 +320,8 @@ def fill_model(model: nn.Module, weights: CheckpointWeights | ExportWeights) -> 
     for name, buffer in model.named_buffers():
         if there.get(BUFFERS + name) == tuple(buffer.shape):  # others begin as in a new run
             buffer.copy_(weights.read(BUFFERS + name))
+    if isinstance(weights, ExportWeights):
+        weights.check_finite()
 
 
 def _checked_rows(name: str, shape: tuple[int, ...], rows: tuple[int, int] | None) -> tuple[int, int]:

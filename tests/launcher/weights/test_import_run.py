@@ -1,6 +1,8 @@
 """`meshwright import`: from a Hugging Face folder to a run that begins from its weights, or every reason why not."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from tiny_exports import CONFIGS, ModelWeights, tiny_model, write_tiny_export, w
 from meshwright.data.store import TokenStore
 from meshwright.launcher.__main__ import main
 from meshwright.launcher.runfile.read import read_run_file
+from meshwright.launcher.weights import import_run
 from meshwright.launcher.weights.read_weights import ExportWeights, open_weights
 
 pytest.importorskip("transformers")
@@ -162,3 +165,77 @@ def test_a_run_of_ours_is_told_to_begin_from_as_it_is(
     shutil.rmtree(tmp_path / "run")
     assert meshwright("import", tmp_path / "run") == 2
     assert "there is nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("trips", "told"),
+    [
+        ("from_pretrained", "transformers cannot load the folder: KeyError: 'metadata'; a folder that save_pretrained"),
+        (
+            "forward",
+            "transformers cannot compute with the folder: IndexError: here; a folder that save_pretrained wrote",
+        ),
+    ],
+)
+def test_where_transformers_trips_one_line_says_so(
+    trips: str,
+    told: str,
+    folder: Path,
+    meshwright: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if trips == "from_pretrained":  # which wants the index to have this key
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        names = load_file(folder / "model-00001-of-00001.safetensors")
+        index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+
+        def tripping(*_: object) -> None:
+            raise IndexError("here")
+
+        monkeypatch.setattr(import_run, "their_logits", tripping)
+    assert meshwright("import", folder) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2:] == [f"{folder}: 1 problem, nothing was started", lines[-1]]
+    assert lines[-1].strip().startswith(told)
+    assert "--skip-verify to do without the comparison, would fit" in lines[-1]
+    assert not (folder.parent / "my-model.toml").exists()
+    assert meshwright("import", folder, "--skip-verify") == 0
+
+
+@pytest.mark.parametrize(
+    ("out", "why"),
+    [("taken", "is a folder"), ("file/a.toml", "file is no folder"), ("full/a.toml", os.strerror(errno.ENOSPC))],
+)
+def test_a_run_file_that_cannot_be_written_names_the_option(
+    out: str,
+    why: str,
+    folder: Path,
+    meshwright: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "full")
+
+    monkeypatch.setattr(import_run, "write_text", full)
+    (folder.parent / "taken").mkdir()
+    (folder.parent / "file").touch()
+    assert meshwright("import", folder, "--out", out, "--skip-verify", "--overwrite") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--out {out}: the run file cannot be written (" in line
+    assert why in line
+    assert line.endswith("a new name in a folder of yours would fit")
+
+
+def test_weights_that_are_not_finite_write_no_run_file(
+    folder: Path, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][2] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    assert meshwright("import", folder) == 2
+    assert "  model.norm.weight holds NaN or infinity: must be finite; " in capsys.readouterr().err
+    assert not (folder.parent / "my-model.toml").exists()

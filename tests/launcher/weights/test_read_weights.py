@@ -241,3 +241,77 @@ def test_a_class_that_is_tied_unless_told_otherwise_is_named(tmp_path: Path) -> 
     with_output(tmp_path, torch.ones(320, 16))
     with pytest.raises(ConfigError, match="tie_word_embeddings is not given, which GemmaForCausalLM takes as true: "):
         ExportWeights(tmp_path)
+
+
+def in_two_files(folder: Path, first: set[str], second: set[str], weight_map: dict[str, str]) -> list[str]:
+    """Spread the tensors over two files; return what is wrong with the index."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, held in (("a.safetensors", first), ("b.safetensors", second)):
+        save_file({key: tensors[key].clone() for key in held}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json: ") as refused:
+        ExportWeights(folder)
+    return list(refused.value.problems)
+
+
+def test_each_tensor_lies_where_the_index_says_and_nowhere_else(tmp_path: Path) -> None:
+    write_tiny_export(tmp_path, tiny_model(CONFIGS["llama"]), CONFIGS["llama"])
+    names = set(load_file(tmp_path / "model.safetensors"))
+    norm, a, b = "model.norm.weight", "a.safetensors", "b.safetensors"
+    right = dict.fromkeys(names, a) | {norm: b}
+    wrong = {key: file for key, file in right.items() if key != "lm_head.weight"} | {norm: a, "ghost": b}
+    assert in_two_files(tmp_path, names - {norm}, {norm}, wrong) == [
+        f'weight_map: "{norm}" is in the file "{a}": must be there, and is not; "{b}" would fit',
+        f'weight_map: "ghost" is in the file "{b}": must be there, and is not; an index without it would fit',
+        f'weight_map: "lm_head.weight" of "{a}" is left out: must name each tensor of its files; "{a}" would fit',
+    ]
+    assert in_two_files(tmp_path, names, {norm, "lm_head.weight"}, right) == [
+        f'weight_map: "{norm}" is in the file "{b}": must be in one file, and is in "{a}" too;'
+        f' "{a}" without it would fit',
+        f'weight_map: "lm_head.weight" is in the file "{a}": must be in one file, and is in "{b}" too;'
+        f' "{b}" without it would fit',
+    ]
+
+
+def test_all_files_that_are_missing_are_told_at_once(tmp_path: Path) -> None:
+    write_tiny_export(tmp_path, tiny_model(CONFIGS["llama"]), CONFIGS["llama"])
+    weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
+    (tmp_path / "a.safetensors").write_bytes(b"short")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(
+        ConfigError, match=r"2 problems.*\n  a\.safetensors is damaged: .*\n  b\.safetensors is missing"
+    ):
+        ExportWeights(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_no_plain_floats_are_refused_by_name(dtype: torch.dtype, tmp_path: Path) -> None:
+    write_tiny_export(tmp_path, tiny_model(CONFIGS["llama"]), CONFIGS["llama"])
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    wrong = ["lm_head.weight", "model.norm.weight"]
+    save_file(tensors | {name: tensors[name].to(dtype) for name in wrong}, path)
+    with pytest.raises(ConfigError) as refused:
+        ExportWeights(tmp_path)
+    for name, line in zip(wrong, refused.value.problems, strict=True):
+        assert line.startswith(f"{name} is of dtype ")
+        assert line.endswith(": must be F64, F32, F16 or BF16; the weights as they were before quantising would fit")
+    for fine in (torch.float64, torch.float16, torch.bfloat16):
+        save_file({name: tensor.to(fine) for name, tensor in tensors.items()}, path)
+        assert ExportWeights(tmp_path).read("final_norm.weight").dtype == fine
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_told_by_name_once_they_are_read(value: float, tmp_path: Path) -> None:
+    write_tiny_export(tmp_path, tiny_model(CONFIGS["llama"]), CONFIGS["llama"])
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    wrong = ["lm_head.weight", "model.norm.weight"]
+    for name in wrong:
+        tensors[name].view(-1)[3] = value
+    save_file(tensors, path)
+    with pytest.raises(ConfigError) as refused:
+        fill_model(build_model(CONFIGS["llama"]), ExportWeights(tmp_path))
+    assert sorted(line.partition(": must be finite; ")[0] for line in refused.value.problems) == [
+        f"{name} holds NaN or infinity" for name in wrong
+    ]
