@@ -276,22 +276,40 @@ class ModelConfig(BaseModel):
             return [f'model.pattern = "{self.pattern}": {error}; "*-" is a dense decoder, "*E" one of experts']
         found, last, placed_last = list[str](), self.num_layers - 1, max(placed, default=0)
         if placed_last > last:
+            places = f"layers 0 to {last}" if last else "layer 0"
+            enough = round_up(placed_last + 1, len(period))
+            more = f", or model.num_layers = {enough}" if enough <= MAX_LAYERS and not self.distinct_layers else ""
             found.append(
                 f'model.pattern = "{self.pattern}": layer {placed_last} is none of model.num_layers = '
-                f"{self.num_layers}; {f'numbers from 0 to {last}' if last else '0'} would fit"
+                f"{self.num_layers}; {places} would fit{more}"
             )
-        if self.num_layers % len(period) == 0:
-            return found
-        near = _multiples_near(self.num_layers, len(period))
-        fits = choose("model.num_layers", {size: self.model_copy(update={"num_layers": size}) for size in near})
+        if self.num_layers % len(period):
+            found.append(
+                f"model.num_layers = {self.num_layers}: must be a multiple of the {len(period)} layers of"
+                f' model.pattern = "{self.pattern}"; {self._layers_that_fit(choose)}'
+            )
+        return found
+
+    def _layers_that_fit(self, choose: Choose) -> str:
+        """Return the numbers of layers next to the one given that the pattern, its places and shared weights take."""
+        period, placed_last = len(parse_pattern(self.pattern)), max(parse_placed(self.pattern), default=0)
+        near = [size for size in _multiples_near(max(self.num_layers, placed_last + 1), period) if size > placed_last]
+        changes = {size: {"num_layers": size} for size in near if self._shares_weights(size, self.distinct_layers)}
+        also = ""
+        if near and not changes:
+            changes = {size: {"num_layers": size, "distinct_layers": 0} for size in near}
+            also = ", with model.distinct_layers = 0"
+        fits = choose("model.num_layers", {size: self.model_copy(update=keys) for size, keys in changes.items()})
         below, above = [size for size in fits if size < self.num_layers], [s for s in fits if s > self.num_layers]
         fits = [*below[-1:], *above[:1]]
-        return [
-            *found,
-            f"model.num_layers = {self.num_layers}: must be a multiple of the {len(period)} layers of"
-            f' model.pattern = "{self.pattern}"; '
-            + (f"one of {fits} would fit" if fits else f"a pattern of at most {MAX_LAYERS} layers would fit"),
-        ]
+        return f"one of {fits} would fit{also}" if fits else f"a pattern of at most {MAX_LAYERS} layers would fit"
+
+    def _shares_weights(self, num_layers: int, distinct: int) -> bool:
+        """Say whether layers that lie `distinct` apart are alike in a stack of so many."""
+        if distinct in (0, num_layers):
+            return True
+        layers = layers_of(self.pattern, num_layers)
+        return num_layers % distinct == 0 and layers == layers[:distinct] * (num_layers // distinct)
 
     def _position_problems(self) -> list[str]:
         """Return what is wrong with the rows that are added to the embedding."""
@@ -308,12 +326,11 @@ class ModelConfig(BaseModel):
     def _sharing_problems(self) -> list[str]:
         """Return why layers cannot share weights as it is asked."""
         try:
-            layers = self.layers
+            if self._shares_weights(self.num_layers, self.distinct_layers):
+                return []
         except ValueError:
             return []  # told by the pattern
-        fits = [size for size in divisors(self.num_layers) if layers == layers[:size] * (self.num_layers // size)]
-        if self.held_layers in fits:
-            return []
+        fits = [size for size in divisors(self.num_layers) if self._shares_weights(self.num_layers, size)]
         return [
             f"model.distinct_layers = {self.distinct_layers}: must divide model.num_layers = {self.num_layers}, and"
             f' model.pattern = "{self.pattern}" repeat with it; one of {nearest(fits, self.distinct_layers)} would fit'

@@ -7,7 +7,7 @@ wrong with one value alone is found when its table is made; what needs only one 
 
 from collections.abc import Mapping
 
-from meshwright.launcher.runfile.layout_checks import layout_problems
+from meshwright.launcher.runfile.layout_checks import layout_problems, lengths_that_fit
 from meshwright.launcher.runfile.messages import problem
 from meshwright.launcher.runfile.optimizer_rules import optimizer_problems
 from meshwright.launcher.runfile.pipeline_checks import micro_batch_problems, pipeline_problems, sizes_near
@@ -148,7 +148,7 @@ def _position_problems(run_file: RunFile) -> list[str]:
     found = []
     if run_file.model.position == "learned" and rows and seq_len > rows:
         rule = f"must not exceed model.max_positions = {rows}, the positions that have a learned row"
-        found.append(problem("data.seq_len", seq_len, rule, f"{up_to(rows)} would fit"))
+        found.append(problem("data.seq_len", seq_len, rule, lengths_that_fit(run_file)))
     if further >= seq_len:
         rule = f"must be below data.seq_len = {seq_len}, as no token of a sample has one so far behind it"
         way_out = f"{up_to(seq_len - 1)} would fit" if seq_len > 1 else "leave the table out"

@@ -13,7 +13,8 @@ from meshwright.launcher.runfile.messages import problem
 from meshwright.launcher.runfile.tables import RunFile
 from meshwright.launcher.runfile.would_fit import Choose, all_of, with_keys
 from meshwright.model.kinds.multi_token import multi_token_needs
-from meshwright.parallel.fits import divisors, nearest
+from meshwright.model.kinds.sizes import MAX_SIZE, round_up
+from meshwright.parallel.fits import divisors, nearest, up_to
 
 
 def layout_problems(run_file: RunFile, choose: Choose = all_of) -> list[str]:
@@ -68,16 +69,33 @@ def _axis_problem(run_file: RunFile, axis: str, rule: str, allowed: list[int], c
 
 def _token_problems(run_file: RunFile) -> list[str]:
     """Refuse samples whose tokens cannot be cut evenly between layers."""
-    cp, tp, seq_len = run_file.parallel.cp, run_file.parallel.tp, run_file.data.seq_len
-    step, rule = tp, f"parallel.tp = {tp}, whose ranks share its tokens between layers"
+    cp, tp, seq_len, step = run_file.parallel.cp, run_file.parallel.tp, run_file.data.seq_len, _token_step(run_file)
+    rule = f"parallel.tp = {tp}, whose ranks share its tokens between layers"
     if cp > 1:
-        step = cp * lcm(2, tp)
         rule = f"{step}: each rank of cp = {cp} holds two chunks of it, each rank of tp = {tp} a stretch of these"
     if seq_len % step == 0:
         return []
-    below = seq_len // step * step
-    fits = [size for size in (below, below + step) if size > 0]
-    return [problem("data.seq_len", seq_len, f"must be a multiple of {rule}", f"one of {fits} would fit")]
+    return [problem("data.seq_len", seq_len, f"must be a multiple of {rule}", lengths_that_fit(run_file))]
+
+
+def lengths_that_fit(run_file: RunFile) -> str:
+    """Return the lengths of samples next to the one given that the axes, the positions and further tokens take."""
+    model, seq_len, step = run_file.model, run_file.data.seq_len, _token_step(run_file)
+    least = round_up(model.further_tokens + 1, step)
+    most = model.max_positions // step * step if model.position == "learned" and model.max_positions else MAX_SIZE
+    if most < least:
+        return f"{least} would fit, with model.max_positions = {least}"
+    if seq_len > most and step == least == 1:
+        return f"{up_to(most)} would fit"
+    below = min(seq_len // step * step, most)
+    fits = sorted({max(below, least), min(max(below + step, least), most)})
+    return f"one of {fits} would fit" if len(fits) > 1 else f"{fits[0]} would fit"
+
+
+def _token_step(run_file: RunFile) -> int:
+    """Return what the tokens of a sample must be a multiple of."""
+    cp, tp = run_file.parallel.cp, run_file.parallel.tp
+    return cp * lcm(2, tp) if cp > 1 else tp
 
 
 def _context_problems(run_file: RunFile, choose: Choose) -> list[str]:

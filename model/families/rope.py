@@ -38,19 +38,26 @@ def rope_to_ours(
     """Return our keys of the rotary positions; without a `default_fraction` the class turns whole heads.
 
     Raises:
-        ValueError: if their frequencies are scaled in a way that is not computed here.
+        ValueError: with a line for each reason why these frequencies are not computed here.
     """
     rope = foreign.get("rope_scaling") or foreign.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", *KINDS):
-        raise ValueError(f"rope_type = {kind!r}: only 'default' (without scaling), {', '.join(KINDS)} can be read")
     fraction = rope.get("partial_rotary_factor", foreign.get("partial_rotary_factor", default_fraction or 1.0))
+    problems, scaling = [], dict[str, Any]()
+    if kind not in ("default", *KINDS):
+        problems.append(f"rope_type = {kind!r}: only 'default' (without scaling), {', '.join(KINDS)} can be read")
     if default_fraction is None and fraction != 1.0:
-        raise ValueError(f"partial_rotary_factor = {fraction}: the class turns whole heads; only 1.0 can be read")
+        problems.append(f"partial_rotary_factor = {fraction}: the class turns whole heads; only 1.0 can be read")
+    try:
+        scaling = {"rope_scaling": _scaling_to_ours(foreign, rope, kind)} if kind in KINDS else {}
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
     return {
         "rope_base": float(rope.get("rope_theta", foreign.get("rope_theta", default_base))),
         "rope_fraction": float(fraction),
-        **({"rope_scaling": _scaling_to_ours(foreign, rope, kind)} if kind != "default" else {}),
+        **scaling,
     }
 
 
@@ -67,24 +74,24 @@ def _scaling(config: ModelConfig) -> dict[str, Any]:
 
 
 def _scaling_to_ours(foreign: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    if "factor" not in rope:
-        raise ValueError(f"rope_parameters.factor: is missing, and rope_type = {kind!r} needs it")
-    found: dict[str, Any] = {"kind": kind, "factor": float(rope["factor"])}
+    needs, length = f"is missing, and rope_type = {kind!r} needs it", None
+    problems = [] if "factor" in rope else [f"rope_parameters.factor: {needs}; how many times longer samples may be"]
     if kind == "yarn" and not rope.get("truncate", True):
-        raise ValueError(
+        problems.append(
             "rope_parameters.truncate = False: yarn's ramp ends at whole numbers here; only True can be read"
         )
     if kind != "yarn" and rope.get("mscale_all_dim"):
-        raise ValueError(
+        problems.append(
             f"rope_parameters.mscale_all_dim = {rope['mscale_all_dim']}: can be read with rope_type = 'yarn' alone"
         )
     if kind != "linear":
         of_table = rope.get("original_max_position_embeddings", foreign.get("max_position_embeddings"))
         length = foreign.get("original_max_position_embeddings", of_table)  # which the class prefers, too
         if length is None:
-            raise ValueError(
-                f"rope_parameters.original_max_position_embeddings: is missing, and rope_type = {kind!r} needs it"
-            )
-        found["original_length"] = length
+            problems.append(f"rope_parameters.original_max_position_embeddings: {needs}; the length before it")
+    if problems:
+        raise ValueError("\n".join(problems))
+    found: dict[str, Any] = {"kind": kind, "factor": float(rope["factor"])}
+    found |= {} if length is None else {"original_length": length}
     of_kind = {"yarn": OF_YARN, "llama3": OF_LLAMA3}.get(kind, ())
     return found | {name: float(rope[name]) for name in of_kind if rope.get(name)}

@@ -77,8 +77,14 @@ def test_a_num_heads_that_is_said_to_fit_fits() -> None:
     [
         ({"pattern": "*E"}, "a table [model.moe]"),
         ({"moe": MOE}, "nothing uses the table [model.moe]"),
-        ({"pattern": "*- @9 *"}, "layer 9 is none of model.num_layers = 4; numbers from 0 to 3 would fit"),
-        ({"pattern": "*- @9 *", "num_layers": 1}, "layer 9 is none of model.num_layers = 1; 0 would fit"),
+        (
+            {"pattern": "*- @9 *"},
+            "layer 9 is none of model.num_layers = 4; layers 0 to 3 would fit, or model.num_layers = 10",
+        ),
+        (
+            {"pattern": "*- @9 *", "num_layers": 1},
+            "layer 9 is none of model.num_layers = 1; layer 0 would fit, or model.num_layers = 10",
+        ),
         ({"pattern": "*- @3-1 *"}, "@3-1: 3-1 counts down"),
         ({"pattern": "*x"}, "character 2"),
     ],

@@ -36,7 +36,7 @@ from meshwright.model.kinds.kind import (
 )
 from meshwright.model.kinds.sizes import TABLE, Size, SizeOrZero
 from meshwright.model.kinds.small import ALIGNED
-from meshwright.parallel.fits import up_to
+from meshwright.parallel.fits import divisors, nearest, up_to
 
 if TYPE_CHECKING:
     from meshwright.model.config import ModelConfig
@@ -172,7 +172,7 @@ class MoeKind(Kind):
     def problems(self, model: ModelConfig, choose: Choose) -> list[str]:
         """Return what is wrong with the numbers of experts, and what the router does not do."""
         moe = _table(model)
-        found = [*_router_problems(moe), *_group_problems(moe)]
+        found = [*_router_problems(moe), *_group_problems(model, choose)]
         if moe.top_k > moe.num_experts:
             found.append(
                 f"model.moe.top_k = {moe.top_k}: must not exceed model.moe.num_experts = {moe.num_experts};"
@@ -236,32 +236,50 @@ def _router_problems(moe: MoeConfig) -> list[str]:
     return found
 
 
-def _group_problems(moe: MoeConfig) -> list[str]:
-    """Return why the experts do not lie in these groups."""
-    groups, kept, e = moe.num_groups, moe.top_groups, moe.num_experts
+def _group_problems(model: ModelConfig, choose: Choose) -> list[str]:
+    """Return why the experts do not lie in these groups; what is said to fit is right with all rules of groups."""
+    moe = _table(model)
+    groups, kept, e, found = moe.num_groups, moe.top_groups, moe.num_experts, list[str]()
     if groups == kept == 1:
         return []
     if moe.router not in BEST_OF_GROUP:
-        return [
-            f'model.moe.num_groups = {groups}: model.moe.router = "{moe.router}" knows no groups;'
-            ' "softmax" and "sigmoid" do'
-        ]
+        rule = f'model.moe.router = "{moe.router}" knows no groups, "softmax" and "sigmoid" do'
+        keys = {"num_groups": groups, "top_groups": kept}
+        return [f"model.moe.{key} = {value}: {rule}; 1 would fit" for key, value in keys.items() if value > 1]
     if e % groups:
-        fits = [size for size in range(1, min(e, 64) + 1) if e % size == 0]
-        return [f"model.moe.num_groups = {groups}: must divide model.moe.num_experts = {e}; one of {fits} would fit"]
+        rule = f"must divide model.moe.num_experts = {e}"
+        found.append(f"model.moe.num_groups = {groups}: {rule}; {_groups_that_fit(model, choose)}")
     if kept > groups:
-        return [
-            f"model.moe.top_groups = {kept}: must not exceed model.moe.num_groups = {groups}; {up_to(groups)} would fit"
-        ]
-    size, best = e // groups, BEST_OF_GROUP[moe.router]
-    if size < best or kept * size < moe.top_k:
-        needed = max(best, -(-moe.top_k // kept))
-        return [
-            f"model.moe.num_groups = {groups}: a group has {size} of model.moe.num_experts = {e}, and"
+        enough = [size for size in range(1, groups + 1) if e % groups == 0 and _holds_choice(moe, groups, size)]
+        fits = f"{enough[0]} to {groups}" if enough and enough[0] < groups else f"{groups}" if enough else up_to(groups)
+        found.append(
+            f"model.moe.top_groups = {kept}: must not exceed model.moe.num_groups = {groups}; {fits} would fit"
+        )
+    if e % groups == 0 and not _holds_choice(moe, groups, min(kept, groups)):
+        needed = max(BEST_OF_GROUP[moe.router], -(-moe.top_k // kept))
+        found.append(
+            f"model.moe.num_groups = {groups}: a group has {e // groups} of model.moe.num_experts = {e}, and"
             f" model.moe.top_k = {moe.top_k} of model.moe.top_groups = {kept} need {needed};"
-            f" {up_to(max(1, e // needed))} would fit"
-        ]
-    return []
+            f" {_groups_that_fit(model, choose)}"
+        )
+    return found
+
+
+def _holds_choice(moe: MoeConfig, groups: int, kept: int) -> bool:
+    """Say whether the experts of `kept` of so many equal groups are enough, for top_k and for a group's score."""
+    size = moe.num_experts // groups
+    return size >= BEST_OF_GROUP[moe.router] and kept * size >= moe.top_k
+
+
+def _groups_that_fit(model: ModelConfig, choose: Choose) -> str:
+    """Return the numbers of groups that go with everything else in the table; with top_groups = 1 there is one."""
+    moe = _table(model)
+    e, kept = moe.num_experts, moe.top_groups
+    sizes = [size for size in divisors(e) if kept <= size and (size == 1 or _holds_choice(moe, size, kept))]
+    others = {size: model.model_copy(update={"moe": moe.model_copy(update={"num_groups": size})}) for size in sizes}
+    if not sizes:
+        return "1 would fit, with model.moe.top_groups = 1"
+    return f"one of {nearest(choose('model.moe.num_groups', others), moe.num_groups)} would fit"
 
 
 def _table(model: ModelConfig) -> MoeConfig:

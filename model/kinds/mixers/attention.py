@@ -132,10 +132,11 @@ def attention_head_problems(model: ModelConfig, choose: Choose) -> list[str]:
         return ["model.num_heads: is missing; a pattern with attention needs it, or a preset that has it"]
     found = []
     if model.head_dim == 0:
-        fits = choose("model.num_heads", _with_other_heads(model))
+        fits = nearest(choose("model.num_heads", _with_other_heads(model)), model.num_heads)
+        width = 2 * max(1, round(model.hidden_size / model.num_heads / 2))
         found.append(
             f"model.num_heads = {model.num_heads}: must divide model.hidden_size = {model.hidden_size}, or"
-            f" model.head_dim be given" + (f"; one of {nearest(fits, model.num_heads)} would fit" if fits else "")
+            f" model.head_dim be given; " + (f"one of {fits} would fit" if fits else f"head_dim = {width} would fit")
         )
     elif model.head_dim % 2 != 0 and model.position == "rope" and model.rope_fraction == 1.0:
         fits = [size for size in (model.head_dim - 1, model.head_dim + 1) if size > 0]

@@ -123,27 +123,39 @@ class Mamba2Kind(Kind):
 
     def problems(self, model: ModelConfig, choose: Choose) -> list[str]:
         """Return what is wrong with the heads and the groups."""
-        table, h = _table(model), model.hidden_size
-        if not table.num_heads and EXPAND * h % table.head_dim != 0:
-            others = {size: changed(model, "mamba2", head_dim=size) for size in divisors(EXPAND * h)}
-            fits = nearest(choose("model.mamba2.head_dim", others), table.head_dim)
-            return [
-                f"model.mamba2.head_dim = {table.head_dim}: must divide 2 * model.hidden_size = {EXPAND * h}, or"
-                f" model.mamba2.num_heads be given" + (f"; one of {fits} would fit" if fits else "")
-            ]
-        n, found = table.heads(h), []
-        if n % table.num_groups != 0:
-            others = {size: changed(model, "mamba2", num_groups=size) for size in divisors(n)}
-            fits = nearest(choose("model.mamba2.num_groups", others), table.num_groups)
-            found.append(
-                f"model.mamba2.num_groups = {table.num_groups}: must divide the {n} heads of model.mamba2"
-                + (f"; one of {fits} would fit" if fits else "")
-            )
+        table = _table(model)
+        found = self._head_problems(model, choose)
         if table.time_step_low >= table.time_step_high:
             found.append(
                 f"model.mamba2.time_step_low = {table.time_step_low}: must be below model.mamba2.time_step_high ="
                 f" {table.time_step_high}; {table.time_step_high / 100:g} would fit"
             )
+        return found
+
+    def _head_problems(self, model: ModelConfig, choose: Choose) -> list[str]:
+        table, channels = _table(model), EXPAND * model.hidden_size
+        dim, groups, found = table.head_dim, table.num_groups, list[str]()
+        others: dict[int, ModelConfig]
+        if not table.num_heads and channels % dim != 0:
+            of_groups = [size for size in divisors(channels) if channels // size % groups == 0]
+            others = {size: changed(model, "mamba2", head_dim=size) for size in of_groups or divisors(channels)}
+            fits = nearest(choose("model.mamba2.head_dim", others), dim)
+            found.append(
+                f"model.mamba2.head_dim = {dim}: must divide 2 * model.hidden_size = {channels}, or"
+                f" model.mamba2.num_heads be given; one of {fits} would fit"
+            )
+            if not of_groups:
+                found.append(
+                    f"model.mamba2.num_groups = {groups}: must divide the heads of model.mamba2, 2 * model.hidden_size"
+                    f" = {channels} over model.mamba2.head_dim; 1 would fit"
+                )
+            return found
+        n = table.heads(model.hidden_size)
+        if n % groups != 0:
+            others = {size: changed(model, "mamba2", num_groups=size) for size in divisors(n)}
+            fits = nearest(choose("model.mamba2.num_groups", others), groups)
+            rule = f"must divide the {n} heads of model.mamba2; one of {fits} would fit"
+            found.append(f"model.mamba2.num_groups = {groups}: {rule}")
         return found
 
     def needs(self, model: ModelConfig) -> list[Need]:

@@ -77,15 +77,15 @@ def stretching_problems(
 def bucket_problems(num_buckets: int, max_distance: int, names: tuple[str, str]) -> list[str]:
     """Return what is wrong with T5's buckets; `names` are those of the two numbers."""
     of_buckets, of_distance = names
-    if num_buckets < FEWEST_BUCKETS or num_buckets % 2:
-        fits = max(FEWEST_BUCKETS, num_buckets + num_buckets % 2)
-        return [
+    fits, found = max(FEWEST_BUCKETS, num_buckets + num_buckets % 2), list[str]()
+    if num_buckets != fits:
+        found.append(
             f"{of_buckets} = {num_buckets}: must be even and at least {FEWEST_BUCKETS}, because half of them hold one"
             f" distance each; {fits} would fit"
-        ]
-    if max_distance <= num_buckets // 2:
-        return [
-            f"{of_distance} = {max_distance}: must be above {num_buckets // 2}, half of {of_buckets} = {num_buckets},"
-            f" whose distances have a bucket each; {4 * num_buckets} would fit"
-        ]
-    return []
+        )
+    if max_distance <= fits // 2:
+        found.append(
+            f"{of_distance} = {max_distance}: must be above {fits // 2}, half of {of_buckets} = {fits},"
+            f" whose distances have a bucket each; {4 * fits} would fit"
+        )
+    return found

@@ -185,6 +185,16 @@ def test_a_foreign_config_that_computes_otherwise_is_refused(change: dict[str, o
         config_from_foreign(foreign | change)
 
 
+def test_every_key_of_a_stretching_that_is_missing_is_told_at_once() -> None:
+    ours = config(qk_norm=True)
+    foreign = {"model_type": "qwen3"} | choose_family(ours).to_foreign(ours)
+    foreign |= {"rope_parameters": {"rope_type": "yarn", "truncate": False, "partial_rotary_factor": 0.5}}
+    with pytest.raises(ForeignConfigError) as refused:
+        config_from_foreign(foreign)
+    told = [line.split(":")[0].split(" ")[0].removeprefix("rope_parameters.") for line in refused.value.problems]
+    assert told == ["partial_rotary_factor", "factor", "truncate", "original_max_position_embeddings"]
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
