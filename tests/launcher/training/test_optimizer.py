@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_cases import dense_config
+from engine_cases import start as start_engine
 from tiny_run import build, numbers, start
 from torch import nn
 
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.tables import OptimizerConfig, OptimizerGroup
 from meshwright.launcher.training.optimizer import Optimizer
+from meshwright.model.counts.costs import parameter_count
+from meshwright.parallel.apply import Plan
+from meshwright.parallel.grad_norm import gradient_norm
 from meshwright.parallel.mesh import single_process_mesh
 from meshwright.parallel.placement import Placement
 from meshwright.parallel.zero.part import Part
@@ -114,6 +119,24 @@ def test_a_group_may_bring_back_the_decay_of_an_embedding() -> None:
     theirs = updated_by_torch({name: usual(decay[name]) for name in SHAPES})
     for name in SHAPES:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
+
+
+def test_weights_that_layers_share_decay_once_and_count_once_in_the_norm() -> None:
+    config = dense_config(num_layers=6, distinct_layers=2)
+    run = start_engine(single_process_mesh(), config, Plan())
+    parts = run.engine.parts
+    assert {name.split(".")[1] for name in parts if name.startswith("layers.")} == {"0", "1"}
+    for part in parts.values():
+        part.parameter.grad = torch.ones_like(part.parameter)
+    assert gradient_norm(parts.values(), run.mesh.pp) == pytest.approx(parameter_count(config) ** 0.5)
+    before = {name: part.parameter.detach().clone() for name, part in parts.items()}
+    for part in parts.values():
+        part.parameter.grad = torch.zeros_like(part.parameter)
+    Optimizer(parts, OptimizerConfig(weight_decay=0.5), run.mesh).step(0.1)
+    decayed = [name for name, part in parts.items() if not torch.equal(part.parameter, before[name])]
+    assert {name.split(".")[1] for name in decayed if name.startswith("layers.")} == {"0", "1"}
+    for name in decayed:
+        torch.testing.assert_close(parts[name].parameter.detach(), before[name] * (1 - 0.1 * 0.5), msg=name)
 
 
 def test_a_group_for_no_parameter_is_told_with_names_that_there_are(tmp_path: Path) -> None:
