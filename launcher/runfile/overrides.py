@@ -71,7 +71,9 @@ def parse_value(key: str, text: str) -> object:
     try:
         value: object = parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError as error:
-        if text[:1] in ("[", "{", '"', "'"):
+        # A pattern may begin with a bracket; text that begins with a quote was meant to be TOML, and is not closed.
+        is_text = field is not None and field.annotation is str and text[:1] not in ('"', "'")
+        if text[:1] in ("[", "{", '"', "'") and not is_text:
             raise ValueError(f"{error}".replace("is no TOML", "is no TOML value")) from error
         return text
     if field is not None and field.annotation is str and not isinstance(value, str):

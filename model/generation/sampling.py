@@ -88,7 +88,10 @@ def kept_probabilities(
     # In fp64: over a large vocabulary a sum in fp32 would shift the borders between tokens. mps has none.
     exact = logits.to(device="cpu" if logits.device.type == "mps" else None, dtype=torch.float64)
     if sampling.temperature > 0.0:
-        exact = exact / sampling.temperature
+        # Only distances to the highest count; so that it stays 0, and the others at most become -inf, however small
+        # the temperature is.
+        exact = (exact - exact.amax(dim=-1, keepdim=True)) / sampling.temperature
+        exact = exact.nan_to_num(nan=0.0, neginf=float("-inf"))  # 0 / 0, where a subnormal counts as zero
     ordered, tokens = exact.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k > 0:
         ordered[:, sampling.top_k :] = float("-inf")

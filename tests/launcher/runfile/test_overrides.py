@@ -21,6 +21,9 @@ from meshwright.launcher.runfile.overrides import apply_overrides, parse_value
         ("data.store", "/a/b=c", "/a/b=c"),
         ("init.from", "1", "1"),
         ("data.store", "", ""),
+        ("model.pattern", "[*-]*-", "[*-]*-"),
+        ("model.pattern", "[M]", "[M]"),
+        ("run.folder", "{a}/[b]", "{a}/[b]"),
     ],
 )
 def test_a_value_is_toml_or_a_bare_word(key: str, text: str, value: object) -> None:
@@ -31,6 +34,12 @@ def test_a_list_that_is_not_closed_is_no_bare_word() -> None:
     _, problems = apply_overrides({}, ["optimizer.betas=[0.9, 0.99"])
     assert len(problems) == 1
     assert problems[0].startswith("optimizer.betas = [0.9, 0.99: is no TOML value")
+
+
+def test_text_whose_quote_is_not_closed_is_no_bare_word() -> None:
+    _, problems = apply_overrides({}, ['model.pattern="[*-]'])
+    assert len(problems) == 1
+    assert problems[0].startswith('model.pattern = "[*-]: is no TOML value')
 
 
 def test_the_last_of_two_wins_and_the_file_stays_as_it_was() -> None:

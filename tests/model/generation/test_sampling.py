@@ -121,3 +121,11 @@ def test_every_meaningless_setting_is_named_at_once() -> None:
         Sampling(temperature=-1.0, top_k=-2, top_p=0.0)
     with pytest.raises(ValueError, match="temperature = nan"):
         Sampling(temperature=float("nan"))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-308, 1e-300])
+def test_a_temperature_that_nothing_can_be_divided_by_is_nearly_greedy(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, float("-inf")], [-2.0, -1.0, -5.0, -9.0]])
+    probabilities, _ = kept_probabilities(logits, Sampling(temperature))
+    assert probabilities.tolist() == [[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    assert next_tokens(logits, Sampling(temperature), torch.tensor([0.9, 0.9])).tolist() == [2, 1]
