@@ -27,6 +27,7 @@ from meshwright.model.families.olmoe import OLMOE
 from meshwright.model.families.qwen3 import QWEN3
 from meshwright.model.families.qwen3_moe import QWEN3_MOE
 from meshwright.model.families.qwen3_next import QWEN3_NEXT
+from meshwright.model.kinds.table import KINDS
 
 # Where several are exactly a model, the first is taken.
 FAMILIES: dict[str, Family] = {
@@ -80,13 +81,15 @@ def choose_family(config: ModelConfig) -> Family:
         against[family.model_type] = family.reasons_against(config)
         if not against[family.model_type]:
             return family
-    nearest = min(against, key=lambda name: _distance(against[name]))
+    mixers = [KINDS[layer.mixer].words for layer in config.layer_kinds if layer.mixer]
+    nearest = min(against, key=lambda name: _distance(against[name], mixers))
     raise NotRepresentableError(FAMILIES[nearest].class_name, against[nearest])
 
 
-def _distance(reasons: list[str]) -> tuple[int, int]:
-    """Return how far a class is from a configuration: first come parts that it has not, then keys."""
-    return sum(reason.startswith("model.pattern") for reason in reasons), len(reasons)
+def _distance(reasons: list[str], mixers: list[str]) -> tuple[int, int, int]:
+    """Return how far a class is from a configuration: first come parts that it has not, of these mixers, then keys."""
+    parts = [reason for reason in reasons if reason.startswith("model.pattern")]
+    return len(parts), sum(any(words in reason for words in mixers) for reason in parts), len(reasons)
 
 
 def family_of_foreign(foreign: Mapping[str, Any]) -> Family:

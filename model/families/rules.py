@@ -16,9 +16,10 @@ from pydantic_core import PydanticUndefined
 
 from meshwright.model.config import ModelConfig
 from meshwright.model.kinds.table import KINDS
-from meshwright.model.kinds.unread import OF_KINDS
+from meshwright.model.kinds.unread import OF_KINDS, READ_WITH
 
 MOST_NAMED = 3
+SPOKEN_WITH_VOWEL = (*"aeiou", "MLP", "MoE", "S4D")
 
 
 class Rule(NamedTuple):
@@ -96,15 +97,19 @@ def _layer_reasons(config: ModelConfig, parts: Parts) -> Iterator[str]:
 def _key_reasons(config: ModelConfig, parts: Parts, rules: Rules) -> Iterator[str]:
     known = {KINDS[name].table for name in (*parts.mixers, *parts.feedforwards) if name is not None}
     read = frozenset[str]().union(*(kind.reads for kind in config.part_kinds))
+    told = set[str]()
     for key, value, usual in _keys(config):
         if key in OF_KINDS and key not in read:
             continue  # of no part: whatever the class has there, no layer does
+        if key in READ_WITH and READ_WITH[key].on in told:
+            continue  # goes away with the key that it hangs on
         table = key.partition(".")[0] if "." in key else ""
         if key in FREE or key.endswith(FREE_ENDS) or (table in TABLES and table not in known):
             continue
         rule = rules.get(key) or rules.get(table) or Rule((usual,), "the class has nothing of the kind")
         if rule.values and value not in rule.values:
             fits = " or ".join(_toml(fitting) for fitting in rule.values)
+            told.add(key)
             why = rule.why or f"the class computes {fits}"
             yield f"model.{key} = {_toml(value)}: {why}; {rule.way_out or f'{fits} can be exported'}"
 
@@ -166,4 +171,4 @@ def _toml(value: Any) -> str:
 
 def _with_article(words: str) -> str:
     has_one = words.split()[0] in ("a", "an", "the") or words.endswith(("attention", "experts"))
-    return words if has_one else f"{'an' if words[0] in 'aeiouMS' else 'a'} {words}"
+    return words if has_one else f"{'an' if words.startswith(SPOKEN_WITH_VOWEL) else 'a'} {words}"
