@@ -47,6 +47,9 @@ TYPE_RULES = {
     "finite_number": "must be a finite number",
 }
 
+# Of texts that must not be empty, what would fit.
+WAYS_OUT = {"data.store": "name the folder that prepare wrote"}
+
 # pydantic's name of a bound, in words; {0} is the bound.
 BOUND_RULES = {
     "greater_than": ("gt", "must be above {0}"),
@@ -149,6 +152,8 @@ def of_validation(error: Mapping[str, Any]) -> str:
         return problem(key, value, "does not have the form", field.description or "" if field else "")
     if kind in ("too_long", "too_short"):
         return problem(key, value, f"must have {context.get('max_length', context.get('min_length'))} values")
+    if kind == "string_too_short":
+        return problem(key, value, "must not be empty", WAYS_OUT.get(key, "some text would fit"))
     rule = TYPE_RULES.get(kind, error["msg"][:1].lower() + error["msg"][1:])
     return problem(key, value, rule, _unquoted(value) if kind in ("int_type", "float_type", "bool_type") else "")
 
