@@ -161,8 +161,9 @@ def resolve_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if local_rank >= found:
+            way_out = "one rank for each GPU" if found else '"cpu"'
             raise ConfigError(
-                "run.device", [f'"cuda": local rank {local_rank} finds {found} GPUs; one rank for each GPU would fit']
+                "run.device", [f'"cuda": local rank {local_rank} finds {found} GPUs; {way_out} would fit']
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)

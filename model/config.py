@@ -11,6 +11,7 @@ Only `vocab_size` may stay 0, until the tokenizer is read: `with_vocab` fills it
 pattern has may be left out where all of its keys have defaults.
 """
 
+import json
 from typing import Annotated, Any, Literal, TypeGuard, get_args
 
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
@@ -263,6 +264,7 @@ class ModelConfig(BaseModel):
             *self._position_problems(),
             *self._sharing_problems(),
             *self._table_problems(),
+            *self._bias_problems(),
             *unread_problems(self),
         ]
         for kind in self.known_kinds:
@@ -335,6 +337,11 @@ class ModelConfig(BaseModel):
             f"model.distinct_layers = {self.distinct_layers}: must divide model.num_layers = {self.num_layers}, and"
             f' model.pattern = "{self.pattern}" repeat with it; one of {nearest(fits, self.distinct_layers)} would fit'
         ]
+
+    def _bias_problems(self) -> list[str]:
+        once = list(dict.fromkeys(self.bias))
+        rule = f"has a place twice; {json.dumps(once)} would fit"
+        return [] if len(once) == len(self.bias) else [f"model.bias = {json.dumps(self.bias)}: {rule}"]
 
     def _table_problems(self) -> list[str]:
         """Return each table that the pattern lacks, and each that it does not use."""

@@ -184,6 +184,8 @@ def _expand(pattern: str) -> str:
             count, piece = counts.pop(), written.pop()
             if not piece:
                 raise ValueError(f"character {at}: the group is empty")
+            if piece.count("[") != piece.count("]"):
+                raise ValueError(f"character {at}: this ) closes a group that has a [ or ] without its other one")
         elif character in LETTERS or character in "[]":
             piece = character
         else:

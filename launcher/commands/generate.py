@@ -37,12 +37,20 @@ def generate(
     from meshwright.launcher.runfile.messages import ConfigError
     from meshwright.model.generation.sampling import Sampling
 
+    problems = []
     try:
         sampling = Sampling(temperature, top_k, top_p)
     except ValueError as error:
-        raise ConfigError("meshwright generate", str(error).split("; ")) from None
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise ConfigError("meshwright generate", [f'--device "{device}": one of auto, cpu, cuda, mps would fit'])
+        problems += str(error).split("; ")
+    try:
+        if device not in ("auto", "cpu", "cuda", "mps"):
+            problems.append(f'--device "{device}": is no device; one of auto, cpu, cuda, mps would fit')
+        else:
+            on = resolve_device(device, 0)
+    except ConfigError as error:  # titled by the key of a run file
+        problems += [f"--device {line}" for line in error.problems]
+    if problems:
+        raise ConfigError("meshwright generate", problems)
     try:
         # An argument that is no UTF-8 reaches Python as surrogates, which cannot be encoded again.
         text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt.encode().decode()
@@ -51,9 +59,9 @@ def generate(
         raise ConfigError("meshwright generate", [f"{where} is not UTF-8: {error}"]) from None
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding must not end the text
-    loaded = load_for_inference(source, resolve_device(device, 0))
-    for folder, problems in loaded.passed_over.items():
-        print(f"passed over {folder}: {'; '.join(problems)}", file=sys.stderr)
+    loaded = load_for_inference(source, on)
+    for folder, reasons in loaded.passed_over.items():
+        print(f"passed over {folder}: {'; '.join(reasons)}", file=sys.stderr)
     pieces = continue_prompt(loaded, text, max_new_tokens, sampling, seed=seed, samples=samples, tokenizer=tokenizer)
     for piece in pieces:
         sys.stdout.write(piece)

@@ -51,6 +51,9 @@ OTHER_NAMES = {
     "eval_interval": "evaluation.every", "log_interval": "log.every",
 }  # fmt: skip
 
+# Of texts that must not be empty, what would fit.
+WAYS_OUT = {"data.store": "name the folder that prepare wrote"}
+
 
 class ConfigError(ValueError):
     """What a user gave cannot be honoured; `problems` holds every reason, `str()` what the user reads."""
@@ -109,6 +112,8 @@ def of_validation(error: Mapping[str, Any]) -> str:
         return problem(key, value, "does not have the form", field.description or "" if field else "")
     if kind in ("too_long", "too_short"):
         return problem(key, value, f"must have {context.get('max_length', context.get('min_length'))} values")
+    if kind == "string_too_short":
+        return problem(key, value, "must not be empty", WAYS_OUT.get(key, "some text would fit"))
     return of_type(key, value, kind, error["msg"])
 
 

@@ -87,6 +87,12 @@ def test_a_num_heads_that_is_said_to_fit_fits() -> None:
         ),
         ({"pattern": "*- @3-1 *"}, "@3-1: 3-1 counts down"),
         ({"pattern": "*x"}, "character 2"),
+        ({"pattern": "(*[)-]"}, "character 4: this ) closes a group that has a [ or ] without its other one"),
+        ({"bias": ["q", "v", "q"]}, 'model.bias = ["q", "v", "q"]: has a place twice; ["q", "v"] would fit'),
+        (
+            {"hidden_size": 1, "num_heads": 4},
+            "model.num_heads = 4: must divide model.hidden_size = 1, or model.head_dim be given; head_dim = 2 would",
+        ),
     ],
 )
 def test_a_pattern_and_its_tables_go_together(changes: dict[str, Any], part: str) -> None:

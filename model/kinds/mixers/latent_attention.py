@@ -112,11 +112,11 @@ class LatentKind(Kind):
             found.append(
                 f"model.latent.qk_rope_head_dim = {r}: must be even, because RoPE turns pairs; {r + 1} would fit"
             )
-        if model.position != "rope" or model.rope_fraction != 1.0:
-            found.append(
-                f'model.position = "{model.position}", model.rope_fraction = {model.rope_fraction}: latent attention'
-                ' (+) has rotary features of its own, all of them turned; "rope" and 1.0 would fit'
-            )
+        rule = "latent attention (+) has rotary features of its own, all of them turned"
+        if model.position != "rope":
+            found.append(f'model.position = "{model.position}": {rule}; "rope" would fit')
+        if model.rope_fraction != 1.0:
+            found.append(f"model.rope_fraction = {model.rope_fraction}: {rule}; 1.0 would fit")
         given = [letter for letter in ATTENTION_BIAS if letter in model.bias]
         if len(given) not in (0, len(ATTENTION_BIAS)):
             whole = json.dumps([*ATTENTION_BIAS, *(["ffn"] if "ffn" in model.bias else [])])

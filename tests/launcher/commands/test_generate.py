@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from faults.real_command import Done, run
 from tiny_run import start
 
@@ -113,6 +114,10 @@ def test_options_that_cannot_be_honoured_are_told(trained: Path) -> None:
     refused = generate(trained, "--temperature", -1, "--top-p", 2, "--top-k", -3)
     refused.told(2, "3 problems", "temperature = -1.0", "top_p = 2.0", "top_k = -3")
     generate(trained, "--device", "tpu").told(2, "one of auto, cpu, cuda, mps would fit")
+    missing = "mps" if torch.cuda.is_available() else "cuda"
+    several = generate(trained, "--device", missing, "--top-k", "-1")
+    several.told(2, f'--device "{missing}": ')
+    several.told(2, "top_k = -1: ")
     generate(trained, "--device", "mps").told(2, "no Apple GPU")
     run("generate", trained, "--max-new-tokens", 10**13).told(2, "--max-new-tokens")
     run("generate", trained, "--samples", 10**11).told(2, "--samples", "1024")

@@ -108,7 +108,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     run("train", run_file, "run.device=mps", ranks=2).told(2, 'run.device = "mps": is for one process')
     hidden = {"CUDA_VISIBLE_DEVICES": ""}  # also on a machine that has GPUs
     refused = run("train", run_file, "run.device=cuda", environment=hidden)
-    refused.told(2, '"cuda": local rank 0 finds 0 GPUs; one rank for each GPU would fit')
+    refused.told(2, '"cuda": local rank 0 finds 0 GPUs; "cpu" would fit')
     assert not (tmp_path / "run").exists()
 
 

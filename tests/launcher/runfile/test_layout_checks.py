@@ -135,3 +135,17 @@ def test_a_part_without_its_table_is_told_on_any_layout(pattern: str, table: str
     model = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "pattern": pattern}
     _, found = examine({**SOUND, "model": model, "parallel": parallel}, world_size=2)
     assert any(f"a table [model.{table}]" in line for line in found)
+
+
+def test_only_the_key_that_is_wrong_is_named() -> None:
+    latent = {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+    model = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "pattern": "+-", "latent": latent}
+    _, found = examine({**SOUND, "model": {**model, "position": "alibi"}})
+    assert [line.split(":")[0] for line in found] == ['model.position = "alibi"']
+    _, found = examine({**SOUND, "model": {**model, "rope_fraction": 0.5}})
+    assert [line.split(":")[0] for line in found] == ["model.rope_fraction = 0.5"]
+
+
+def test_a_text_that_must_be_there_is_told_in_words() -> None:
+    _, found = examine({**SOUND, "data": {"store": "", "seq_len": 64}, "model": {"preset": "dense-tiny"}})
+    assert found == ['data.store = "": must not be empty; name the folder that prepare wrote']
