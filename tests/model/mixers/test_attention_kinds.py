@@ -43,7 +43,7 @@ def test_a_window_bounds_operations_and_memory() -> None:
     ("name", "changes", "says"),
     [
         ("latent", {"latent": LATENT | {"qk_rope_head_dim": 7}}, "model.latent.qk_rope_head_dim = 7: must be even"),
-        ("latent", {"position": "alibi", "rope_scaling": None}, 'model.position = "alibi", model.rope_fraction = 1.0'),
+        ("latent", {"position": "alibi", "rope_scaling": None}, 'model.position = "alibi": latent attention'),
         (
             "switch head",
             {"switch_head": {"num_experts": 2, "top_k": 3}},
