@@ -119,7 +119,8 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         ctx.loss_like = (loss.shape, loss.dtype, loss.device)
-        return x.view_as(x)
+        # A single number may be what the model returns, and FSDP2 refuses a view there.
+        return x.clone() if x.ndim == 0 else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
