@@ -45,10 +45,10 @@ SUMS = [
     ),
     Fault(
         "norms of queries and keys summed over the wrong ranks",
-        "model/mixers/attention_norms.py",
-        "return RMSNorm(size, eps, tp=tp)",
-        "return RMSNorm(size, eps)",
-        named="mixer.part.q_norm.weight",
+        "model/mixers/attention.py",
+        "lambda size, tp: norm(size, config.norm_eps, tp=tp),",
+        "lambda size, tp: norm(size, config.norm_eps),",
+        named="gradient of layers.1.mixer.part.k_norm.weight",
         axis="tp",
     ),
     Fault(
