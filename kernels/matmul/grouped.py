@@ -60,18 +60,7 @@ def grouped_linear(
     widen = dtype == torch.bfloat16 and uses_own_products(x, dtype)
     if not widen:
         x, weight = autocast_inputs(x, weight)
-    if x.shape[0] < weight.shape[0] and not (torch.is_grad_enabled() or x.is_cuda or torch.compiler.is_compiling()):
-        return _few_rows(x, weight, counts, dtype, widen)
     y: Tensor = grouped_product(x, weight, counts, dtype, widen)
-    return y
-
-
-def _few_rows(x: Tensor, weight: Tensor, counts: Tensor, dtype: torch.dtype, widen: bool) -> Tensor:
-    """Multiply with the experts that have rows, for a step of generation: most have none, and every call counts."""
-    y = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
-    for expert, rows in enumerate(_stretches(counts, x)):
-        if rows.start < rows.stop:
-            products.output(_widened(x[rows], widen), _widened(weight[expert], widen), out=y[rows])
     return y
 
 

@@ -31,6 +31,8 @@ def linear(
     dtype = result_dtype(x)
     if not uses_own_products(x, dtype):
         return F.linear(x, weight, bias)
+    if (inferred := products.inferred_output(x, weight, bias)) is not None:
+        return inferred
     return applied(_Linear, x, weight, bias, dtype)
 
 

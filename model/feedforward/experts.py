@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from meshwright.kernels.limits import Limits
 from meshwright.kernels.matmul.grouped import grouped_linear
+from meshwright.kernels.matmul.linear import linear
 from meshwright.model.feedforward.mlp import SWIGLU, Activation, Inner
 from meshwright.parallel.dropout import RowsOf, dropout_of_rows
 from meshwright.parallel.experts.exchange import AllToAll, return_rows, share_rows
@@ -115,13 +116,10 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "r h"]:
         """Apply each expert to its stretch of rows; dropout is drawn where `tokens` says which rows they are."""
         shared = share_rows(rows, counts, self.etp)
-        inwards = [(self.up, self.up_bias)]
-        if self.gate is not None:
-            inwards.insert(0, (self.gate, self.gate_bias))
         inner = self.activation(
             *(
                 _add_bias(grouped_linear(shared.rows, weight, shared.counts), bias, shared.counts)
-                for weight, bias in inwards
+                for weight, bias in self._inwards()
             )
         )
         if tokens is not None:
@@ -129,6 +127,31 @@ class Experts(nn.Module):
             inner = self._dropped(inner, places, shared.counts, tokens)
         y = return_rows(grouped_linear(inner, self.down, shared.counts), shared, self.etp)
         return _add_bias(y, self.down_bias, counts)  # after the sum over etp, so once
+
+    def takes_one_by_one(self, x: Float[Tensor, "t h"], expert: Int64[Tensor, "t k"]) -> bool:
+        """Say whether so few rows are better not sorted: in a step of generation on a CPU most experts have none."""
+        few = expert.numel() < self.num_experts and not (self.ep.is_split or self.etp.is_split)
+        return few and not (x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+    def one_by_one(
+        self, x: Float[Tensor, "t h"], expert: Int64[Tensor, "t k"], weight: Float[Tensor, "t k"]
+    ) -> Float[Tensor, "t h"]:
+        """Return each token's weighted sum of its experts, all of which are here, without dropout."""
+        rows = [
+            self._one(token, chosen)
+            for token, chosen_ones in zip(x.split(1), expert.tolist(), strict=True)
+            for chosen in chosen_ones
+        ]
+        of_token = torch.cat(rows).view(*expert.shape, -1)
+        return (of_token * weight[..., None].to(of_token.dtype)).sum(1)
+
+    def _one(self, row: Tensor, at: int) -> Tensor:
+        inner = self.activation(*(linear(row, w[at], b if b is None else b[at]) for w, b in self._inwards()))
+        return linear(inner, self.down[at], self.down_bias if self.down_bias is None else self.down_bias[at])
+
+    def _inwards(self) -> list[tuple[Tensor, Tensor | None]]:
+        gate = [] if self.gate is None else [(self.gate, self.gate_bias)]
+        return [*gate, (self.up, self.up_bias)]
 
     def _dropped(self, inner: Tensor, places: Tensor, counts: Tensor, tokens: RowTokens) -> Tensor:
         first = self.ep.rank * len(counts)

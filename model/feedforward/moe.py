@@ -185,18 +185,22 @@ class Moe(nn.Module):
         tally.add(f"{self.name}.dropped", (where.counted[..., None] & ~served).sum())
 
     def _experts_and_shared(self, x: Tensor, routing: Routing, where: Where | None) -> Tensor:
-        tokens, flat = x.flatten(0, 1), routing.flat()
-        rows, counts, sent = self.experts.exchange.send(tokens, flat.expert, flat.weight, flat.taken)
-        drawn = None
-        if self.training and where is not None and self.experts.inner.dropout:
-            drawn = self._row_tokens(flat, where)
-        y = self.experts.exchange.bring_back(self.experts(rows, counts, drawn), sent).view_as(x)
+        y = self._of_experts(x.flatten(0, 1), routing.flat(), where).view_as(x)
         if self.shared is None:
             return y
         shared: Tensor = self.shared(x, where) if where is not None else self.shared.step(x, None)
         if self.shared_gate is not None:
             shared = self.shared_gate(x).to(shared.dtype) * shared
         return y + shared
+
+    def _of_experts(self, tokens: Tensor, flat: Routing, where: Where | None) -> Tensor:
+        if flat.taken is None and where is None and self.experts.takes_one_by_one(tokens, flat.expert):
+            return self.experts.one_by_one(tokens, flat.expert, flat.weight)
+        rows, counts, sent = self.experts.exchange.send(tokens, flat.expert, flat.weight, flat.taken)
+        drawn = None
+        if self.training and where is not None and self.experts.inner.dropout:
+            drawn = self._row_tokens(flat, where)
+        return self.experts.exchange.bring_back(self.experts(rows, counts, drawn), sent)
 
     def _row_tokens(self, flat: Routing, where: Where) -> RowTokens:
         """Send with the tokens which ones they are, so that an expert draws by the token and not by its rank."""

@@ -96,3 +96,23 @@ def test_products_write_into_and_add_to_what_they_are_given(choices: Choices, ro
     total = torch.ones(9, 6)
     products.add_weight_gradient(grad, x, total)
     torch.testing.assert_close(total, 1 + grad.T @ x)
+
+
+@pytest.mark.parametrize("choices", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 7, 11), (0, 2, 7, 3), (2, 0, 7, 3), (3, 2, 16, 5)])
+def test_without_a_gradient_it_is_its_twin_too(
+    choices: Choices, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    use(choices)
+    s, b, i, o = shape
+    x, weight, bias = torch.randn(b, s, i, dtype=dtype).transpose(0, 1), leaf(o, i, dtype=dtype), leaf(o, dtype=dtype)
+    with torch.no_grad():
+        for given in (None, bias):
+            y, expected = linear(x, weight, given), reference.linear(x, weight, given)
+            assert y.dtype == expected.dtype
+            assert_near(y, expected)
+            with torch.autocast("cpu", torch.bfloat16):
+                cast = linear(x, weight, given)
+            assert cast.dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
+            assert_near(cast, expected.to(cast.dtype))
