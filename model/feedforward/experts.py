@@ -139,7 +139,7 @@ class Experts(nn.Module):
         """Return each token's weighted sum of its experts, all of which are here, without dropout."""
         rows = [
             self._one(token, chosen)
-            for token, chosen_ones in zip(x.split(1), expert.tolist(), strict=True)
+            for token, chosen_ones in zip(x[:, None].unbind(), expert.tolist(), strict=True)
             for chosen in chosen_ones
         ]
         of_token = torch.cat(rows).view(*expert.shape, -1)
