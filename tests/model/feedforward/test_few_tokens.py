@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from twins import assert_near
+from twins import BF16_STEPS
 
 from meshwright.kernels.choose import Choices, use
 from meshwright.model.feedforward.experts import Experts
@@ -30,6 +30,13 @@ def part(inner: Inner, dtype: torch.dtype = torch.float32) -> Moe:
     return made.to(dtype).eval()
 
 
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """As torch does; in bf16 both ways round between products, biases and unit, so twice what one kernel is allowed."""
+    assert found.dtype == expected.dtype
+    bf16 = {"rtol": 0.0, "atol": 2 * BF16_STEPS * expected.abs().max().item()}
+    torch.testing.assert_close(found, expected, **(bf16 if found.dtype == torch.bfloat16 else {}))
+
+
 def sorted_way(experts: Experts, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
     rows, counts, sent = experts.exchange.send(x, expert, weight)
     return experts.exchange.bring_back(experts(rows, counts), sent)
@@ -48,8 +55,7 @@ def test_one_by_one_is_the_sorted_way(
     with torch.no_grad():
         assert experts.takes_one_by_one(x, expert)
         found, expected = experts.one_by_one(x, expert, weight), sorted_way(experts, x, expert, weight)
-    assert found.dtype == expected.dtype
-    assert_near(found, expected)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("choices", [Choices(), ONEDNN])
@@ -59,8 +65,8 @@ def test_under_autocast_too(choices: Choices) -> None:
     x, weight = torch.randn(1, H), torch.rand(1, 2)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found, expected = experts.one_by_one(x, expert, weight), sorted_way(experts, x, expert, weight)
-    assert found.dtype == expected.dtype == torch.bfloat16
-    assert_near(found, expected)
+    assert found.dtype == torch.bfloat16
+    assert_close(found, expected)
 
 
 def test_a_step_of_few_tokens_sorts_nothing_and_one_of_many_does(monkeypatch: pytest.MonkeyPatch) -> None:
