@@ -12,7 +12,6 @@ token for the one that is not there. In evaluation and generation nothing of thi
 Tokens further on may lie on another rank of cp: every rank has whole samples of token ids (`Where.whole_tokens`).
 """
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -51,10 +50,8 @@ def shifted(where: Where, tokens: Int64[Tensor, "s b"], targets: Int64[Tensor, "
         is_there = is_there & (where.document_whole[ahead] == where.document_whole)
     further = torch.where(is_there, whole_tokens[ahead], whole_tokens)
     wanted = torch.where(is_there, whole_targets[ahead], NOT_COUNTED)
-    counted, mixed = wanted != NOT_COUNTED, where.position_mixed
-    # What layers found of the tokens that count is another thing here; the rest they find once more.
-    place = replace(where, counted=counted[where.position], sequence_tokens=counted.sum(0), derived={})
-    return Shifted(further[mixed], wanted[mixed], place)
+    mixed = where.position_mixed
+    return Shifted(further[mixed], wanted[mixed], where.counting(wanted != NOT_COUNTED))
 
 
 class FurtherToken(nn.Module):

@@ -48,7 +48,7 @@ def order_of(where: Where, token: Axis) -> Order:
         held = place[token.rank * s : (token.rank + 1) * s]
         return Order(by_position, whole[by_position, 0], whole[by_position, 1:].bool(), held)
 
-    return where.derive(f"order of whole sequences/{token.size}", find)
+    return where.derive(f"counted/order of whole sequences/{token.size}", find)
 
 
 def whole_sequences(x: Shaped[Tensor, "s_held b *rest"], where: Where, token: Axis) -> Shaped[Tensor, "s b *rest"]:

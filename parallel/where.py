@@ -55,7 +55,8 @@ class Where:
     limits: Limits = USUAL
     """How much of this a layer works on at a time."""
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What layers computed from the rest, such as rotary angles, so that the next layer need not."""
+    """What layers computed from the rest, such as rotary angles, so that the next layer need not; by a key that begins
+    with "counted/" where `counted` went into it."""
     decisions: dict[str, Any] | None = field(default=None, repr=False, compare=False)
     """What a layer decided in a forward pass that will be recomputed; None where none will be."""
 
@@ -78,6 +79,11 @@ class Where:
     def of_lap(self, lap: int) -> "Where":
         """Return this place for layers that are used once more."""
         return replace(self, lap=lap) if lap else self
+
+    def counting(self, counted: Bool[Tensor, "s b"]) -> "Where":
+        """Return this place where these tokens of the whole samples count in their stead."""
+        kept = {key: found for key, found in self.derived.items() if not key.startswith("counted/")}
+        return replace(self, counted=counted[self.position], sequence_tokens=counted.sum(0), derived=kept)
 
     def draw_name(self, name: str) -> str:
         """Return the name under which a layer draws random numbers: in each lap another."""

@@ -83,10 +83,14 @@ def idle_keys(model: ModelConfig) -> list[Idle]:
 
 
 def keys_read(pattern: str, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a [model] table without those that no kind of the pattern reads, nor its positions."""
+    """Return the keys of a [model] table without those that nothing reads: no kind of the pattern, nor with the others.
+
+    Keys within a table of their own stay as they are.
+    """
     read = frozenset[str]().union(*(kind.reads for kind in ALL if kind.letter in pattern))
+    read -= {key for key, hangs in READ_WITH.items() if hangs.on in keys and keys[hangs.on] not in hangs.values}
     if keys.get("position", "rope") != "rope":
-        read -= {"rope_base", "rope_fraction", "rope_scaling"}
+        read -= {"rope_scaling"}
     found = {key: value for key, value in keys.items() if key in read or key not in OF_KINDS}
     if "bias" in found:
         found["bias"] = [letter for letter in found["bias"] if f"bias.{letter}" in read]
