@@ -84,6 +84,16 @@ def test_there_is_no_target_behind_the_end_of_a_sample_or_of_its_document() -> N
     assert ahead.where.sequence_tokens.tolist() == [4]
 
 
+def test_what_was_found_of_counted_tokens_is_found_again_and_the_rest_is_not() -> None:
+    tokens = torch.arange(6)[:, None]
+    where = where_of_plain_tokens(tokens)
+    assert order_of(where, NO_TP).counted.all()
+    angles = where.derive("rope", torch.Tensor)
+    ahead = shifted(where, tokens, tokens + 1, 2).where
+    assert order_of(ahead, NO_TP).counted[:, 0].tolist() == [True] * 4 + [False] * 2
+    assert ahead.derive("rope", lambda: torch.empty(0)) is angles
+
+
 @pytest.mark.parametrize("router", ["none", "softmax", "expert_choice"])
 def test_documents_that_do_not_count_move_no_gradient(router: str) -> None:
     balancing = {"load_balancing_weight": 0.1} if router == "softmax" else {}
