@@ -13,6 +13,7 @@ from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.model.multi_token import shifted
 from meshwright.model.parts import build_model
 from meshwright.parallel.mesh import NO_TP, single_process_mesh
+from meshwright.parallel.sequence_order import order_of
 from meshwright.parallel.tally import Tally, declared_entries
 from meshwright.parallel.where import Where, place, where_of_plain_tokens
 
