@@ -5,6 +5,9 @@ Each row comes from a process of its own, so that its peak is its own: the most 
 held when mixer and input were made. `kept` is what the forward pass leaves for the backward. Rows are taken in turn,
 `--rounds` times, and their medians are printed, one JSON line for each. On a busy machine compare `cpu_ms`, with one
 thread.
+
+    --at-once 1 4 16      the form: how many chunks one product is made of (1 on a CPU, 16 on a GPU)
+    --products            the type: the scan's products by themselves in fp32 and in bf16, how long and how exact
 """
 
 import argparse
@@ -15,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunks", type=int, nargs="*", default=list(CHUNKS))
-    parser.add_argument("--row", nargs=2, metavar=("WHOSE", "CHUNK"), help="measure one row; the script calls itself")
+    parser.add_argument("--at-once", type=int, nargs="*", default=[1], help="chunks of ours in one product")
+    parser.add_argument("--products", action="store_true", help="time the products of the scan by themselves")
+    parser.add_argument(
+        "--row", nargs=3, metavar=("WHOSE", "CHUNK", "AT_ONCE"), help="one row; the script calls itself"
+    )
     return parser.parse_args()
 
 
@@ -89,11 +95,50 @@ def theirs_module(args: argparse.Namespace, chunk: int) -> Any:
     return Mamba2Mixer(config, layer_idx=0)
 
 
-def measure(args: argparse.Namespace, whose: str, chunk: int) -> dict[str, float]:
+def several_at_once(at_once: int) -> None:
+    """Let the scan of this process make its products of so many chunks at once."""
+    from meshwright.kernels.states import ssd
+
+    usual = ssd.chunked_ssd
+    ssd.chunked_ssd = lambda *given: usual(*given[:-1], at_once)  # type: ignore[assignment]
+
+
+def products(args: argparse.Namespace) -> None:
+    """Print what the products of one chunk cost in fp32 and in bf16, and how far the second is from the first."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    heads = 2 * args.hidden_size // args.head_dim
+    for chunk in args.chunks:
+        generator = torch.Generator().manual_seed(0)
+        of_group = torch.randn(2, args.batch, chunk, args.state_size, generator=generator)
+        of_heads = torch.randn(args.batch * heads, chunk, chunk, generator=generator)
+        u = torch.randn(args.batch * heads, chunk, args.head_dim, generator=generator)
+        wide = torch.randn(args.batch, args.state_size, heads * args.head_dim, generator=generator)
+        pairs = {"C B^T": (of_group[0], of_group[1].transpose(1, 2)), "M u": (of_heads, u), "C h": (of_group[0], wide)}
+        for name, (a, b) in pairs.items():
+            row: dict[str, object] = {"product": name, "chunk": chunk, "threads": args.threads}
+            for dtype in (torch.float32, torch.bfloat16):
+                x, y = a.to(dtype), b.to(dtype)
+                torch.bmm(x, y)
+                times = []
+                for _ in range(50):
+                    begin = time.perf_counter()
+                    found = torch.bmm(x, y)
+                    times.append(time.perf_counter() - begin)
+                row[f"{dtype} us".removeprefix("torch.")] = round(statistics.median(times) * 1e6, 1)
+            exact = torch.bmm(a, b)
+            row["bf16 error"] = f"{((found.float() - exact).norm() / exact.norm()).item():.1e}"
+            print(json.dumps(row))
+
+
+def measure(args: argparse.Namespace, whose: str, chunk: int, at_once: int) -> dict[str, float]:
     """Time one mixer in this process, and say how much memory it took."""
     import torch
 
     torch.set_num_threads(args.threads)
+    if whose == "ours" and at_once > 1:
+        several_at_once(at_once)
     mixer = ours(args, chunk) if whose == "ours" else theirs_module(args, chunk)
     x = torch.randn(args.batch, args.seq_len, args.hidden_size, generator=torch.Generator().manual_seed(1))
     x.requires_grad_()
@@ -128,9 +173,9 @@ def measure(args: argparse.Namespace, whose: str, chunk: int) -> dict[str, float
     }
 
 
-def in_own_process(args: argparse.Namespace, whose: str, chunk: int) -> dict[str, float]:
+def in_own_process(args: argparse.Namespace, whose: str, chunk: int, at_once: int) -> dict[str, float]:
     """Measure one row in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--row", whose, str(chunk)]
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--row", whose, str(chunk), str(at_once)]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -141,28 +186,39 @@ def main() -> None:
     """Measure every row in turn, or the one that was asked for."""
     args = options()
     if args.row:
-        print(json.dumps(measure(args, args.row[0], int(args.row[1]))))
+        whose, chunk, at_once = args.row
+        print(json.dumps(measure(args, whose, int(chunk), int(at_once))))
         return
-    rows: dict[tuple[str, int], list[dict[str, float]]] = {}
-    of: Callable[[str, int], dict[str, float]] = lambda whose, chunk: in_own_process(args, whose, chunk)  # noqa: E731
+    if args.products:
+        products(args)
+        return
+    contestants = [("transformers", 1), *(("ours", at_once) for at_once in args.at_once)]
+    rows: dict[tuple[str, int, int], list[dict[str, float]]] = {}
     for _ in range(args.rounds):
         for chunk in args.chunks:
-            for whose in ("transformers", "ours"):
-                rows.setdefault((whose, chunk), []).append(of(whose, chunk))
+            for whose, at_once in contestants:
+                found = in_own_process(args, whose, chunk, at_once)
+                rows.setdefault((whose, chunk, at_once), []).append(found)
     bound = 1e-4 if args.dtype == "fp32" else 2e-2
-    sums = [found["checksum"] for each in rows.values() for found in each]
+    sums = [one["checksum"] for each in rows.values() for one in each]
     if max(sums) - min(sums) > bound * max(sums):
         raise SystemExit(f"the mixers differ: root mean squares from {min(sums)} to {max(sums)}")
-    for (whose, chunk), found in rows.items():
-        times = sorted(each["ms"] for each in found)
-        row: dict[str, object] = {"mixer": whose, "chunk": chunk, "dtype": args.dtype, "threads": args.threads}
+    for (whose, chunk, at_once), of_row in rows.items():
+        times = sorted(each["ms"] for each in of_row)
+        row: dict[str, object] = {
+            "mixer": whose,
+            "chunk": chunk,
+            "at_once": at_once,
+            "dtype": args.dtype,
+            "threads": args.threads,
+        }
         row |= {
             "ms": round(statistics.median(times), 1),
             "ms_lowest": round(times[0], 1),
             "ms_highest": round(times[-1], 1),
         }
         row |= {
-            key: round(statistics.median(each[key] for each in found), 1) for key in ("cpu_ms", "peak_mib", "kept_mib")
+            key: round(statistics.median(each[key] for each in of_row), 1) for key in ("cpu_ms", "peak_mib", "kept_mib")
         }
         row |= {"load": round(os.getloadavg()[0], 1)}
         print(json.dumps(row))

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from meshwright.kernels.as_one import as_one
 from meshwright.kernels.attention.seen import Seen
 from meshwright.kernels.limits import USUAL
 from meshwright.kernels.precision import at_least_fp32, without_autocast
@@ -35,6 +36,9 @@ ROWS = 64
 """Queries of a tile on a CPU, at most; four times as many where the window is wide, and on a GPU 16 times."""
 SCORES = 1 << 20
 """Scores of a tile on a CPU: 4 MiB of fp32; 64 times as many on a GPU."""
+
+
+ATTENTION = "attention by tiles"
 
 
 class Span(NamedTuple):
@@ -54,6 +58,11 @@ def tiled_attention(
     q: Float[Tensor, "s b n d"], k: Float[Tensor, "c b k d"], v: Float[Tensor, "c b k e"], span: Span
 ) -> tuple[Float[Tensor, "s b n e"], Float[Tensor, "s b n"]]:
     """Return the average over the keys that are seen and the log-sum-exp of their scores, in at least fp32."""
+    out, lse = as_one(ATTENTION, lambda: _tiled(q, k, v, span))
+    return out, lse
+
+
+def _tiled(q: Tensor, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
     q_, k_, v_ = at_least_fp32(q), at_least_fp32(k), at_least_fp32(v)
     out = q_.new_zeros(*q.shape[:3], v.shape[3])
     lse = q_.new_full(q.shape[:3], -torch.inf)

@@ -26,6 +26,7 @@ from meshwright.model.kinds.small import ALIGNED, Needs, Small, small_head_dim
 from meshwright.model.kinds.table import KINDS
 from meshwright.model.kinds.unread import filled_in
 from meshwright.model.pattern import letters_of, parse_pattern, parse_placed
+from meshwright.parallel.config import RecomputeConfig
 from meshwright.parallel.mesh import Sizes
 
 STEPS = 3
@@ -75,13 +76,14 @@ def alone(run_file: RunFile) -> RunFile:
     """Return what one process runs: the same batch, cut into other micro-batches than any rank's.
 
     What goes wrong in each micro-batch would else go wrong on both sides. One process takes the whole batch at once;
-    where that is what a rank does too, sample by sample.
+    where that is what a rank does too, sample by sample. It recomputes nothing, so that what recomputing does shows.
     """
     train = run_file.train
     sizes = [train.global_batch_size, *(entry.global_batch_size for entry in train.batch_ramp)]
     at_once = 1 if min(sizes) == train.micro_batch_size else max(sizes)
     table = on_layout(run_file, Sizes())
-    return table.model_copy(update={"train": train.model_copy(update={"micro_batch_size": at_once})})
+    updates = {"train": train.model_copy(update={"micro_batch_size": at_once}), "recompute": RecomputeConfig()}
+    return table.model_copy(update=updates)
 
 
 def on_layout(run_file: RunFile, sizes: Sizes) -> RunFile:

@@ -24,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from meshwright.kernels.as_one import Results, kept_by
 from meshwright.kernels.attention.blocks import attention_by_blocks
+from meshwright.kernels.attention.tiles import ATTENTION as BY_TILES
 from meshwright.kernels.matmul.grouped import grouped_product
 from meshwright.kernels.matmul.products import onednn_product
 from meshwright.parallel.recompute.every import every_nth
@@ -45,6 +47,7 @@ SAVED_OPS: dict[str, frozenset[Any]] = {
             _aten._scaled_dot_product_cudnn_attention.default,
             _aten._flash_attention_forward.default,
             attention_by_blocks._opoverload,
+            BY_TILES,
         }
     ),
     "matmul": frozenset(
@@ -105,8 +108,8 @@ def recompute_layers(
         if not keep:
             return nullcontext(), _Entered(tally.paused)
         results: deque[Any] = deque()
-        give_back = _GiveBack(keep, store, results)
-        return _KeepResults(keep, store, results), _Entered(tally.paused, lambda: give_back)
+        first, again = _KeepResults(keep, store, results), _GiveBack(keep, store, results)
+        return _Entered(*first.contexts()), _Entered(tally.paused, *again.contexts())
 
     for layer in layers:
         # Nothing draws random numbers from a generator, so there is no generator state to restore.
@@ -149,34 +152,63 @@ class _Held:
     version: int
 
 
-class _KeepResults(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps what the named ops return, in the order of their calls."""
+class _OfOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What both passes share: the named ops, what was kept of them, and that what is one is not looked into."""
 
     def __init__(self, ops: frozenset[Any], store: Kept, results: deque[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ops, self.store, self.results = ops, store, results
+        self.ops, self.store, self.results, self.within_one = ops, store, results, False
+
+    def contexts(self) -> tuple[Callable[[], AbstractContextManager[Any]], ...]:
+        """Return what a pass runs under."""
+        return (lambda: self), (lambda: kept_by(self.one))
+
+    def one(self, name: str, compute: Callable[[], Results]) -> Results:
+        """Answer for many ops that are one (kernels/as_one.py)."""
+        results: Results = self.answer(name, partial(self._hidden, compute))
+        return results
+
+    def answer(self, op: Any, compute: Callable[[], Any]) -> Any:
+        """Return what an op returns."""
+        raise NotImplementedError
+
+    def _hidden(self, compute: Callable[[], Results]) -> Results:
+        self.within_one = True
+        try:
+            return compute()
+        finally:
+            self.within_one = False
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = op(*args, **(kwargs or {}))
+        compute = partial(op, *args, **(kwargs or {}))
+        return compute() if self.within_one else self.answer(op, compute)
+
+
+class _KeepResults(_OfOps):  # type: ignore[no-untyped-call]
+    """Keeps what the named ops return, in the order of their calls."""
+
+    def answer(self, op: Any, compute: Callable[[], Any]) -> Any:
+        result = compute()
         if op in self.ops:
             self.results.append((op, tree_map(self._keep, result)))
         return result
 
     def _keep(self, value: Any) -> Any:
-        # Detached: the caller's own tensor will hold the graph, and the graph this.
-        return _Held(self.store.pack(value.detach()), value._version) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        # Detached: the caller's own tensor will hold the graph, and the graph this. The key is left out within a mode,
+        # and with it the count of writes that both share.
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+            detached = value.detach()
+        return _Held(self.store.pack(detached), value._version)
 
 
-class _GiveBack(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _GiveBack(_OfOps):  # type: ignore[no-untyped-call]
     """Returns what was kept instead of calling the named ops again."""
 
-    def __init__(self, ops: frozenset[Any], store: Kept, results: deque[Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.ops, self.store, self.results = ops, store, results
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def answer(self, op: Any, compute: Callable[[], Any]) -> Any:
         if op not in self.ops:
-            return op(*args, **(kwargs or {}))
+            return compute()
         first, result = self.results.popleft() if self.results else (None, None)
         if op is not first:
             raise RuntimeError(f"the recomputed pass calls {op} where the first pass called {first}")
