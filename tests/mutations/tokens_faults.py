@@ -6,6 +6,16 @@ EVALUATED = {"evaluation": {"every": 5, "samples": 64}}
 
 TOKENS = [
     Fault(
+        "selective recompute gives back another result than it kept",
+        "parallel/recompute/policy.py",
+        "return self.store.unpack(value.packed)",
+        "return self.store.unpack(value.packed) * 2",
+        named="layers",
+        quantity="gradient",
+        is_alone=True,
+        tables={"recompute": {"mode": "selective"}},
+    ),
+    Fault(
         "each micro-batch's loss divided by whether it has a target",
         "launcher/training/one_step.py",
         "loss = run.model(each.tokens, each.targets, each.where, run.tally)",

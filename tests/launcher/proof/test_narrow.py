@@ -216,6 +216,12 @@ def test_one_process_cuts_the_batch_as_no_rank_does(sizes: Sizes, micro_batch: i
     assert check(alone(small), 1) == []
 
 
+def test_one_process_recomputes_nothing_that_what_recomputing_does_shows() -> None:
+    run_file = run_file_of({}, recompute={"mode": "selective"})
+    small = narrow(run_file, Sizes(tp=2), [Sizes(tp=2)]).run_file
+    assert (small.recompute.mode, alone(small).recompute.mode) == ("selective", "none")
+
+
 def test_a_ramp_stays_a_ramp() -> None:
     train = {"steps": 9, "global_batch_size": 64, "batch_ramp": [{"samples": 640, "global_batch_size": 32}]}
     small = narrow(run_file_of({}, train=train), Sizes(dp_shard=2), [Sizes(dp_shard=2)]).run_file.train
