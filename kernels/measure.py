@@ -25,7 +25,7 @@ from meshwright.kernels.matmul.linear import linear
 
 MARGIN = 1.05
 """How much faster than PyTorch's own way another must be: a library that was 1.1 times as fast at products alone, on
-one thread, made whole steps on two threads 1.04 to 1.1 times as fast (docs/measured/train_cpu.md)."""
+one thread, made whole steps on two threads 1.04 to 1.1 times as fast (docs/measured/architectures.md)."""
 TURNS = 4
 HOPELESS = 5.0
 """A way whose first turn takes so many times the fastest one's gets no other."""
