@@ -58,13 +58,18 @@ def case(mesh: Mesh, name: str, mask_documents: bool) -> dict[str, float]:
     return errors_on(mesh, MAKE[name], x_of(), documents(S), mask_documents, True)
 
 
-@pytest.mark.slow
+MANY = [
+    *((Sizes(cp=2), False, name) for name in WITH_CP),
+    *((Sizes(cp=3), True, name) for name in WITH_CP),
+    *((Sizes(tp=4), False, name) for name in WITH_CP),  # more ranks than groups and key heads
+]
+
+
 @pytest.mark.parametrize(
     ("sizes", "mask_documents", "name"),
     [
-        *((Sizes(cp=2), False, name) for name in WITH_CP),
-        *((Sizes(cp=3), True, name) for name in WITH_CP),
-        *((Sizes(tp=4), False, name) for name in WITH_CP),  # more ranks than groups and key heads
+        *((Sizes(tp=2), True, name) for name in ("mamba2", "mamba2, two groups")),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in MANY),
     ],
 )
 def test_a_mixer_on_many_ranks_is_the_whole_one(sizes: Sizes, mask_documents: bool, name: str) -> None:
