@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import Trace, assert_same, moe_config, train
+from mixer_parity import where_of
 from rank_pool import run_mesh
 from torch import Tensor, nn
 
@@ -125,6 +126,31 @@ def test_the_masks_of_split_tokens_are_bitwise_those_of_the_whole() -> None:
     assert {1.0, 3.0} == set(whole.unique().tolist())
     for position, part in run_mesh(TP, masks):
         assert torch.equal(part, whole[position])
+
+
+SHARE = 0.25
+
+
+@torch.no_grad()
+def embedded(mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
+    """Return this rank's positions and what its first layer takes in training, with dropout and without."""
+    where = where_of(torch.zeros(12, 8, dtype=torch.int64), mesh)
+    tokens = (torch.arange(12 * 8).view(12, 8) % 37)[where.position_mixed]
+    configs = moe_config(embedding_dropout=SHARE), moe_config()
+    dropping, plain = (build_model(config, mesh=mesh, dtype=torch.float64) for config in configs)
+    whole = plain.train().begin(tokens, where)
+    assert torch.equal(dropping.eval().begin(tokens, where), whole)
+    return where.position, dropping.train().begin(tokens, where), whole
+
+
+def test_a_share_of_the_embedded_features_is_dropped_in_training_the_same_in_every_layout() -> None:
+    _, dropped, whole = embedded(single_process_mesh())
+    gone = dropped == 0
+    four_errors = 4 * (SHARE * (1 - SHARE) / gone.numel()) ** 0.5
+    assert abs(gone.double().mean() - SHARE) < four_errors
+    torch.testing.assert_close(dropped[~gone], whole[~gone] / (1 - SHARE))
+    for position, part, _ in run_mesh(CP_TP, embedded):
+        assert torch.equal(part, dropped[position])
 
 
 DRAWS = {
