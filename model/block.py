@@ -56,12 +56,19 @@ class Block(nn.Module):
         `name`, the global one, is what dropout draws by.
 
         Raises:
-            ValueError: if a norm is missing that the form has, or there that it has not, or dropout is no share.
+            ValueError: if a norm is missing that the form has, there that it has not, or asks for a condition; or if
+                dropout is no share.
         """
         super().__init__()
-        given = tuple(key for key, each in (("norm", norm), ("post_norm", post_norm)) if each is not None)
-        if given != form.names:
-            raise ValueError(f"a block of {form} has the norms {list(form.names)}, not {list(given)}")
+        norms = {key: each for key, each in (("norm", norm), ("post_norm", post_norm)) if each is not None}
+        if tuple(norms) != form.names:
+            raise ValueError(f"a block of {form} has the norms {list(form.names)}, not {list(norms)}")
+        for key, each in norms.items():
+            if getattr(each, "needs_condition", False):
+                raise ValueError(
+                    f"{key} = {type(each).__name__}: must be without a condition, as a block has none to give it;"
+                    " condition_size = 0, or a call of norm and part by yourself, would fit"
+                )
         check_share("residual_dropout", residual_dropout)
         self.norm, self.part, self.post_norm = norm, part, post_norm
         self.form, self.multipliers = form, multipliers

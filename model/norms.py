@@ -116,6 +116,11 @@ class AdaptiveNorm(Norm):
         self.eps, self.centred = eps, centred
         self.condition = _ScaleAndShift(condition_size, size, tp) if condition_size else None
 
+    @property
+    def needs_condition(self) -> bool:
+        """Say whether it is to be given a condition, which a block has none of (model/block.py)."""
+        return self.condition is not None
+
     def forward(
         self, x: Float[Tensor, "*tokens h"], condition: Float[Tensor, "*some c"] | None = None
     ) -> Float[Tensor, "*tokens h"]:

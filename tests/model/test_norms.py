@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from mixer_parity import documents, errors_on, too_far
+from rank_pool import run_mesh
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
@@ -12,6 +14,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.kinds.norms import FORMS, Form, deepnorm_alpha, deepnorm_gain, norm_shapes
 from meshwright.model.norms import NORMS, AdaptiveNorm, DynamicTanh, LayerNorm, ZeroCentredRMSNorm
 from meshwright.model.parts import build_model, initialise
+from meshwright.parallel.mesh import Mesh, Sizes
 from meshwright.parallel.where import Where, where_of_plain_tokens
 
 S, B, H = 3, 2, 5
@@ -77,6 +80,47 @@ def test_a_condition_scales_and_shifts() -> None:
         norm(x)
     with pytest.raises(ValueError, match="condition_size"):
         drawn(AdaptiveNorm(H, 1e-6))(x, condition)
+
+
+def conditioned_norm(centred: bool) -> AdaptiveNorm:
+    norm = drawn(AdaptiveNorm(H, 1e-6, centred=centred, condition_size=4))
+    assert isinstance(norm, AdaptiveNorm)
+    return norm
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_condition_has_its_gradients(centred: bool) -> None:
+    norm = conditioned_norm(centred)
+    x = torch.randn(S, B, H, dtype=torch.float64, requires_grad=True)
+    condition = torch.randn(B, 4, dtype=torch.float64, requires_grad=True)
+    names = [key for key, _ in norm.named_parameters()]
+    assert names == ["condition.weight", "condition.bias"]
+
+    def run(x: Tensor, condition: Tensor, *values: Tensor) -> Any:
+        return torch.func.functional_call(norm, dict(zip(names, values, strict=True)), (x, condition))
+
+    assert torch.autograd.gradcheck(run, (x, condition, *norm.parameters()))
+
+
+class OneCondition(nn.Module):
+    """A conditioned norm as a mixer is called, with a condition of each sample."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self.norm = AdaptiveNorm(H, 1e-6, centred=True, condition_size=4, tp=mesh.tp)
+
+    def forward(self, x: Tensor, where: Where, tally: None) -> Tensor:
+        return self.norm(x, torch.linspace(-1.0, 1.0, B * 4, dtype=x.dtype).view(B, 4))
+
+
+def conditioned_errors(mesh: Mesh) -> dict[str, float]:
+    x = torch.randn(8, B, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return errors_on(mesh, OneCondition, x, documents(8), False, True)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(tp=2), Sizes(tp=2, cp=2)], ids=str)
+def test_a_condition_s_weights_are_whole_and_their_gradients_sums_of_the_ranks(sizes: Sizes) -> None:
+    assert too_far(run_mesh(sizes, conditioned_errors)) == {}
 
 
 class Doubled(nn.Module):

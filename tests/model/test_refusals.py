@@ -6,6 +6,7 @@ from math import nan
 import pytest
 
 from meshwright.model.library import (
+    AdaptiveNorm,
     Attention,
     Block,
     DeltaSizes,
@@ -79,6 +80,11 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "experts' dropout": (
         lambda: Experts(H, 8, 4, Inner(dropout=-0.5)),
         "dropout = -0.5: must be at least 0 and below 1; 0.1 would fit",
+    ),
+    "norm with a condition": (
+        lambda: Block(Mlp(H, 8), norm=AdaptiveNorm(H, 1e-6, condition_size=10)),
+        "norm = AdaptiveNorm: must be without a condition, as a block has none to give it; condition_size = 0, or"
+        " a call of norm and part by yourself, would fit",
     ),
     "branch's dropout": (
         lambda: Block(Mlp(H, 8), norm=RMSNorm(H, 1e-5), residual_dropout=1.0),
