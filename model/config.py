@@ -1,7 +1,6 @@
 """The [model] table and those of its kinds of parts: what is computed, in global sizes, whatever it runs on.
 
-Sizes that follow from others may be left out (or 0) and are filled in when the table is made, so that a reader of
-a `ModelConfig` never meets a 0:
+Sizes that follow from others may be left out (or 0) and are filled in when the table is made: nobody meets a 0 later.
 
     num_kv_heads     = num_heads
     head_dim         = hidden_size / num_heads
@@ -52,7 +51,8 @@ class ModelConfig(BaseModel):
     preset: str = ""
     """Name of a public or prepared shape, such as "llama3-8b"; keys that are written beside it win."""
     pattern: str = "*-"
-    """Layers: `*` attention, `-` MLP, `E` MoE; `2(*-)6(*E)` repeats, all repeat to num_layers; `*E @0 *-` places."""
+    """Layers: mixers `*` `L` `B` `+` `H` `M` `m` `G` `S`, feed-forwards `-` `E`, `[ ]` for some tokens only (each is in
+    docs/models.md). `2(*-)6(*E)` repeats, all repeat to num_layers; `*E @0 *-` places."""
     num_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     """Layers of the stack; a layer is a mixer (attention) with the feed-forward that follows it. 12 to 126."""
     distinct_layers: SizeOrZero = 0
@@ -72,7 +72,7 @@ class ModelConfig(BaseModel):
     vocab_size: SizeOrZero = 0
     """Rows of the embedding; 0 = the tokenizer's size, rounded up to a multiple of 64, once the store is read."""
     norm: NormName = "rmsnorm"
-    """Which norm stands around the parts; docs/library.md shows each."""
+    """Which norm stands around the parts; docs/parts.md shows each."""
     norm_placement: Placing = "pre"
     """Where: before each part, behind the sum ("post", "deepnorm"), around the part ("sandwich"), behind it ("branch");
     "pre_post" before mixers and behind feed-forwards; "hybrid_norm" on q, k and v of *, L, B, before feed-forwards."""
