@@ -11,6 +11,7 @@ as its routing, is there again in the second. The layers keep their names: their
 around them.
 """
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -168,9 +169,9 @@ class _OfOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results: Results = self.answer(name, partial(self._hidden, compute))
         return results
 
+    @abstractmethod
     def answer(self, op: Any, compute: Callable[[], Any]) -> Any:
         """Return what an op returns."""
-        raise NotImplementedError
 
     def _hidden(self, compute: Callable[[], Results]) -> Results:
         self.within_one = True
