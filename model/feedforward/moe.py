@@ -19,7 +19,7 @@ from meshwright.kernels.precision import at_least_fp32
 from meshwright.model.config import ModelConfig
 from meshwright.model.feedforward.experts import Experts, RowTokens
 from meshwright.model.feedforward.mlp import Inner, Mlp
-from meshwright.model.feedforward.routing_record import RoutingRecord
+from meshwright.model.feedforward.routing_record import RoutingRecord, empty_record
 from meshwright.model.kinds.feedforward.moe import NEVER_NORMALISED
 from meshwright.model.making import Making
 from meshwright.model.routers.balance import (
@@ -156,16 +156,14 @@ class Moe(nn.Module):
 
     def initial_state(self, batch: int, max_len: int | None = None) -> RoutingRecord:
         """Return an empty record for `batch` samples of at most `max_len` tokens (None: it grows)."""
-        shape = (max_len or 0, batch, self.router.most_choices)
-        weights = at_least_fp32(self.router.weight.new_empty(shape))
-        return RoutingRecord(weights.new_empty(shape, dtype=torch.int32), weights, max_len)
+        return empty_record(batch, max_len, (self.router.most_choices,), self.router.weight)
 
     def step(self, x: Float[Tensor, "s b h"], state: RoutingRecord) -> Float[Tensor, "s b h"]:
         """Compute the next tokens; nothing is dropped, because nobody knows yet how many there will be."""
         if state.is_replayed:
             return self._experts_and_shared(x, state.again(x), None)
         routing: Routing = self.router(x)
-        state.add(routing)
+        state.add(routing.expert, routing.weight, routing.taken)
         return self._experts_and_shared(x, routing, None)
 
     def _within_capacity(self, expert: Tensor, where: Where) -> Tensor:

@@ -6,27 +6,32 @@
     model.step(tokens, again)                               weights: no router is asked
 
 Replaying holds a policy that is trained by another engine, or a model whose routers have moved on, to the experts that
-the tokens were seen with (rollout routing replay).
+the tokens were seen with (rollout routing replay). A mixture of experts has one record; SwitchHead attention has two,
+of its values and of its output, with the choices of each head.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from meshwright.kernels.precision import at_least_fp32
 from meshwright.model.room import refuse_beyond, with_room
 from meshwright.model.routers.router import Routing
+
+_ONE_MODEL = "both must be of one model"
 
 
 @dataclass
 class RoutingRecord:
     """Where the tokens of an inference went."""
 
-    experts: Int[Tensor, "room b k"]
+    experts: Int[Tensor, "room b *heads k"]
     """-1 where a token has fewer than k."""
-    weights: Float[Tensor, "room b k"]
+    weights: Float[Tensor, "room b *heads k"]
     max_len: int | None
     """How many tokens it was made for; None: it grows with them."""
     length: int = 0
@@ -48,24 +53,34 @@ class RoutingRecord:
         taken = None if bool(there.all()) else there
         return Routing(expert.clamp(min=0).long(), weight, weight, weight, taken)
 
-    def read(self) -> tuple[Int[Tensor, "s b k"], Float[Tensor, "s b k"]]:
+    def read(self) -> tuple[Int[Tensor, "s b *heads k"], Float[Tensor, "s b *heads k"]]:
         """Return the experts of the tokens seen so far, and their weights."""
         return self.experts[: self.length], self.weights[: self.length]
 
-    def add(self, routing: Routing) -> None:
-        """Write down where the next tokens go.
+    def add(
+        self,
+        expert: Int[Tensor, "s b *heads k"],
+        weight: Float[Tensor, "s b *heads k"],
+        taken: Bool[Tensor, "s b *heads k"] | None = None,
+    ) -> None:
+        """Write down where the next tokens go; `taken` says which choices there are, None that all are.
 
         Raises:
             ValueError: if there is no room for them.
         """
-        (tokens, _, k), begin = routing.expert.shape, self.length
-        end = begin + tokens
+        k, begin, end = expert.shape[-1], self.length, self.length + len(expert)
         refuse_beyond(self.max_len, end, "the record of routing")
         self.experts, self.weights = with_room(self.experts, end), with_room(self.weights, end)
         self.experts[begin:end], self.weights[begin:end] = -1, 0
-        expert = routing.expert if routing.taken is None else routing.expert.masked_fill(~routing.taken, -1)
-        self.experts[begin:end, :, :k], self.weights[begin:end, :, :k] = expert.to(self.experts), routing.weight
+        expert = expert if taken is None else expert.masked_fill(~taken, -1)
+        self.experts[begin:end, ..., :k], self.weights[begin:end, ..., :k] = expert.to(self.experts), weight
         self.length = end
+
+
+def empty_record(batch: int, max_len: int | None, choices: tuple[int, ...], like: Tensor) -> RoutingRecord:
+    """Return a record of no tokens yet, each of which makes so many choices: k of them, or k for each head."""
+    weights = at_least_fp32(like.new_empty(max_len or 0, batch, *choices))
+    return RoutingRecord(weights.new_empty(weights.shape, dtype=torch.int32), weights, max_len)
 
 
 def records_in(state: Any) -> Iterator[RoutingRecord]:
@@ -88,7 +103,11 @@ def replay_routing(state: Any, recorded: Any) -> Any:
     """
     new, old = list(records_in(state)), list(records_in(recorded))
     if len(new) != len(old):
-        raise ValueError(f"the state has {len(new)} layers of experts, the recorded one {len(old)}")
+        raise ValueError(f"the state has {len(new)} records of routing, the recorded one {len(old)}: {_ONE_MODEL}")
+    for record, of in zip(new, old, strict=True):
+        ours, theirs = (list(each.experts.shape[2:]) for each in (record, of))
+        if ours != theirs:
+            raise ValueError(f"the state has {ours} choices of a token, the recorded one {theirs}: {_ONE_MODEL}")
     for record, of in zip(new, old, strict=True):
         record.experts, record.weights = (part.clone() for part in of.read())
         record.length, record.is_replayed = 0, True

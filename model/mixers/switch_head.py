@@ -13,7 +13,7 @@ least fp32, ties go to the lower expert, and a recompute chooses nothing again.
 
 Under tensor parallelism a rank has n/tp heads with their experts and gates; tokens are gathered before and their sums
 scattered after. Under context parallelism only the mixing communicates: values have gone through their experts by then.
-Decoding keeps keys and values as attention does, and which experts, with which gates, made each value.
+Decoding keeps keys and values as attention does, and which experts, with which gates, made each value and each output.
 """
 
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ from meshwright.kernels.matmul.gathered_rows import grouped_linear_of_gathered
 from meshwright.kernels.matmul.grouped import grouped_linear
 from meshwright.kernels.precision import at_least_fp32, without_autocast
 from meshwright.model.config import ModelConfig
+from meshwright.model.feedforward.routing_record import RoutingRecord, empty_record
 from meshwright.model.making import Making
 from meshwright.model.mixers.attention_cache import KeyValueCache
 from meshwright.model.mixers.attention_core import ONE_RANK, USUAL_LOOK, AttentionCore, Look, Spread, look_of
 from meshwright.model.positions import Rope
-from meshwright.model.room import with_room
 from meshwright.parallel.collectives import gather, scatter_sum
 from meshwright.parallel.fits import check_sizes
 from meshwright.parallel.initialise import InitPolicy, InitRule
@@ -61,11 +61,14 @@ class Chosen(NamedTuple):
 
 @dataclass
 class SwitchHeadState:
-    """Keys and values of the tokens seen so far, and which experts made the values: in the rows that these have."""
+    """Keys and values of the tokens seen so far, and which experts made values and output of each.
+
+    The records are of all tokens, also where only a window's keys and values are held: to be replayed from the first.
+    """
 
     cache: KeyValueCache
-    expert: Int64[Tensor, "room b n top_k"]
-    gate: Float[Tensor, "room b n top_k"]
+    source: RoutingRecord
+    destination: RoutingRecord
 
     @property
     def at(self) -> Tensor | None:
@@ -136,13 +139,11 @@ class SwitchHead(nn.Module):
         return scatter_sum(self._outputs(mixed, destination), self.spread.tp)
 
     def initial_state(self, batch: int, max_len: int | None = None) -> SwitchHeadState:
-        """Return an empty state for `batch` samples of at most `max_len` tokens (None: it grows), or for a window's."""
+        """Return an empty state for `batch` samples of at most `max_len` tokens (None: it grows)."""
         d, num_experts, top_k = self.sizes[1:]
         heads = self.source.shape[0] // num_experts
-        cache = self.core.empty_cache(batch, max_len, heads, (d, d), self.v)
-        shape = (len(cache.keys), batch, heads, top_k)
-        expert = torch.zeros(shape, dtype=torch.int64, device=self.v.device)
-        return SwitchHeadState(cache, expert, at_least_fp32(self.v).new_zeros(shape))
+        source, destination = (empty_record(batch, max_len, (heads, top_k), self.v) for _ in range(2))
+        return SwitchHeadState(self.core.empty_cache(batch, max_len, heads, (d, d), self.v), source, destination)
 
     def step(self, x: Float[Tensor, "s b h"], state: SwitchHeadState) -> Float[Tensor, "s b h"]:
         """Attend from the next tokens to all that the state holds, and add them to it.
@@ -150,16 +151,21 @@ class SwitchHead(nn.Module):
         Raises:
             ValueError: if it has no room for them.
         """
-        positions = state.cache.next_rows(len(x))
-        source, destination = self._chosen(x, self.source), self._chosen(x, self.destination)
+        state.cache.next_rows(len(x))  # refuses before anything is written down
+        source = self._recorded(x, self.source, state.source)
+        destination = self._recorded(x, self.destination, state.destination)
         q, k = self._queries_and_keys(x)
         mixed = self.core.step(q, k, self._values(x, source), state.cache)
-        room = len(state.cache.keys)
-        state.expert, state.gate = with_room(state.expert, room, room), with_room(state.gate, room, room)
-        last = range(max(positions.start, positions.stop - room), positions.stop)
-        rows = torch.arange(last.start, last.stop, device=x.device) % room
-        state.expert[rows], state.gate[rows] = source.expert[-len(last) :], source.gate[-len(last) :]
         return self._outputs(mixed, destination)
+
+    def _recorded(self, x: Tensor, gates: Tensor, record: RoutingRecord) -> Chosen:
+        """Return where the next tokens went if that is replayed, else where they go, and write it down."""
+        if record.is_replayed:
+            again = record.again(x)
+            return Chosen(again.expert, again.weight)
+        chosen = self._chosen(x, gates)
+        record.add(chosen.expert, chosen.gate)
+        return chosen
 
     def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         q, k = (torch.unflatten(column(x), 2, (-1, self.sizes.head_dim)) for column in (self.q, self.k))

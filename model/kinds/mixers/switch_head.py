@@ -80,8 +80,8 @@ class SwitchHeadKind(Kind):
         return 2 * model.num_heads / degrees.tp * _table(model).top_k * model.hidden_size * types.product
 
     def state_bytes(self, model: ModelConfig, tokens: int, width: int) -> float:
-        """Return the bytes of the keys and values of all tokens, and of the choices that made the values."""
-        choices = _table(model).top_k * (8 + max(4, width))
+        """Return the bytes of the keys and values of all tokens, and of the choices for values and output."""
+        choices = 2 * _table(model).top_k * (4 + max(4, width))
         return float(model.num_heads * (2 * model.head_dim * width + choices) * tokens)
 
     def problems(self, model: ModelConfig, choose: Choose) -> list[str]:

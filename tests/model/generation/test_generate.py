@@ -3,11 +3,12 @@
 import pytest
 import torch
 from engine_cases import moe_config
+from part_samples import sample
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meshwright.model.config import ModelConfig
-from meshwright.model.feedforward.routing_record import replay_routing
+from meshwright.model.feedforward.routing_record import records_in, replay_routing
 from meshwright.model.generation.generate import generate
 from meshwright.model.generation.sampling import Sampling
 from meshwright.model.parts import build_model
@@ -144,16 +145,29 @@ def test_no_tokens_are_asked_for_or_none_are_there() -> None:
         next(generate(model_of(), prompt(s=0), 3, sampling=GREEDY))
 
 
-@pytest.mark.parametrize("router", ["softmax", "expert_choice"])
-def test_recorded_routing_is_replayed_whatever_the_routers_say(router: str) -> None:
-    model = build_model(moe_config(num_layers=2, router=router), seed=5).eval()
+REPLAYED = {
+    "softmax": moe_config(num_layers=2),
+    "expert_choice": moe_config(num_layers=2, router="expert_choice"),
+    "switch_head": sample("H-"),
+    "switch_head and experts": sample("HE"),
+}
+
+
+def move_routers(model: LanguageModel) -> None:
+    """Give everything that chooses experts other weights."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".part.router." in name or name.endswith((".source", ".destination")):
+                parameter.normal_()
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_recorded_routing_is_replayed_whatever_the_routers_say(name: str) -> None:
+    model = build_model(REPLAYED[name], seed=5).eval()
     tokens = torch.randint(0, 8, (9, 2))
     recorded = model.initial_state(2, 9)
     first = torch.cat([model.step(tokens[:4], recorded), model.step(tokens[4:], recorded)])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "router" in name:
-                parameter.normal_()
+    move_routers(model)
     assert not torch.equal(model.step(tokens, model.initial_state(2, 9)), first)
     again = replay_routing(model.initial_state(2, 9), recorded)
     torch.testing.assert_close(model.step(tokens, again), first)
@@ -161,8 +175,26 @@ def test_recorded_routing_is_replayed_whatever_the_routers_say(router: str) -> N
     model.step(tokens, longer)
     with pytest.raises(ValueError, match=r"recorded routing is of \[9, 2\]"):
         model.step(tokens[:1], longer)
-    with pytest.raises(ValueError, match="2 layers of experts, the recorded one 1"):
+    with pytest.raises(ValueError, match=r"the state has \d records of routing, the recorded one \d: both must be of"):
         replay_routing(model.initial_state(2, 9), recorded.layers[0])
+
+
+def test_routing_is_replayed_in_a_layer_that_only_some_tokens_go_through() -> None:
+    model, tokens = build_model(sample("[H-]"), seed=5, dtype=torch.float64).eval(), prompt(9, 2) % 37
+    recorded = model.initial_state(2)
+    first = torch.cat([model.step(piece, recorded) for piece in tokens.split([4, 5])])
+    lengths = [record.length for record in records_in(recorded)]
+    assert 0 < sum(lengths) < 9 * len(lengths), "some tokens go through, and some do not"
+    move_routers(model)
+    assert not torch.equal(model.step(tokens, model.initial_state(2)), first)
+    again = replay_routing(model.initial_state(2), recorded)
+    torch.testing.assert_close(model.step(tokens, again), first)
+
+
+def test_routing_of_another_number_of_choices_is_not_replayed() -> None:
+    one, other = (build_model(sample("H-", switch_head={"num_experts": 3, "top_k": k})) for k in (1, 2))
+    with pytest.raises(ValueError, match=r"has \[4, 1\] choices of a token, the recorded one \[4, 2\]: both must be"):
+        replay_routing(one.initial_state(2), other.initial_state(2))
 
 
 def test_tokens_beyond_the_learned_positions_are_refused() -> None:

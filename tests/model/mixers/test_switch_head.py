@@ -1,5 +1,8 @@
 """SwitchHead against a loop over heads and experts; on meshes as on one process; by steps as all at once."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 from mixer_parity import assert_steps_are_the_whole, built, errors_on, too_far, where_of
@@ -7,6 +10,7 @@ from rank_pool import run_mesh
 from torch import Tensor
 
 from meshwright.kernels.attention.rope import apply_rope
+from meshwright.model.feedforward.routing_record import replay_routing
 from meshwright.model.mixers.attention import Look, Spread
 from meshwright.model.mixers.switch_head import SwitchHead, SwitchSizes
 from meshwright.model.positions import T5, Rope
@@ -87,15 +91,37 @@ def test_switch_head_on_a_mesh_is_that_of_one_process(sizes: Sizes, way: str) ->
 
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("cuts", [[3, 1, 12, 1, 1, 6], [S]])
-def test_steps_are_the_full_pass_and_hold_the_choices(look: str, cuts: list[int]) -> None:
+def test_steps_are_the_full_pass_and_record_its_choices(look: str, cuts: list[int]) -> None:
     part, x = built(lambda mesh: make(mesh, look)), x_of()
     state = assert_steps_are_the_whole(part, x, cuts)
-    room = LOOKS[look].window or S
-    assert state.cache.keys.shape == (room, B, N, D)
-    chosen = part._chosen(x, part.source)
-    rows = torch.arange(S - room, S)
-    assert torch.equal(state.expert[rows % room], chosen.expert[rows])
-    torch.testing.assert_close(state.gate[rows % room], chosen.gate[rows])
+    assert state.cache.keys.shape == (LOOKS[look].window or S, B, N, D)
+    one_document = torch.zeros(S, B, dtype=torch.int64)
+    where = where_of(one_document, single_process_mesh(), by_document=False).remembering()
+    part(x, where, None)
+    for what in ("source", "destination"):
+        experts, gates = getattr(state, what).read()
+        chosen = where.decisions[f"switch_head/{id(part)}/{what}"]
+        assert torch.equal(experts.long(), chosen)
+        each = (x @ getattr(part, what).T).unflatten(2, (N, E)).sigmoid()
+        torch.testing.assert_close(gates, each.gather(3, chosen))
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_state_its_copy_and_its_pickle_go_on_alike_and_are_replayed_alike(look: str) -> None:
+    part, x = built(lambda mesh: make(mesh, look)).eval(), x_of()
+    with torch.no_grad():
+        state = part.initial_state(B)
+        first = part.step(x[:9], state)
+        copies = [deepcopy(state), pickle.loads(pickle.dumps(state))]
+        whole = torch.cat([first, part.step(x[9:], state)])
+        for copied in copies:
+            assert torch.equal(part.step(x[9:], copied), whole[9:])
+        for moved in (part.source, part.destination):
+            moved.neg_()
+            assert (part.step(x, part.initial_state(B)) - whole).abs().max() > 0.1
+            for recorded in (state, *copies):
+                again = replay_routing(part.initial_state(B, S), recorded)
+                torch.testing.assert_close(torch.cat([part.step(piece, again) for piece in x.split([3, 20, 1])]), whole)
 
 
 def test_a_recomputed_pass_chooses_nothing_again() -> None:
