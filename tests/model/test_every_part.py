@@ -1,5 +1,7 @@
 """Every part in a whole model: decoding is the full pass, documents do not leak, names, shapes and gradients agree."""
 
+import copy
+import pickle
 import re
 from itertools import product
 from pathlib import Path
@@ -105,6 +107,41 @@ def test_steps_under_autocast_are_the_full_pass_under_it(name: str) -> None:
                 # Of 2^-9 of rounding in each of some 20 products and sums on the way to a logit: 3 % of the largest.
                 near = (stepped - whole).abs().amax(-1) < 0.03 * whole.abs().max()
                 assert near.float().mean() >= least, stretches
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_step_of_no_tokens_or_no_samples_gives_no_logits_and_changes_nothing(name: str) -> None:
+    model, tokens = built(one_layer(SAMPLES[name])).eval(), tokens_of()
+    state, usual = model.initial_state(B), model.initial_state(B)
+    with torch.no_grad():
+        for piece in tokens.split([7, 1, 4]):
+            before = pickle.dumps(state)
+            nothing = model.step(tokens[:0], state)
+            assert pickle.dumps(state) == before
+            logits = model.step(piece, state)
+            assert torch.equal(logits, model.step(piece, usual))
+            assert (nothing.shape, nothing.dtype) == ((0, *logits.shape[1:]), logits.dtype)
+        assert model.step(tokens[:, :0], model.initial_state(0)).shape == (S, 0, logits.shape[2])
+        for none in (tokens[:0], tokens[:, :0]):
+            with pytest.raises(ValueError, match=r"^tokens of shape \[.*\]: must be at least 1 of at least 1 sample$"):
+                model(none)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_state_is_of_as_many_samples_as_it_was_made_for(name: str) -> None:
+    model, tokens = built(one_layer(SAMPLES[name])).eval(), tokens_of()
+    with torch.no_grad():
+        for batch in (1, 3):
+            with pytest.raises(ValueError, match=rf"^batch = 2 of the tokens: must be that of the state, {batch}$"):
+                model.step(tokens, model.initial_state(batch))
+        state = model.initial_state(B)
+        model.step(tokens[:7], state)
+        with pytest.raises(ValueError, match=r"^batch = 1 of the tokens: must be that of the state, 2$"):
+            model.step(tokens[7:, :1], state)
+        assert torch.equal(model.step(tokens[7:], copy.deepcopy(state)), model.step(tokens[7:], state))
+    for sizes, line in {(-2,): "batch = -2: must be at least 0", (2, -3): "max_len = -3: must be at least 0"}.items():
+        with pytest.raises(ValueError, match=f"^{line}$"):
+            model.initial_state(*sizes)
 
 
 def documents() -> Tensor:
