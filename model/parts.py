@@ -23,8 +23,10 @@ from meshwright.model.multi_token import FurtherToken
 from meshwright.model.norms import NORMS
 from meshwright.model.pattern import LayerKinds
 from meshwright.model.positions import LearnedPositions, SinusoidalPositions
+from meshwright.model.presets import PRESETS
 from meshwright.model.stack import Ends, Extras, LanguageModel
 from meshwright.model.stage import HeldStages
+from meshwright.model.wording import closest, problem, shown
 from meshwright.parallel.initialise import InitPolicy, fill, init_rules
 from meshwright.parallel.mesh import Mesh, single_process_mesh
 from meshwright.parallel.placement import placement_table, without_padding
@@ -64,8 +66,7 @@ def build_model(
     Raises:
         ValueError: naming every reason why the config makes no model.
     """
-    problems = config.problems() + (["model.vocab_size = 0: give the size here"] if not config.vocab_size else [])
-    if problems:
+    if problems := _problems(config):
         raise ValueError("\n".join(problems))
     mesh = mesh or single_process_mesh()
     with torch.device(device):
@@ -75,6 +76,17 @@ def build_model(
     if torch.device(device).type != "meta":
         initialise(model, seed)
     return model
+
+
+def _problems(config: object) -> list[str]:
+    """Return every reason why a config, or what was given for one, makes no model."""
+    if not isinstance(config, ModelConfig):
+        name = (isinstance(config, str) and closest(config, PRESETS)) or "dense-tiny"
+        way_out = f"build_model(preset({shown(name)}, vocab_size=32768)) would fit"
+        return [problem("config", config, "must be a ModelConfig", way_out)]
+    rule = "must be the number of tokens of the tokenizer"
+    sizes = [] if config.vocab_size else [problem("model.vocab_size", 0, rule, "vocab_size=32768 would fit")]
+    return config.problems() + sizes
 
 
 def initialise(module: nn.Module, seed: int = 0) -> None:

@@ -21,7 +21,7 @@ from meshwright.model.multi_token import FurtherToken, beside, shifted
 from meshwright.model.positions import LearnedPositions
 from meshwright.model.room import refuse_beyond
 from meshwright.parallel.dropout import dropout
-from meshwright.parallel.fits import check_share
+from meshwright.parallel.fits import check_share, check_sizes
 from meshwright.parallel.tally import Tally, attach_loss
 from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows, next_token_logits, next_token_loss
 from meshwright.parallel.where import Where, where_of_plain_tokens
@@ -53,6 +53,8 @@ class DecoderState:
     """What generation keeps between steps: each layer's state, in the order in which the layers are used."""
 
     layers: list[Any]
+    batch: int
+    """Samples that it is of."""
     length: int = 0
     """Tokens seen so far."""
 
@@ -119,7 +121,12 @@ class LanguageModel(nn.Module):
         `tally` (`tally_of(model)`) collects and attaches what training needs besides: the losses of routers, of
         Mixture-of-Depths' predictors and of further tokens, and the loads that routers move by (`finish_step`). None
         leaves all of these out, silently: the gradient is then that of the returned loss alone, for comparisons.
+
+        Raises:
+            ValueError: if there are no tokens.
         """
+        if not tokens.numel():
+            raise ValueError(f"tokens of shape {list(tokens.shape)}: must be at least 1 of at least 1 sample")
         where = where or where_of_plain_tokens(tokens)
         x = self.begin(tokens, where)
         for lap in range(self.laps):
@@ -178,23 +185,31 @@ class LanguageModel(nn.Module):
         """Return every layer's state before the first token; with `max_len` room for that many tokens is made at once.
 
         Without it what grows with the tokens is doubled whenever it is full.
-        """
-        return DecoderState([layer.initial_state(batch, max_len) for layer in self._in_order()])
-
-    def step(self, tokens: Int64[Tensor, "s b"], state: DecoderState) -> Float[Tensor, "s b v"]:
-        """Return the logits of the next tokens, and bring the state forward.
 
         Raises:
-            ValueError: if there is no room for them, or no learned position.
+            ValueError: if either is below 0.
         """
+        sizes = {"batch": batch} | ({} if max_len is None else {"max_len": max_len})
+        check_sizes(sizes, may_be_none=sizes)
+        return DecoderState([layer.initial_state(batch, max_len) for layer in self._in_order()], batch)
+
+    def step(self, tokens: Int64[Tensor, "s b"], state: DecoderState) -> Float[Tensor, "s b v"]:
+        """Return the logits of the next tokens, and bring the state forward; where there are none it stays as it is.
+
+        Raises:
+            ValueError: if there is no room for them, or no learned position, or the state is of other samples.
+        """
+        if tokens.shape[1] != state.batch:
+            raise ValueError(f"batch = {tokens.shape[1]} of the tokens: must be that of the state, {state.batch}")
         end = state.length + len(tokens)
         if isinstance(self.positions, LearnedPositions):
             refuse_beyond(len(self.positions.weight), end, "the table of learned positions")
         position = torch.arange(state.length, end, device=tokens.device)
         x = self._placed(self._embedded(tokens), position)
-        for layer, of_layer in zip(self._in_order(), state.layers, strict=True):
-            x = layer.step(x, of_layer)
-        state.length = end
+        if tokens.numel():  # no part needs to know how to compute nothing
+            for layer, of_layer in zip(self._in_order(), state.layers, strict=True):
+                x = layer.step(x, of_layer)
+            state.length = end
         return self.logits(x)
 
     def _embedded(self, tokens: Tensor) -> Tensor:

@@ -27,10 +27,16 @@ from meshwright.kernels.precision import at_least_fp32, result_dtype
 def linear(
     x: Float[Tensor, "*tokens i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
 ) -> Float[Tensor, "*tokens o"]:
-    """Return x W^T + bias, in autocast's dtype where that is on, else in x's."""
+    """Return x W^T + bias, in autocast's dtype where that is on, else in x's.
+
+    Raises:
+        ValueError: if x and weight have other numbers of features; PyTorch's own way raises a RuntimeError.
+    """
     dtype = result_dtype(x)
     if not uses_own_products(x, dtype):
         return F.linear(x, weight, bias)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x {list(x.shape)} times weight {list(weight.shape)}: their last dims must be the same")
     if (inferred := products.inferred_output(x, weight, bias)) is not None:
         return inferred
     return applied(_Linear, x, weight, bias, dtype)
@@ -54,7 +60,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        y = products.output(at_least_fp32(x).flatten(0, -2), at_least_fp32(weight))
+        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        y = products.output(at_least_fp32(rows), at_least_fp32(weight))
         if bias is not None:
             y = y + bias  # not in place: selective recompute may have kept the product
         return y.to(dtype).view(*x.shape[:-1], weight.shape[0])

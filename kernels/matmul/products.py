@@ -34,10 +34,13 @@ def inferred_output(
     """Return x W^T + bias through oneDNN where no gradient is asked for; None where that is not the way.
 
     What torch.library adds around an operator takes half as long as the product of one token with a narrow matrix.
+    oneDNN reads the bias as o numbers of fp32 that lie one behind the other, whatever it is.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.dtype != torch.float32:
         return None
     if not (_by_onednn(x, current().fp32_output) and x.numel()) or torch.is_autocast_enabled("cpu"):
+        return None
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != torch.float32 or bias.stride(0) != 1):
         return None
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product

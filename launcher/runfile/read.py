@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from meshwright.launcher.runfile.cross_checks import check, check_on_any_world
 from meshwright.launcher.runfile.input_file import MOST_NESTED, input_bytes
 from meshwright.launcher.runfile.keys import field_of
-from meshwright.launcher.runfile.messages import ConfigError, closest, dotted, of_validation, problem
+from meshwright.launcher.runfile.messages import ConfigError, dotted, of_validation, problem
 from meshwright.launcher.runfile.on_disk import on_disk_problems
 from meshwright.launcher.runfile.overrides import apply_overrides, parse_toml
 from meshwright.launcher.runfile.tables import RunFile
-from meshwright.model.presets import PRESETS, with_preset
+from meshwright.model.presets import with_preset
 
 # Run files are of a few thousand bytes, and their lines have a few dots.
 MOST_BYTES = 2**18
@@ -112,10 +112,7 @@ def examine(
         try:
             tables["model"] = with_preset(model)
         except (ValueError, TypeError) as error:
-            near = closest(str(model.get("preset")), PRESETS)
-            problems.append(
-                problem("model.preset", model.get("preset"), str(error), f'did you mean "{near}"?' if near else "")
-            )
+            problems.append(problem("model.preset", model.get("preset"), str(error)))
             tables["model"] = {**model, "preset": ""}
     try:
         run_file = RunFile.model_validate(tables)

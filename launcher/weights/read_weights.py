@@ -129,6 +129,8 @@ class ExportWeights:
                     f" {len(self._file_of):,}"
                 ],
             )
+        # Shared experts of which there are none: transformers saves their products, of size 0.
+        rows = [row for row in rows if 0 not in row.shape]
         self._held: dict[str, list[tuple[Row, int]]] = {}
         for row in rows:
             for number, source in enumerate(row.sources):
@@ -198,7 +200,7 @@ class ExportWeights:
             if not is_copy and not (ignored and re.search(ignored, name)):
                 left_over.append(name)
         problems = [f"{name} {list(wanted[name])} is missing" for name in sorted(wanted.keys() - self._saved_as.keys())]
-        problems += [f"{name} has no place in the class" for name in left_over]
+        problems += [f"{name} has no place in the class" for name in self._that_hold_anything(left_over)]
         problems += self._tied_problems()
         for path in sorted(set(self._file_of.values())):
             with safe_open(path, framework="pt") as file:
@@ -212,6 +214,17 @@ class ExportWeights:
                         way_out = "the weights as they were before quantising would fit"
                         problems.append(f"{name} is of dtype {dtype}: {rule}; {way_out}")
         return problems
+
+    def _that_hold_anything(self, names: list[str]) -> list[str]:
+        """Return those that are not of size 0."""
+        of_file: dict[Path, list[str]] = {}
+        for name in names:
+            of_file.setdefault(self._file_of[name], []).append(name)
+        holding = set[str]()
+        for path, within in of_file.items():
+            with safe_open(path, framework="pt") as file:
+                holding.update(name for name in within if 0 not in file.get_slice(name).get_shape())
+        return [name for name in names if name in holding]
 
     def _tied_problems(self) -> list[str]:
         """Return why an output that is there cannot be left unread, as that of a tied model is."""

@@ -130,7 +130,7 @@ class Experts(nn.Module):
 
     def takes_one_by_one(self, x: Float[Tensor, "t h"], expert: Int64[Tensor, "t k"]) -> bool:
         """Say whether so few rows are better not sorted: in a step of generation on a CPU most experts have none."""
-        few = expert.numel() < self.num_experts and not (self.ep.is_split or self.etp.is_split)
+        few = 0 < expert.numel() < self.num_experts and not (self.ep.is_split or self.etp.is_split)
         return few and not (x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def one_by_one(

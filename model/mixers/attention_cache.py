@@ -68,7 +68,9 @@ class KeyValueCache:
         keys = torch.cat([self.keys[rows].to(q.dtype), k])
         values = torch.cat([self.values[rows].to(q.dtype), v])
         kept = torch.arange(max(begin, end - room), end, device=q.device)
-        self.keys[kept % room], self.values[kept % room] = k[kept - begin], v[kept - begin]
+        # Rows by index are not cast to what holds them, as a stretch of rows is: autocast makes them narrower.
+        self.keys[kept % room] = k[kept - begin].to(self.keys)
+        self.values[kept % room] = v[kept - begin].to(self.values)
         return cached_attention(q, keys, values, seen, past.start)
 
 

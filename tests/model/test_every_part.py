@@ -1,5 +1,7 @@
 """Every part in a whole model: decoding is the full pass, documents do not leak, names, shapes and gradients agree."""
 
+import copy
+import pickle
 import re
 from itertools import product
 from pathlib import Path
@@ -33,9 +35,9 @@ NAMES = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow)
 COMPETING = ("depth", "router expert_choice", "router sinkhorn", "router switch", "router with capacity")
 
 
-def built(config: ModelConfig) -> LanguageModel:
+def built(config: ModelConfig, dtype: torch.dtype = F64) -> LanguageModel:
     """Return the model with weights so large that every path matters, and no norm or bias at 1 or 0."""
-    model = build_model(config, dtype=F64, seed=3)
+    model = build_model(config, dtype=dtype, seed=3)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,6 +90,58 @@ def test_decoding_is_the_full_pass(name: str, monkeypatch: pytest.MonkeyPatch) -
             at_once, grown = (torch.cat([model.step(piece, state) for piece in tokens.split(cuts)]) for state in states)
             torch.testing.assert_close(at_once, whole, msg=lambda text, by=stretches: f"{by}: {text}")
             assert torch.equal(grown, at_once), f"{stretches}: room that grows changes numbers"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_under_autocast_are_the_full_pass_under_it(name: str) -> None:
+    config = one_layer(SAMPLES[name])
+    model, tokens = built(config, torch.float32).eval(), tokens_of()
+    # Of two scores that are nearly the same, rounding may choose the one in a step and the other in the full pass.
+    least = 0.75 if any(letter in config.pattern for letter in "EH[") else 1.0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = model(tokens)
+        for stretches, cuts in STRETCHES.items():
+            for state in (model.initial_state(B, S), model.initial_state(B)):
+                stepped = torch.cat([model.step(piece, state) for piece in tokens.split(cuts)])
+                assert stepped.dtype == whole.dtype == torch.bfloat16
+                # Of 2^-9 of rounding in each of some 20 products and sums on the way to a logit: 3 % of the largest.
+                near = (stepped - whole).abs().amax(-1) < 0.03 * whole.abs().max()
+                assert near.float().mean() >= least, stretches
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_step_of_no_tokens_or_no_samples_gives_no_logits_and_changes_nothing(name: str) -> None:
+    model, tokens = built(one_layer(SAMPLES[name])).eval(), tokens_of()
+    state, usual = model.initial_state(B), model.initial_state(B)
+    with torch.no_grad():
+        for piece in tokens.split([7, 1, 4]):
+            before = pickle.dumps(state)
+            nothing = model.step(tokens[:0], state)
+            assert pickle.dumps(state) == before
+            logits = model.step(piece, state)
+            assert torch.equal(logits, model.step(piece, usual))
+            assert (nothing.shape, nothing.dtype) == ((0, *logits.shape[1:]), logits.dtype)
+        assert model.step(tokens[:, :0], model.initial_state(0)).shape == (S, 0, logits.shape[2])
+        for none in (tokens[:0], tokens[:, :0]):
+            with pytest.raises(ValueError, match=r"^tokens of shape \[.*\]: must be at least 1 of at least 1 sample$"):
+                model(none)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_state_is_of_as_many_samples_as_it_was_made_for(name: str) -> None:
+    model, tokens = built(one_layer(SAMPLES[name])).eval(), tokens_of()
+    with torch.no_grad():
+        for batch in (1, 3):
+            with pytest.raises(ValueError, match=rf"^batch = 2 of the tokens: must be that of the state, {batch}$"):
+                model.step(tokens, model.initial_state(batch))
+        state = model.initial_state(B)
+        model.step(tokens[:7], state)
+        with pytest.raises(ValueError, match=r"^batch = 1 of the tokens: must be that of the state, 2$"):
+            model.step(tokens[7:, :1], state)
+        assert torch.equal(model.step(tokens[7:], copy.deepcopy(state)), model.step(tokens[7:], state))
+    for sizes, line in {(-2,): "batch = -2: must be at least 0", (2, -3): "max_len = -3: must be at least 0"}.items():
+        with pytest.raises(ValueError, match=f"^{line}$"):
+            model.initial_state(*sizes)
 
 
 def documents() -> Tensor:

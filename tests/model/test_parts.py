@@ -1,5 +1,6 @@
 """From a config to a model: names and shapes of every parameter, types, and what is refused."""
 
+import jaxtyping
 import pytest
 import torch
 
@@ -120,7 +121,20 @@ def test_a_config_that_makes_no_model_is_refused_with_every_reason() -> None:
     text = str(error.value)
     assert "model.num_kv_heads = 3" in text
     assert "[model.moe]" in text
-    assert "model.vocab_size = 0: give the size here" in text
+    line = "model.vocab_size = 0: must be the number of tokens of the tokenizer; vocab_size=32768 would fit"
+    assert line in text.splitlines()
+
+
+@pytest.mark.parametrize(("given", "name"), [("moe-tiny", "moe-tiny"), ("mo-tinny", "moe-tiny"), ("", "dense-tiny")])
+def test_a_name_is_no_config_and_the_line_says_what_makes_one(
+    given: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which outside of tests checks nothing
+    with pytest.raises(ValueError, match="must be a ModelConfig") as error:
+        build_model(given)  # type: ignore[arg-type]
+    way_out = f'build_model(preset("{name}", vocab_size=32768))'
+    assert str(error.value) == f'config = "{given}": must be a ModelConfig; {way_out} would fit'
+    assert build_model(preset(name, vocab_size=32768), device="meta").embedding is not None
 
 
 def test_every_block_draws_its_dropout_by_a_name_of_its_own() -> None:

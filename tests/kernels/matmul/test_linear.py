@@ -1,5 +1,8 @@
 """linear gives x W^T + bias, whichever library multiplies, in the dtype that autocast would give."""
 
+import re
+
+import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,3 +119,48 @@ def test_without_a_gradient_it_is_its_twin_too(
                 cast = linear(x, weight, given)
             assert cast.dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
             assert_near(cast, expected.to(cast.dtype))
+
+
+BIASES = {
+    "of every second number": lambda: torch.randn(10)[::2],
+    "one number, expanded": lambda: torch.randn(1).expand(5),
+    "one number": lambda: torch.randn(1),
+    "bf16": lambda: torch.randn(5, dtype=torch.bfloat16),
+    "fp64": lambda: torch.randn(5, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+@pytest.mark.parametrize("choices", [ONEDNN, WIDENED_ONEDNN])
+def test_a_bias_of_any_layout_and_type_is_added(name: str, choices: Choices, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # one number stands for five
+    use(choices)
+    x, weight, bias = torch.randn(3, 2, 4), torch.randn(5, 4), BIASES[name]()
+    for is_asked_for in (True, False):
+        with torch.set_grad_enabled(is_asked_for):
+            y = linear(x, weight, bias)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, (x @ weight.T + bias).float())
+
+
+@pytest.mark.parametrize("choices", ALL)
+@pytest.mark.parametrize("wants_gradient", [True, False])
+@pytest.mark.parametrize("shape", [(3, 6), (2, 3, 3), (3,)])
+def test_other_numbers_of_features_are_told_by_both_shapes(
+    choices: Choices, wants_gradient: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which outside of tests checks nothing
+    use(choices)
+    ours = rf"^x {re.escape(str(list(shape)))} times weight \[5, 4\]: their last dims must be the same$"
+    by_torch = r"^mat1 and mat2 shapes cannot be multiplied \(\d+x\d and 4x5\)$"
+    with torch.set_grad_enabled(wants_gradient), pytest.raises((ValueError, RuntimeError), match=f"{ours}|{by_torch}"):
+        linear(torch.randn(shape), torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("choices", ALL)
+def test_a_single_row_may_come_without_a_dim_of_its_own(choices: Choices) -> None:
+    use(choices)
+    assert_like_twin(linear, reference.linear, [leaf(4), leaf(5, 4), leaf(5)])
+    with torch.no_grad():
+        x, weight = torch.randn(4), torch.randn(5, 4)
+        torch.testing.assert_close(linear(x, weight), weight @ x)

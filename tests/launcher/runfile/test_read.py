@@ -163,6 +163,12 @@ def test_a_wrong_value_is_told_with_its_rule(sound: Path, override: str, line: s
     assert found[0].startswith(line)
 
 
+def test_a_mistyped_preset_is_told_once_with_the_nearest(sound: Path) -> None:
+    (line,) = problems(sound, "model.preset=dens-tiny")
+    assert line.endswith("; did you mean dense-tiny?")
+    assert line.count("did you mean") == 1
+
+
 def test_a_missing_key_is_told_with_its_meaning_and_the_rest_is_checked(tmp_path: Path) -> None:
     text = SOUND.replace("steps = 100\n", "").replace('[run]\nname = "x"', "")
     found = problems(write(tmp_path, text), "parallel.ep=2", "model.num_kv_heads=3")

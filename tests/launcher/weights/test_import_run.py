@@ -15,11 +15,12 @@ from tiny_exports import CONFIGS, ModelWeights, tiny_model, write_tiny_export, w
 
 from meshwright.data.store import TokenStore
 from meshwright.launcher.__main__ import main
+from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.weights import import_run
 from meshwright.launcher.weights.read_weights import ExportWeights, open_weights
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 # The bias of its router is no parameter, and must come along all the same.
 NAME = "deepseek_v3 without latents of queries, with biases"
@@ -239,3 +240,29 @@ def test_weights_that_are_not_finite_write_no_run_file(
     assert meshwright("import", folder) == 2
     assert "  model.norm.weight holds NaN or infinity: must be finite; " in capsys.readouterr().err
     assert not (folder.parent / "my-model.toml").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # torch, of their model
+def test_shared_experts_of_which_there_are_none_are_passed_over(
+    meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = transformers.DeepseekV3Config(
+        hidden_size=16, intermediate_size=20, moe_intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=70, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+        n_shared_experts=0, kv_lora_rank=8, q_lora_rank=6, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=5,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "theirs")
+    tensors = load_file(tmp_path / "theirs" / "model.safetensors")
+    empty = [name for name, tensor in tensors.items() if not tensor.numel()]
+    assert [name.split(".")[-3] for name in empty] == ["shared_experts"] * 3
+    assert meshwright("import", tmp_path / "theirs", "--store", "store") == 0
+    assert "computes what transformers does: logits within" in capsys.readouterr().out
+    assert not [name for name in ExportWeights(tmp_path / "theirs").shapes() if "shared" in name]
+    without = {name: tensor for name, tensor in tensors.items() if name not in empty}
+    save_file(without, tmp_path / "theirs" / "model.safetensors")
+    ExportWeights(tmp_path / "theirs")
+    save_file(tensors | {empty[0]: torch.ones(1, 16)}, tmp_path / "theirs" / "model.safetensors")
+    with pytest.raises(ConfigError) as refused:
+        ExportWeights(tmp_path / "theirs")
+    assert list(refused.value.problems) == [f"{empty[0]} has no place in the class"]

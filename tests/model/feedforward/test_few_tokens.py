@@ -91,3 +91,11 @@ def test_experts_that_lie_on_many_ranks_are_sorted() -> None:
         assert part(Inner()).experts.takes_one_by_one(x, expert)
         for axes in ({"ep": Axis("ep", 2)}, {"etp": Axis("etp", 2)}):
             assert not Experts(H, F, E, **axes).takes_one_by_one(x, expert)
+
+
+def test_a_step_of_no_tokens_gives_none() -> None:
+    made = part(Inner())
+    state, none = made.initial_state(1), torch.randn(0, 1, H)
+    with torch.no_grad():
+        assert made.step(none, state).shape == none.shape
+    assert state.length == 0
