@@ -38,7 +38,7 @@ def inferred_output(
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.dtype != torch.float32:
         return None
-    if not (_by_onednn(x, current().fp32_output) and x.numel()) or torch.is_autocast_enabled("cpu"):
+    if not _by_onednn(x, current().fp32_output) or torch.is_autocast_enabled("cpu"):
         return None
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != torch.float32 or bias.stride(0) != 1):
         return None
@@ -85,8 +85,8 @@ def add_weight_gradient(grad: Float[Tensor, "t o"], x: Float[Tensor, "t i"], tot
 
 
 def _by_onednn(x: Tensor, library: str) -> bool:
-    # oneDNN is not asked for a product without rows: an expert may have none.
-    return library == "onednn" and x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[0] > 0
+    # oneDNN is not asked for a product of nothing: an expert may have no rows.
+    return library == "onednn" and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
 
 
 def _weight_gradient_by_onednn(grad: Tensor, x: Tensor) -> Tensor:
