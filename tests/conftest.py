@@ -7,6 +7,7 @@ bash tests/run.sh -m slow --share 2    half of them; the next commit draws anoth
 """
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,16 @@ _ALWAYS = ("::test_sampled_", "::test_a_run_file_computes_")
 """Always drawn: tests that take a slice of their own (`commit_slice.py`), and what is promised of runs/*.toml; of the
 files in runs/parts/ a share is drawn."""
 LONGEST_FILE = "tests/slurm/test_pretrain_moe.py"  # the main job, four times
+
+
+@pytest.fixture(autouse=True)
+def _own_ways() -> Iterator[None]:
+    """Let every test begin with PyTorch's own kernels, whatever the one before it chose."""
+    from meshwright.kernels.choose import Choices, use
+
+    use(Choices())
+    yield
+    use(Choices())
 
 
 def pytest_addoption(parser: Any) -> None:

@@ -6,8 +6,8 @@
 Ranks are forked, so a case may be any picklable function of a test module. They meet in a temporary file: no
 port can be taken. A gloo error is fatal to its ranks, so after any failure the pool is made anew.
 
-Every case runs under NCCL's rules (tests/strict_group.py): each rank holds its own calls to them, and the ranks' calls
-are compared here, after the case and while it hangs.
+Every case begins with PyTorch's own kernels, under NCCL's rules (tests/strict_group.py): each rank holds its own
+calls to them, and the ranks' calls are compared here, after the case and while it hangs.
 """
 
 import atexit
@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from strict_order import disagreements, read_lines
 
+from meshwright.kernels.choose import Choices, use
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, build_mesh
 
 TIMEOUT = timedelta(seconds=60)
@@ -164,6 +165,7 @@ def _serve(rank: int, size: int, log: Path, pipe: Connection) -> None:
         number += 1
         try:
             strict_group.begin_case()
+            use(Choices())
             result: tuple[bool, Any] = (True, case(*args))
             strict_group.end_case()
         except BaseException:  # CheckpointException and KeyboardInterrupt are no Exceptions

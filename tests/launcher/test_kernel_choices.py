@@ -144,7 +144,4 @@ def test_experts_without_the_grouped_operator_are_told() -> None:
 
 def test_experts_whose_kernels_were_chosen_have_the_choices_own_line() -> None:
     use(Choices(fp32_output="onednn"))
-    try:
-        assert grouped_lines(model_of(50), 1, CPU, torch.float32) == []
-    finally:
-        use(Choices())
+    assert grouped_lines(model_of(50), 1, CPU, torch.float32) == []

@@ -1,7 +1,6 @@
 """Recomputing a layer: the same gradients, nothing counted twice, the routing kept, and the named results kept."""
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import engine_cases
@@ -30,12 +29,6 @@ OURS = Choices(
 )
 CONFIG = engine_cases.moe_config(hidden_size=16, expert_hidden_size=8, bias=("q", "ffn"))
 MODES: list[tuple[str, ...] | None] = [None, (), ("attention",), ("matmul",), ("attention", "matmul")]
-
-
-@pytest.fixture(autouse=True)
-def _own_kernels() -> Iterator[None]:
-    yield
-    use(Choices())
 
 
 def model_and_tally(save: tuple[str, ...] | None, dtype: torch.dtype = torch.float32) -> tuple[LanguageModel, Tally]:
