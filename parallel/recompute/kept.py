@@ -1,6 +1,7 @@
 """What autograd keeps of the layers for the backward pass, and where: on the device, on the host, or nowhere.
 
-    kept as it is      weights, small tensors, everything unless one of the next two is asked for
+    kept as it is      weights, small tensors, what was written to in place, everything unless one of the next two is
+                       asked for
     on the host        a copy of its storage (parallel/recompute/host_copies.py)
     nowhere            the result of a module that is cheap to run again from its input, such as a norm:
 
@@ -14,7 +15,7 @@ recomputed module autograd keeps nothing; its input is kept here.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,43 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from meshwright.parallel.recompute.host_copies import HostCopies, HostCopy
 
-Packed = Any
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A tensor that is kept as it is, and how many writes in place it had seen."""
+
+    tensor: Tensor
+    writes: int
+
+    @property
+    def is_unwritten(self) -> bool:
+        """Say whether nobody has written to it since."""
+        return self.tensor._version == self.writes
+
+    def get(self) -> Tensor:
+        """Return the tensor.
+
+        Raises:
+            RuntimeError: if it was written to, which autograd itself does not look at where it has hooks.
+        """
+        if not self.is_unwritten:
+            raise RuntimeError(
+                f"a tensor of shape {list(self.tensor.shape)} that was kept for the backward pass was written to in "
+                "place: write to a copy"
+            )
+        return self.tensor
+
+
+def without_graph(tensor: Tensor) -> Tensor:
+    """Return the tensor without its grad_fn, which would hold what holds it; both share one count of writes."""
+    # Within a dispatch mode the key that shares the count is left out.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
+def as_it_is(tensor: Tensor) -> Whole:
+    """Keep a tensor and how often it was written to."""
+    return Whole(tensor if tensor.is_leaf else without_graph(tensor), tensor._version)
 
 
 @dataclass(eq=False)
@@ -30,14 +67,17 @@ class Remade:
     """A result that is not kept: how to make it again, and the result while the backward pass uses it."""
 
     make: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
+    result_writes: int
+    """Writes in place that the result had seen when it was made: after another it cannot be made again."""
+    inputs: tuple[Whole, ...]
     autocast: Callable[[], AbstractContextManager[Any]]
-    packed: tuple[Packed, ...] | None = None
+    packed: "tuple[Packed, ...] | None" = None
     uses: int = 0
     again: Tensor | None = None
 
 
-class View(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class View:
     """A tensor as a place in a storage that is not kept on the device."""
 
     source: HostCopy | Remade
@@ -45,6 +85,9 @@ class View(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+
+
+Packed = Whole | View
 
 
 @dataclass
@@ -75,7 +118,7 @@ class Kept:
         """Return `make(*inputs)`, which will not be kept but made again in the backward pass."""
         y = make(*inputs)
         if self._is_active:
-            remade = Remade(make, inputs, same_autocast(y.device.type))
+            remade = Remade(make, y._version, tuple(map(as_it_is, inputs)), same_autocast(y.device.type))
             storage = y.untyped_storage()
             self._remade[storage._cdata] = (StorageWeakRef(storage), remade)  # type: ignore[no-untyped-call]
         return y
@@ -86,15 +129,13 @@ class Kept:
             self.host.copy_of(tensor) if self.host is not None and self.host.takes(tensor) else None
         )
         if source is None:
-            # A result that held its own grad_fn here would never be freed.
-            return tensor if tensor.is_leaf else tensor.detach()
+            return as_it_is(tensor)
         return View(source, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(self, packed: Packed) -> Tensor:
         """Return the tensor again, the same bits in the same layout."""
-        if not isinstance(packed, View):
-            kept: Tensor = packed
-            return kept
+        if isinstance(packed, Whole):
+            return packed.get()
         source = packed.source
         if isinstance(source, HostCopy):
             assert self.host is not None
@@ -110,8 +151,12 @@ class Kept:
         original, remade = self._remade.get(tensor.untyped_storage()._cdata, (None, None))
         if remade is None or original is None or original.expired():  # type: ignore[no-untyped-call]
             return None
+        if tensor._version != remade.result_writes:
+            return None
         if remade.packed is None:
-            remade.packed, remade.inputs = tuple(self.pack(x) for x in remade.inputs), ()
+            if not all(x.is_unwritten for x in remade.inputs):
+                return None
+            remade.packed, remade.inputs = tuple(self.pack(x.tensor) for x in remade.inputs), ()
         remade.uses += 1
         return remade
 

@@ -12,7 +12,6 @@ around them.
 """
 
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from meshwright.kernels.matmul.grouped import grouped_product
 from meshwright.kernels.matmul.products import onednn_product
 from meshwright.parallel.recompute.every import every_nth
 from meshwright.parallel.recompute.host_copies import HostCopies
-from meshwright.parallel.recompute.kept import Kept
+from meshwright.parallel.recompute.kept import Kept, View, Whole, without_graph
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 
@@ -108,7 +107,7 @@ def recompute_layers(
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         if not keep:
             return nullcontext(), _Entered(tally.paused)
-        results: deque[Any] = deque()
+        results: list[tuple[Any, Any]] = []
         first, again = _KeepResults(keep, store, results), _GiveBack(keep, store, results)
         return _Entered(*first.contexts()), _Entered(tally.paused, *again.contexts())
 
@@ -145,24 +144,20 @@ def _remembering(forward: Callable[..., Any], *args: Any) -> Any:
     return forward(*(arg.remembering() if isinstance(arg, Where) else arg for arg in args))
 
 
-@dataclass
-class _Held:
-    """A tensor that an op returned."""
-
-    packed: Any
-    version: int
-
-
 class _OfOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What both passes share: the named ops, what was kept of them, and that what is one is not looked into."""
 
-    def __init__(self, ops: frozenset[Any], store: Kept, results: deque[Any]) -> None:
+    def __init__(self, ops: frozenset[Any], store: Kept, results: list[tuple[Any, Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops, self.store, self.results, self.within_one = ops, store, results, False
 
     def contexts(self) -> tuple[Callable[[], AbstractContextManager[Any]], ...]:
         """Return what a pass runs under."""
-        return (lambda: self), (lambda: kept_by(self.one))
+        return self.begin, (lambda: kept_by(self.one))
+
+    def begin(self) -> AbstractContextManager[Any]:
+        """Begin a pass."""
+        return self
 
     def one(self, name: str, compute: Callable[[], Results]) -> Results:
         """Answer for many ops that are one (kernels/as_one.py)."""
@@ -195,32 +190,27 @@ class _KeepResults(_OfOps):  # type: ignore[no-untyped-call]
         return result
 
     def _keep(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        # Detached: the caller's own tensor will hold the graph, and the graph this. The key is left out within a mode,
-        # and with it the count of writes that both share.
-        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-            detached = value.detach()
-        return _Held(self.store.pack(detached), value._version)
+        return self.store.pack(without_graph(value)) if isinstance(value, Tensor) else value
 
 
 class _GiveBack(_OfOps):  # type: ignore[no-untyped-call]
-    """Returns what was kept instead of calling the named ops again."""
+    """Returns what was kept instead of calling the named ops again, in each backward pass of a graph that is kept."""
+
+    def begin(self) -> AbstractContextManager[Any]:
+        """Begin with the first of the results."""
+        self.rest = iter(self.results)
+        return self
 
     def answer(self, op: Any, compute: Callable[[], Any]) -> Any:
         if op not in self.ops:
             return compute()
-        first, result = self.results.popleft() if self.results else (None, None)
+        first, result = next(self.rest, (None, None))
         if op is not first:
             raise RuntimeError(f"the recomputed pass calls {op} where the first pass called {first}")
         return tree_map(self._take, result)
 
     def _take(self, value: Any) -> Any:
-        if not isinstance(value, _Held):
-            return value
-        if isinstance(value.packed, Tensor) and value.packed._version != value.version:
-            raise RuntimeError("a result that selective recompute kept was written to in place")
-        return self.store.unpack(value.packed)
+        return self.store.unpack(value) if isinstance(value, (Whole, View)) else value
 
 
 class _Entered(AbstractContextManager[None]):

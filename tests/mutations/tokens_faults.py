@@ -8,8 +8,8 @@ TOKENS = [
     Fault(
         "selective recompute gives back another result than it kept",
         "parallel/recompute/policy.py",
-        "return self.store.unpack(value.packed)",
-        "return self.store.unpack(value.packed) * 2",
+        "return self.store.unpack(value) if",
+        "return self.store.unpack(value) * 2 if",
         named="layers",
         quantity="gradient",
         is_alone=True,

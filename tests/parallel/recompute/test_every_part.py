@@ -85,5 +85,5 @@ def test_a_kept_result_that_is_written_to_is_told() -> None:
     layer = Overwrites()
     recompute_layers([layer], Tally({}), ("matmul",))
     y = layer(torch.randn(3, 3, requires_grad=True))
-    with pytest.raises(RuntimeError, match="selective recompute kept was written to in place"):
+    with pytest.raises(RuntimeError, match="kept for the backward pass was written to in place"):
         y.sum().backward()
