@@ -215,7 +215,6 @@ class MixtureOfDepths(Layer):
                 document_whole=document[:, i : i + 1],
                 sequence_tokens=counted[:, i : i + 1].sum(0),
                 whole_tokens=None,  # of all samples, and of no use within a layer
-                derived={},
                 decisions=None if where.decisions is None else decisions[i],
             )
             for i in range(b)

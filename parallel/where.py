@@ -12,6 +12,7 @@ Letters: s positions of a sample, b samples of the micro-batch.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -54,11 +55,17 @@ class Where:
     differ."""
     limits: Limits = USUAL
     """How much of this a layer works on at a time."""
-    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What layers computed from the rest, such as rotary angles, so that the next layer need not; by a key that begins
-    with "counted/" where `counted` went into it."""
     decisions: dict[str, Any] | None = field(default=None, repr=False, compare=False)
     """What a layer decided in a forward pass that will be recomputed; None where none will be."""
+
+    @cached_property
+    def derived(self) -> dict[str, Any]:
+        """Return what layers computed from the rest, such as rotary angles, so that the next layer need not.
+
+        By a key that begins with "counted/" where `counted` went into it. No field: a place that is made of another
+        (`dataclasses.replace`) begins with none of it.
+        """
+        return {}
 
     def derive(self, key: str, compute: Callable[[], T]) -> T:
         """Return what `compute` makes of this place, computing it once for all layers."""
@@ -78,12 +85,12 @@ class Where:
 
     def of_lap(self, lap: int) -> "Where":
         """Return this place for layers that are used once more."""
-        return replace(self, lap=lap) if lap else self
+        return self._with_derived(replace(self, lap=lap), self.derived) if lap else self
 
     def counting(self, counted: Bool[Tensor, "s b"]) -> "Where":
         """Return this place where these tokens of the whole samples count in their stead."""
         kept = {key: found for key, found in self.derived.items() if not key.startswith("counted/")}
-        return replace(self, counted=counted[self.position], sequence_tokens=counted.sum(0), derived=kept)
+        return self._with_derived(replace(self, counted=counted[self.position], sequence_tokens=counted.sum(0)), kept)
 
     def draw_name(self, name: str) -> str:
         """Return the name under which a layer draws random numbers: in each lap another."""
@@ -91,7 +98,12 @@ class Where:
 
     def remembering(self) -> "Where":
         """Return this place for one call of a layer that will be called with it again."""
-        return replace(self, decisions={})
+        return self._with_derived(replace(self, decisions={}), self.derived)
+
+    @staticmethod
+    def _with_derived(where: "Where", derived: dict[str, Any]) -> "Where":
+        vars(where)["derived"] = derived
+        return where
 
 
 def place(

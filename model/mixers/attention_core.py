@@ -134,7 +134,8 @@ class AttentionCore(nn.Module):
         if not isinstance(rope, Rope):
             return q, k
         width = q.shape[3]
-        angles = where.derive(f"rope/{width}/{rope}", lambda: rope.angles(where.position_mixed, width, q.dtype))
+        key = f"rope/{width}/{q.dtype}/{rope}"
+        angles = where.derive(key, lambda: rope.angles(where.position_mixed, width, q.dtype))
         return apply_rope(q, *angles), apply_rope(k, *angles)
 
     def forward(

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -239,7 +240,7 @@ def test_the_gradients_of_every_parameter_are_finite_differences(name: str) -> N
     names, values = zip(*model.named_parameters(), strict=True)
 
     def loss(*parameters: Tensor) -> Tensor:
-        at = Where(**{**vars(place_of), "document_whole": document, "mask_documents": True, "derived": {}})
+        at = replace(place_of, document_whole=document, mask_documents=True)
         return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (tokens, targets, at))
 
     # Fast mode compares the products of the two Jacobians with random vectors: one pass instead of one per element.

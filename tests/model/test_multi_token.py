@@ -1,5 +1,7 @@
 """Predicting further tokens: by hand, on every layout, and what it costs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engine_cases import dense_config, moe_config
@@ -77,7 +79,7 @@ def test_there_is_no_target_behind_the_end_of_a_sample_or_of_its_document() -> N
     assert ahead.targets[:, 0].tolist() == [3, 4, 5, 6, NOT_COUNTED, NOT_COUNTED]
     assert ahead.tokens[:4, 0].tolist() == [2, 3, 4, 5]
     document = torch.tensor([0, 0, 0, 1, 1, 1])[:, None]
-    apart = Where(**(vars(where) | {"document_whole": document, "mask_documents": True}))
+    apart = replace(where, document_whole=document, mask_documents=True)
     ahead = shifted(apart, tokens, tokens + 1, 1)
     assert ahead.targets[:, 0].tolist() == [2, 3, NOT_COUNTED, 5, 6, NOT_COUNTED]
     assert ahead.tokens[:, 0].tolist() == [1, 2, 2, 4, 5, 5]

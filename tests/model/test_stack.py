@@ -1,5 +1,7 @@
 """The whole model: losses, gradients by finite differences, a document alone, and its two ends."""
 
+from dataclasses import replace
+
 import engine_cases
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits_over_the_tokens_of_the_step
     assert logits.shape == (S, B, V)
     summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
     plain = where_of_plain_tokens(tokens)
-    of_step = Where(**{**vars(plain), "step_tokens": 100.0, "derived": {}})
+    of_step = replace(plain, step_tokens=100.0)
     torch.testing.assert_close(model(tokens, targets), summed / (S * B))
     torch.testing.assert_close(model(tokens, targets, of_step), summed / 100)
 
@@ -58,8 +60,8 @@ def test_a_masked_document_is_computed_as_if_it_stood_alone() -> None:
     model, tokens = built(CONFIGS["dense"]), tokens_of()
     document = (torch.arange(S) >= 4).long()[:, None].expand(S, B)
     plain = where_of_plain_tokens(tokens)
-    masked = Where(**{**vars(plain), "document_whole": document, "mask_documents": True, "derived": {}})
-    unmasked = Where(**{**vars(plain), "document_whole": document, "derived": {}})
+    masked = replace(plain, document_whole=document, mask_documents=True)
+    unmasked = replace(plain, document_whole=document)
     with torch.no_grad():
         together, alone, whole = model(tokens, None, masked), model(tokens[4:]), model(tokens)
         torch.testing.assert_close(together[4:], alone)
@@ -96,7 +98,7 @@ def test_a_sample_of_padding_gives_an_exact_zero_that_goes_backward() -> None:
     tally = Tally(declared_entries(model))
     tokens = tokens_of()
     plain = where_of_plain_tokens(tokens)
-    where = Where(**{**vars(plain), "counted": torch.zeros(S, B, dtype=torch.bool), "step_tokens": 50.0, "derived": {}})
+    where = replace(plain, counted=torch.zeros(S, B, dtype=torch.bool), step_tokens=50.0)
     loss = model(tokens, torch.full((S, B), -100), where, tally)
     loss.backward()
     assert loss.item() == 0

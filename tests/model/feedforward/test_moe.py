@@ -1,5 +1,7 @@
 """A mixture of experts against a loop over tokens; its losses, its counts, and what it remembers of a step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,15 +43,7 @@ def where(length: int = S, step_tokens: float = float(S * B)) -> Where:
     plain = where_of_plain_tokens(torch.zeros(S, B, dtype=torch.int64))
     counted = plain.counted.clone()
     counted[length:, 1] = False
-    return Where(
-        **{
-            **vars(plain),
-            "counted": counted,
-            "sequence_tokens": counted.sum(0),
-            "step_tokens": step_tokens,
-            "derived": {},
-        }
-    )
+    return replace(plain, counted=counted, sequence_tokens=counted.sum(0), step_tokens=step_tokens)
 
 
 def one_expert(part: Moe, e: int, x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Attention against a loop over queries and keys, and against transformers' Llama attention."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -41,10 +43,10 @@ def x_of(s: int = S) -> Tensor:
 
 def where(start: int = 0, document: Tensor | None = None) -> Where:
     plain = where_of_plain_tokens(torch.zeros(S, B, dtype=torch.int64))
-    changes = {"position_mixed": plain.position_mixed + start, "derived": {}}
+    changes: dict[str, Any] = {"position_mixed": plain.position_mixed + start}
     if document is not None:
         changes |= {"document_whole": document, "mask_documents": True}
-    return Where(**{**vars(plain), **changes})
+    return replace(plain, **changes)
 
 
 def turned(vector: Tensor, position: int) -> Tensor:
@@ -171,9 +173,10 @@ def test_heads_that_do_not_share_evenly_are_refused() -> None:
 def test_layers_of_one_micro_batch_share_their_angles() -> None:
     place, part = where(), attention()
     part(x_of(), place, None)
-    angles = place.derived[f"rope/{D}/{Rope(BASE)}"]
+    key = f"rope/{D}/torch.float64/{Rope(BASE)}"
+    angles = place.derived[key]
     part(x_of(), place, None)
-    assert place.derived[f"rope/{D}/{Rope(BASE)}"] is angles
+    assert place.derived[key] is angles
     other = Attention(H, Heads(N, K, D), look=Look(Rope(7.0))).double()
     other(x_of(), place, None)
     assert len([key for key in place.derived if key.startswith("rope/")]) == 2

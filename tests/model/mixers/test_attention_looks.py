@@ -1,5 +1,7 @@
 """Attention by every look, norm and gate: on meshes as on one process, by steps as all at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from mixer_parity import assert_documents_do_not_leak, assert_steps_are_the_whole, built, errors_on, too_far, where_of
@@ -116,7 +118,7 @@ def test_the_mean_over_dropped_weights_is_the_undropped() -> None:
     where = where_of(document, single_process_mesh(), by_document=False)
     wanted = part.eval()(x, where, None)
     part.train()
-    steps = [type(where)(**{**vars(where), "step": step}) for step in range(100)]
+    steps = [replace(where, step=step) for step in range(100)]
     mean = torch.stack([part(x, step, None) for step in steps]).mean(0)
     spread = wanted.abs().max() * (0.3 / 0.7 / 100) ** 0.5
     assert (mean - wanted).abs().max() < 6 * spread

@@ -1,6 +1,7 @@
 """Routing: each router against its formula in a loop, ties to the lower index, weights, and scores in at least fp32."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -342,7 +343,7 @@ def test_noise_is_drawn_by_the_token_and_its_scale_is_learned() -> None:
     noise = (noisy - clean) / math.log(2)  # the scale begins at softplus(0)
     assert abs(noise.mean()) < 0.15
     assert abs(noise.std() - 1) < 0.1
-    part = Where(**{**vars(where), "position": where.position[3:5], "counted": where.counted[3:5], "derived": {}})
+    part = replace(where, position=where.position[3:5], counted=where.counted[3:5])
     torch.testing.assert_close(made(x[3:5], part).scores, noisy[3:5])
     with torch.no_grad():
         made.noise_weight.normal_(generator=torch.Generator().manual_seed(0))
