@@ -33,6 +33,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.kinds.depth import depth_of
 from meshwright.model.making import Making
 from meshwright.model.routers.capacity import capacity_of, first_tokens
+from meshwright.model.routing_record import RoutingRecord, empty_record
 from meshwright.parallel.context.order import zigzag_part
 from meshwright.parallel.initialise import InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
@@ -97,10 +98,11 @@ class TokenScore(nn.Module):
 
 @dataclass
 class DepthState:
-    """What decoding carries: how many tokens there were, and the layer's state of each sample's chosen ones."""
+    """What decoding carries: the layer's state of each sample's chosen tokens, and which those were."""
 
     of_sample: list[Any]
-    length: int = 0
+    routing: RoutingRecord
+    """Of all tokens; one choice each, 0 or none, and its score."""
 
 
 class MixtureOfDepths(Layer):
@@ -155,20 +157,31 @@ class MixtureOfDepths(Layer):
 
     def initial_state(self, batch: int, max_len: int | None = None) -> DepthState:  # type: ignore[override]
         """Return the layer's state before the first token, for each sample by itself."""
-        return DepthState([super(MixtureOfDepths, self).initial_state(1, max_len) for _ in range(batch)])
+        of_sample = [super(MixtureOfDepths, self).initial_state(1, max_len) for _ in range(batch)]
+        return DepthState(of_sample, empty_record(batch, max_len, (1,), self.router.weight))
 
     def step(self, x: Float[Tensor, "s b h"], state: DepthState) -> Float[Tensor, "s b h"]:  # type: ignore[override]
         """Let those of the next tokens through that the predictor takes for chosen."""
-        score, goes = self.router(x), self.predictor(x) > 0
+        begin = state.routing.length
+        score, goes = self._decided(x, state.routing)
         added = torch.zeros_like(x)
         for i, of_sample in enumerate(state.of_sample):
             at = goes[:, i].nonzero()[:, 0]
             if len(at):
-                _stand_at(of_sample, at + state.length)
+                _stand_at(of_sample, at + begin)
                 some = x[at, i : i + 1]
                 added[at, i : i + 1] = super().step(some, of_sample) - some
-        state.length += len(x)
         return x + self._gate(score, added) * added
+
+    def _decided(self, x: Tensor, routing: RoutingRecord) -> tuple[Float[Tensor, "s b"], Bool[Tensor, "s b"]]:
+        """Return the scores of the next tokens and which go through: as recorded, or decided now and recorded."""
+        if routing.is_replayed:
+            again = routing.again(x)
+            goes = torch.ones_like(again.expert, dtype=torch.bool) if again.taken is None else again.taken
+            return again.weight[..., 0], goes[..., 0]
+        score, goes = self.router(x), self.predictor(x) > 0
+        routing.add(torch.zeros_like(goes[..., None], dtype=torch.int32), score[..., None], goes[..., None])
+        return score, goes
 
     def _gate(self, score: Tensor, like: Tensor) -> Tensor:
         gate = score if self.depth.gate == "score" else score.sigmoid()

@@ -10,7 +10,6 @@ from meshwright.model.depth import Depth, MixtureOfDepths
 from meshwright.model.feedforward.experts import Experts
 from meshwright.model.feedforward.mlp import Inner, Mlp
 from meshwright.model.feedforward.moe import Moe, RouterLosses, SharedGate
-from meshwright.model.feedforward.routing_record import replay_routing
 from meshwright.model.generation.generate import generate
 from meshwright.model.generation.sampling import Sampling
 from meshwright.model.kinds.feedforward.moe import MoeConfig
@@ -31,6 +30,7 @@ from meshwright.model.positions import T5, Alibi, LearnedPositions, Rope, RopeSc
 from meshwright.model.presets import PRESETS, preset
 from meshwright.model.routers.router import Ways
 from meshwright.model.routers.table import make_router
+from meshwright.model.routing_record import replay_routing
 from meshwright.model.stack import Ends, Extras, LanguageModel
 from meshwright.parallel.initialise import InitPolicy
 from meshwright.parallel.tally import Tally, finish_step, tally_of

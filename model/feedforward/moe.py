@@ -19,7 +19,6 @@ from meshwright.kernels.precision import at_least_fp32
 from meshwright.model.config import ModelConfig
 from meshwright.model.feedforward.experts import Experts, RowTokens
 from meshwright.model.feedforward.mlp import Inner, Mlp
-from meshwright.model.feedforward.routing_record import RoutingRecord, empty_record
 from meshwright.model.kinds.feedforward.moe import NEVER_NORMALISED
 from meshwright.model.making import Making
 from meshwright.model.routers.balance import (
@@ -32,6 +31,7 @@ from meshwright.model.routers.capacity import taken_choices
 from meshwright.model.routers.expert_choice import ExpertChoiceRouter
 from meshwright.model.routers.router import Router, Routing, Ways
 from meshwright.model.routers.table import make_router
+from meshwright.model.routing_record import RoutingRecord, empty_record
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.counter_rng import stream_key
 from meshwright.parallel.experts.deep_ep import DeepEpExchange

@@ -27,11 +27,11 @@ from meshwright.kernels.matmul.gathered_rows import grouped_linear_of_gathered
 from meshwright.kernels.matmul.grouped import grouped_linear
 from meshwright.kernels.precision import at_least_fp32, without_autocast
 from meshwright.model.config import ModelConfig
-from meshwright.model.feedforward.routing_record import RoutingRecord, empty_record
 from meshwright.model.making import Making
 from meshwright.model.mixers.attention_cache import KeyValueCache
 from meshwright.model.mixers.attention_core import ONE_RANK, USUAL_LOOK, AttentionCore, Look, Spread, look_of
 from meshwright.model.positions import Rope
+from meshwright.model.routing_record import RoutingRecord, empty_record
 from meshwright.parallel.collectives import gather, scatter_sum
 from meshwright.parallel.fits import check_sizes
 from meshwright.parallel.initialise import InitPolicy, InitRule

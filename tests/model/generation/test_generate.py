@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meshwright.model.config import ModelConfig
-from meshwright.model.feedforward.routing_record import records_in, replay_routing
 from meshwright.model.generation.generate import generate
 from meshwright.model.generation.sampling import Sampling
 from meshwright.model.parts import build_model
+from meshwright.model.routing_record import replay_routing
 from meshwright.model.stack import LanguageModel
 
 GREEDY, FREE = Sampling(temperature=0.0), Sampling(temperature=1.0)
@@ -157,7 +157,7 @@ def move_routers(model: LanguageModel) -> None:
     """Give everything that chooses experts other weights."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".part.router." in name or name.endswith((".source", ".destination")):
+            if ".router." in name or ".predictor." in name or name.endswith((".source", ".destination")):
                 parameter.normal_()
 
 
@@ -179,16 +179,19 @@ def test_recorded_routing_is_replayed_whatever_the_routers_say(name: str) -> Non
         replay_routing(model.initial_state(2, 9), recorded.layers[0])
 
 
-def test_routing_is_replayed_in_a_layer_that_only_some_tokens_go_through() -> None:
-    model, tokens = build_model(sample("[H-]"), seed=5, dtype=torch.float64).eval(), prompt(9, 2) % 37
+@pytest.mark.parametrize("pattern", ["[H-]", "[*E]", "[M-]"])
+def test_which_tokens_go_through_a_layer_is_replayed_with_the_routing_within(pattern: str) -> None:
+    model, tokens = build_model(sample(pattern), seed=5, dtype=torch.float64).eval(), prompt(9, 2) % 37
     recorded = model.initial_state(2)
     first = torch.cat([model.step(piece, recorded) for piece in tokens.split([4, 5])])
-    lengths = [record.length for record in records_in(recorded)]
-    assert 0 < sum(lengths) < 9 * len(lengths), "some tokens go through, and some do not"
+    through = [state.routing.read()[0] >= 0 for state in recorded.layers]
+    assert all(len(each) == 9 for each in through)
+    assert 0 < sum(int(each.sum()) for each in through) < 9 * 2 * len(through), "some go through, and some do not"
     move_routers(model)
     assert not torch.equal(model.step(tokens, model.initial_state(2)), first)
     again = replay_routing(model.initial_state(2), recorded)
-    torch.testing.assert_close(model.step(tokens, again), first)
+    found = torch.cat([model.step(piece, again) for piece in tokens.split([2, 7])])
+    torch.testing.assert_close(found, first)
 
 
 def test_routing_of_another_number_of_choices_is_not_replayed() -> None:

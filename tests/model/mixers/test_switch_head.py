@@ -10,10 +10,10 @@ from rank_pool import run_mesh
 from torch import Tensor
 
 from meshwright.kernels.attention.rope import apply_rope
-from meshwright.model.feedforward.routing_record import replay_routing
 from meshwright.model.mixers.attention import Look, Spread
 from meshwright.model.mixers.switch_head import SwitchHead, SwitchSizes
 from meshwright.model.positions import T5, Rope
+from meshwright.model.routing_record import replay_routing
 from meshwright.parallel.initialise import InitPolicy
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
 

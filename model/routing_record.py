@@ -7,7 +7,8 @@
 
 Replaying holds a policy that is trained by another engine, or a model whose routers have moved on, to the experts that
 the tokens were seen with (rollout routing replay). A mixture of experts has one record; SwitchHead attention has two,
-of its values and of its output, with the choices of each head.
+of its values and of its output, with the choices of each head; a Mixture-of-Depths layer has one of the tokens that it
+let through, beside those of its parts.
 """
 
 from collections.abc import Iterator
