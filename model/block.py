@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meshwright.model.kinds.norms import PRE, Form
+from meshwright.model.norms import refuse_conditioned
 from meshwright.parallel.dropout import dropout
 from meshwright.parallel.fits import check_share
 from meshwright.parallel.tally import Tally
@@ -63,12 +64,7 @@ class Block(nn.Module):
         norms = {key: each for key, each in (("norm", norm), ("post_norm", post_norm)) if each is not None}
         if tuple(norms) != form.names:
             raise ValueError(f"a block of {form} has the norms {list(form.names)}, not {list(norms)}")
-        for key, each in norms.items():
-            if getattr(each, "needs_condition", False):
-                raise ValueError(
-                    f"{key} = {type(each).__name__}: must be without a condition, as a block has none to give it;"
-                    " condition_size = 0, or a call of norm and part by yourself, would fit"
-                )
+        refuse_conditioned(norms, "a block")
         check_share("residual_dropout", residual_dropout)
         self.norm, self.part, self.post_norm = norm, part, post_norm
         self.form, self.multipliers = form, multipliers

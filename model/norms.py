@@ -4,7 +4,7 @@ Each normalises the last dim, token by token, so that only their weights know of
 sequence parallelism with a gradient that is the sum of the ranks'.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -84,6 +84,23 @@ class LayerNorm(Norm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
+def refuse_conditioned(norms: Mapping[str, object], user: str) -> None:
+    """Refuse norms that ask for a condition where there is none to give.
+
+    Raises:
+        ValueError: naming each of them.
+    """
+    asking = {key: type(norm).__name__ for key, norm in norms.items() if getattr(norm, "needs_condition", False)}
+    if asking:
+        raise ValueError(
+            "\n".join(
+                f"{key} = {name}: must be without a condition, as {user} has none to give it; condition_size = 0, or a"
+                " call of the norm by yourself, would fit"
+                for key, name in asking.items()
+            )
+        )
+
+
 class DynamicTanh(Norm):
     """tanh(alpha x) * weight + bias: no statistics at all (Zhu et al. 2025, equation 2)."""
 
@@ -118,7 +135,7 @@ class AdaptiveNorm(Norm):
 
     @property
     def needs_condition(self) -> bool:
-        """Say whether it is to be given a condition, which a block has none of (model/block.py)."""
+        """Say whether it is to be given a condition, which a block and a model have none of."""
         return self.condition is not None
 
     def forward(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from meshwright.model.block import Layer
 from meshwright.model.multi_token import FurtherToken, beside, shifted
+from meshwright.model.norms import refuse_conditioned
 from meshwright.model.positions import LearnedPositions
 from meshwright.model.room import refuse_beyond
 from meshwright.parallel.dropout import dropout
@@ -79,13 +80,15 @@ class LanguageModel(nn.Module):
         stage have no embedding (but for the copy of a tied one), those without the last no final norm and no output.
 
         Raises:
-            ValueError: naming each part that sees later tokens: the loss would be of tokens that the model was shown.
+            ValueError: naming each part that sees later tokens (the loss would be of tokens that the model was shown),
+                or each norm that asks for a condition.
         """
         super().__init__()
         further = {f"multi_token.{depth}": each for depth, each in enumerate(extras.further)}
         stack: dict[str, nn.Module] = {f"layers.{number}": layer for number, layer in layers.items()}
         if problems := [line for name, layer in (stack | further).items() for line in _not_causal(name, layer)]:
             raise ValueError("\n".join(problems))
+        refuse_conditioned({"embedding_norm": extras.embedding_norm, "final_norm": final_norm}, "a LanguageModel")
         check_share("embedding_dropout", ends.embedding_dropout)
         self.embedding, self.positions, self.embedding_norm = embedding, extras.positions, extras.embedding_norm
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})

@@ -12,6 +12,7 @@ from meshwright.model.library import (
     DeltaSizes,
     Ends,
     Experts,
+    Extras,
     GatedDelta,
     HeadNorms,
     Heads,
@@ -84,7 +85,20 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "norm with a condition": (
         lambda: Block(Mlp(H, 8), norm=AdaptiveNorm(H, 1e-6, condition_size=10)),
         "norm = AdaptiveNorm: must be without a condition, as a block has none to give it; condition_size = 0, or"
-        " a call of norm and part by yourself, would fit",
+        " a call of the norm by yourself, would fit",
+    ),
+    "norms of a model with a condition": (
+        lambda: LanguageModel(
+            {},
+            embedding=None,
+            output=None,
+            final_norm=AdaptiveNorm(H, 1e-6, condition_size=10),
+            extras=Extras(embedding_norm=AdaptiveNorm(H, 1e-6, condition_size=3)),
+        ),
+        "embedding_norm = AdaptiveNorm: must be without a condition, as a LanguageModel has none to give it;"
+        " condition_size = 0, or a call of the norm by yourself, would fit\n"
+        "final_norm = AdaptiveNorm: must be without a condition, as a LanguageModel has none to give it;"
+        " condition_size = 0, or a call of the norm by yourself, would fit",
     ),
     "branch's dropout": (
         lambda: Block(Mlp(H, 8), norm=RMSNorm(H, 1e-5), residual_dropout=1.0),
