@@ -62,12 +62,13 @@ def next_conv(
     y = (at_least_fp32(window) * at_least_fp32(weight).t()[:, None]).sum(0, keepdim=True)
     if bias is not None:
         y += bias
-    return F.silu(y, inplace=True).to(x.dtype), window[1:]
+    return F.silu(y, inplace=True).to(x.dtype), window[1:].clone()
 
 
 def tail(x: Float[Tensor, "s b c"], halo: Float[Tensor, "h b c"]) -> Float[Tensor, "h b c"]:
-    """Return the halo of the tokens that follow x, whose own halo is given."""
-    return torch.cat([halo.to(x.dtype), x])[x.shape[0] :]
+    """Return the halo of the tokens that follow x, whose own halo is given; it holds nothing of the tokens before."""
+    s = x.shape[0]
+    return torch.cat([halo[s:].to(x.dtype), x[max(0, s - halo.shape[0]) :]])
 
 
 def _seen(begins: Tensor, before: int) -> Tensor:

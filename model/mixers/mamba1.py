@@ -137,7 +137,8 @@ class Mamba1(nn.Module):
         """Mix the next tokens with all before them, and bring the state up to date."""
         z, x = column_products(x, (self.z, self.x), self.tp)
         x, state.tail = self.conv_x.step(x, state.tail)
-        y, state.state = self._recurrence(self._inputs(x), None, state.state)
+        y, last = self._recurrence(self._inputs(x), None, state.state)
+        state.state = last.clone()  # else it would hold those before each chunk, which it is one of
         return self._out(y, z)
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -196,7 +196,9 @@ def tensors_of(state: Any) -> list[Tensor]:
 
 
 def bytes_of(state: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
+    """Return the bytes that a state holds, also where it shows only a part of them."""
+    held = {storage.data_ptr(): storage.nbytes() for storage in (each.untyped_storage() for each in tensors_of(state))}
+    return sum(held.values())
 
 
 GROWS = {"attention", "block_sparse_attention", "latent_attention", "switch_head", "moe"}
