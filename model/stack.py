@@ -196,8 +196,13 @@ class LanguageModel(nn.Module):
         check_sizes(sizes, may_be_none=sizes)
         return DecoderState([layer.initial_state(batch, max_len) for layer in self._in_order()], batch)
 
-    def step(self, tokens: Int64[Tensor, "s b"], state: DecoderState) -> Float[Tensor, "s b v"]:
+    def step(
+        self, tokens: Int64[Tensor, "s b"], state: DecoderState, *, only_last: bool = False
+    ) -> Float[Tensor, "s_given b v"]:
         """Return the logits of the next tokens, and bring the state forward; where there are none it stays as it is.
+
+        `only_last`: of the last of them alone ([1, b, v]), as generation goes on behind a prompt from that one. The
+        logits of a prompt of 32K tokens over 128K words are 17 GB.
 
         Raises:
             ValueError: if there is no room for them, or no learned position, or the state is of other samples.
@@ -213,7 +218,7 @@ class LanguageModel(nn.Module):
             for layer, of_layer in zip(self._in_order(), state.layers, strict=True):
                 x = layer.step(x, of_layer)
             state.length = end
-        return self.logits(x)
+        return self.logits(x[-1:] if only_last else x)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         assert self.embedding is not None, "the first stage has an embedding"

@@ -46,7 +46,7 @@ def generate(
     for count in range(max_new_tokens):
         # Closed before each yield: whoever takes the tokens goes on in this thread, perhaps to train.
         with torch.no_grad():
-            logits = model.step(tokens, state)[-1]
+            logits = model.step(tokens, state, only_last=True)[-1]
         uniform = no_draw if sampling.is_greedy else uniforms_at(seed, count, batch)
         chosen = next_tokens(logits, sampling, uniform)
         if end_token is not None:

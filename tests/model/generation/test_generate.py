@@ -145,6 +145,17 @@ def test_no_tokens_are_asked_for_or_none_are_there() -> None:
         next(generate(model_of(), prompt(s=0), 3, sampling=GREEDY))
 
 
+def test_of_a_prompt_the_logits_of_its_last_position_alone_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = model_of(), []
+    usual = model.logits
+    monkeypatch.setattr(model, "logits", lambda x: made.append(len(x)) or usual(x))
+    assert len(tokens_of(model, prompt(9), 3)) == 3
+    assert made == [1, 1, 1]
+    whole, last = (model.step(prompt(9), model.initial_state(3), only_last=only) for only in (False, True))
+    torch.testing.assert_close(last, whole[-1:])
+    assert model.step(prompt(0), model.initial_state(3), only_last=True).shape == (0, *whole.shape[1:])
+
+
 REPLAYED = {
     "softmax": moe_config(num_layers=2),
     "expert_choice": moe_config(num_layers=2, router="expert_choice"),
