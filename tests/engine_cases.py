@@ -162,9 +162,14 @@ def train(
 
 
 def batch_of(step: int) -> tuple[Tensor, Tensor]:
-    """Return the step's tokens and targets; every sample has another number of counted ones, 3, 6 and 7 have none."""
+    """Return the step's tokens and targets; every sample has another number of counted ones, 3, 6 and 7 have none.
+
+    In every second sample all documents begin with one word: where documents are apart these are equal in every layer,
+    and so are their rankings to whoever chooses among tokens.
+    """
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(0, VOCAB, (SEQ, BATCH), generator=generator)
+    tokens[:, ::2] = tokens[:, ::2].masked_fill(_begins(step)[:, ::2], 0)
     targets = torch.randint(0, VOCAB, (SEQ, BATCH), generator=generator)
     for sample in range(BATCH):
         targets[SEQ - sample * 2 :, sample] = -100
@@ -174,9 +179,12 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
 
 def documents_of(step: int) -> Tensor:
     """Return each token's document; samples have another number of them each, from one up to one for each token."""
+    return _begins(step).long().cumsum(0)
+
+
+def _begins(step: int) -> Tensor:
     generator = torch.Generator().manual_seed(200 + step)
-    begins = torch.rand(SEQ, BATCH, generator=generator) < torch.linspace(0, 1, BATCH)
-    return begins.long().cumsum(0)
+    return torch.rand(SEQ, BATCH, generator=generator) < torch.linspace(0, 1, BATCH)
 
 
 def forward_backward(run: Run, step: int, micro_batch: int) -> Tensor:

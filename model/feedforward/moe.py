@@ -32,6 +32,7 @@ from meshwright.model.routers.expert_choice import ExpertChoiceRouter
 from meshwright.model.routers.router import Router, Routing, Ways
 from meshwright.model.routers.table import make_router
 from meshwright.model.routing_record import RoutingRecord, empty_record
+from meshwright.model.wide_buffers import WideBuffers
 from meshwright.parallel.collectives import all_reduce
 from meshwright.parallel.counter_rng import stream_key
 from meshwright.parallel.experts.deep_ep import DeepEpExchange
@@ -86,7 +87,7 @@ class SharedGate(nn.Module):
             return (at_least_fp32(x) @ at_least_fp32(self.weight).T).sigmoid()
 
 
-class Moe(nn.Module):
+class Moe(WideBuffers):
     """Routed experts, and optionally one that every token goes to."""
 
     previous_share: Tensor

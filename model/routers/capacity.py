@@ -26,6 +26,10 @@ from meshwright.parallel.collectives import gather
 from meshwright.parallel.mesh import Axis
 from meshwright.parallel.where import Where
 
+LEVELS = 4096
+"""As rounding moves a ranking in fp32 by a millionth of their range, equal ones fall on two levels once in hundreds."""
+_ROUNDING = 64
+
 
 def capacity_of(tokens: Int[Tensor, " b"], factor: float, top_k: int, num_experts: int) -> Int64[Tensor, " b"]:
     """Return how many choices each expert takes of sequences with so many counted tokens; exact in whole numbers."""
@@ -85,9 +89,27 @@ def _first_come(
 def first_tokens(
     ranking: Float[Tensor, "s b *e"], counted: Bool[Tensor, "s b"], number: Int64[Tensor, " b"]
 ) -> Bool[Tensor, "s b *e"]:
-    """Say for each sequence (and expert) which `number` of its counted tokens rank highest; ties go to the earlier."""
-    shape = (*counted.shape, *[1] * (ranking.dim() - 2))
-    order = ranking.masked_fill(~counted.view(shape), -torch.inf).sort(dim=0, descending=True, stable=True).indices
+    """Say for each sequence (and expert) which `number` of its counted tokens rank highest; ties go to the earlier.
+
+    Tokens rank by levels, of which there are 4096 between a sequence's lowest and its highest. Equal tokens at equal
+    places have equal rankings, such as the first words of all documents of a sample that are kept apart. But a product
+    rounds by where a row stands among the others, so that micro-batches and ranks would let other tokens of these
+    through.
+    """
+    is_counted = counted.view(*counted.shape, *[1] * (ranking.dim() - 2))
+    level = _levels(ranking, is_counted).masked_fill(~is_counted, -torch.inf)
+    order = level.sort(dim=0, descending=True, stable=True).indices
     place = torch.arange(len(ranking), device=ranking.device).view(-1, *[1] * (ranking.dim() - 1))
     rank = torch.empty_like(order).scatter_(0, order, place.expand_as(order))
-    return (rank < number.view(1, -1, *[1] * (ranking.dim() - 2))) & counted.view(shape)
+    return (rank < number.view(1, -1, *[1] * (ranking.dim() - 2))) & is_counted
+
+
+def _levels(ranking: Tensor, is_counted: Tensor) -> Tensor:
+    """Return rankings as whole numbers of steps above their sequence's lowest."""
+    low = ranking.masked_fill(~is_counted, torch.inf).amin(0, keepdim=True)
+    high = ranking.masked_fill(~is_counted, -torch.inf).amax(0, keepdim=True)
+    info = torch.finfo(ranking.dtype)
+    # Where all are equal, what is between them is rounding alone.
+    rounding = _ROUNDING * info.eps * torch.maximum(low.abs(), high.abs())
+    step = torch.maximum((high - low) / LEVELS, rounding).clamp(min=info.tiny)
+    return ((ranking - low) / step).round()

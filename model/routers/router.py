@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from meshwright.kernels.precision import at_least_fp32
+from meshwright.model.wide_buffers import WideBuffers
 from meshwright.parallel.dropout import jitter
 from meshwright.parallel.fits import check_not_below_zero, check_share, check_sizes
 from meshwright.parallel.initialise import InitPolicy, InitRule
@@ -68,7 +69,7 @@ class Ways(NamedTuple):
 AS_PUBLISHED = Ways()
 
 
-class Router(nn.Module):
+class Router(WideBuffers):
     """A linear score for each expert, and the k highest; kinds differ in what they override."""
 
     normalises: ClassVar[bool | None] = True

@@ -192,6 +192,21 @@ def test_the_bias_moves_by_the_sign_of_what_is_missing() -> None:
     assert not made.bias.any()
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "expert_choice"])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_what_moves_by_small_steps_stays_in_fp32_when_weights_do_not(kind: str, narrow: torch.dtype) -> None:
+    made = router(2, Ways(bias_rate=0.001), kind).float()
+    made.finish_step({"moe.load": torch.arange(E).double(), "moe.passed": torch.full((E,), 3.0)})
+    before = {name: buffer.clone() for name, buffer in made.named_buffers()}
+    made.to(narrow)
+    assert made.weight.dtype == narrow
+    for name, buffer in made.named_buffers():
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, before[name])
+    assert all(buffer.dtype == torch.float64 for buffer in made.to(torch.float64).buffers())
+    assert {buffer.device.type for buffer in made.to("meta").buffers()} == {"meta"}
+
+
 def test_loads_become_even_without_a_loss() -> None:
     made, x = router(2, Ways(bias_rate=0.02), "sigmoid"), x_of()
     loads = []
@@ -333,6 +348,20 @@ def test_of_equal_tokens_the_earlier_are_first_and_padding_never_is() -> None:
     counted[0, 1] = counted[3, 1] = False
     first = first_tokens(ranking, counted, torch.tensor([2, 4]))
     assert first.T.tolist() == [[True, True, False, False, False], [False, True, True, False, True]]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.float32, 1e-30), (torch.float64, 1e6)])
+def test_what_rounding_has_parted_is_equal_and_what_differs_is_not(dtype: torch.dtype, scale: float) -> None:
+    # Three of eight tokens are equal but for a few units in the last place; the others lie a hundredth apart.
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.tensor([0.3, 0.1, 0.3, 0.31, 0.2, 0.3, 0.32, 0.0], dtype=dtype)
+    for _ in range(20):
+        noise = torch.randint(-4, 5, (8,), generator=generator) * torch.finfo(dtype).eps
+        ranking, counted = ((plain * (1 + noise)) * scale)[:, None], torch.ones(8, 1, dtype=torch.bool)
+        found = {n: first_tokens(ranking, counted, torch.tensor([n]))[:, 0].nonzero()[:, 0].tolist() for n in (2, 3, 4)}
+        assert found == {2: [3, 6], 3: [0, 3, 6], 4: [0, 2, 3, 6]}
+        alike = ((0.3 * scale) * (1 + noise)).to(dtype)[:, None]
+        assert first_tokens(alike, counted, torch.tensor([3]))[:, 0].tolist() == [True] * 3 + [False] * 5
 
 
 def test_noise_is_drawn_by_the_token_and_its_scale_is_learned() -> None:
