@@ -33,6 +33,7 @@ from meshwright.launcher.weights.saved_run import run_file_of
 from meshwright.launcher.weights.upcycle import Upcycled, Weights
 from meshwright.model.config import ModelConfig
 from meshwright.model.counts.shapes import parameter_shapes
+from meshwright.model.families.family import BUFFERS
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state, saved_tensors
@@ -81,7 +82,7 @@ def _fill_from_checkpoint(run: Run, found: Source, state: dict[str, Any], events
     """Read this rank's parts; return how many updates the moments hold, 0 without them."""
     with_moments = run.run_file.init.load == "weights+optimizer"
     kept, wanted = one_outcome(run.mesh, f"init.from = {found.path}", lambda: _kept_and_wanted(run, found.path, state))
-    expect = Expect(None, may_stay_unread=("optimizer.", "buffers."), same_dtype=False, is_verified=found.is_verified)
+    expect = Expect(None, may_stay_unread=("optimizer.", BUFFERS), same_dtype=False, is_verified=found.is_verified)
     with _as_given(title):
         load_checkpoint(found.path, wanted, run.mesh, expect)
     events += kept.notes
@@ -99,11 +100,12 @@ def _kept_and_wanted(run: Run, path: Path, state: dict[str, Any]) -> tuple[Kept,
     with_moments = run.run_file.init.load == "weights+optimizer"
     there = saved_tensors(path)
     kept = kept_moments(run_file_of(state, path), run.run_file) if with_moments else Kept()
-    # Buffers belong to a setting of the routers, which a branch may change: what is not there begins as in a new run.
+    # Routers choose by buffers, so these are as much of the model as weights are. But they belong to a setting of the
+    # routers, which a branch may change: what is not there begins as in a new run.
     return kept, {
         name: part
         for name, part in kept.of(held_tensors(run, optimizer=with_moments)).items()
-        if not name.startswith("buffers.") or (with_moments and name in there)
+        if not name.startswith(BUFFERS) or name in there
     }
 
 
@@ -163,16 +165,15 @@ def _fill_from_weights(run: Run, found: Source, state: dict[str, Any] | None, ev
     ]
     tensors = held_tensors(run, optimizer=False)
     wrong += [f"{name} has no place in the model" for name in sorted(there.keys() - wanted.keys())]
-    buffers = weights.buffers() if isinstance(weights, ExportWeights) else {}
-    wrong += [
-        f"{name} is {list(shape)}, which the run file's model has not"
-        for name, shape in buffers.items()
-        if name not in tensors or tensors[name].global_shape != shape
-    ]
+    buffers = weights.buffers()
+    unfit = [name for name in buffers if name not in tensors or tensors[name].global_shape != buffers[name]]
+    if opened:  # of an export all of it is used; for those of a run a branch may set its routers otherwise
+        wrong += [f"{name} is {list(buffers[name])}, which the run file's model has not" for name in unfit]
     if wrong:
         raise ValueError("\n".join(wrong))
     for name, part in tensors.items():
-        if (name in there or name in buffers) and part.tensor.numel():  # other buffers are of training alone
+        # Buffers that are not there are of training alone, or of another setting of the routers.
+        if (name in there or (name in buffers and name not in unfit)) and part.tensor.numel():
             whole = Box((0,) * part.tensor.dim(), part.global_shape)
             rows, *columns = Box(part.offset, tuple(part.tensor.shape)).within(whole)
             part.tensor.copy_(weights.read(name, (rows.start, rows.stop))[(slice(None), *columns)])

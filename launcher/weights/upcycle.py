@@ -45,6 +45,9 @@ class Weights(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return every weight's global shape."""
 
+    def buffers(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of what is kept with the weights and is no parameter."""
+
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return a weight, or some of its rows."""
 
@@ -82,8 +85,14 @@ class Upcycled:
         """Return every weight's global shape."""
         return self._wanted
 
+    def buffers(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of the buffers of routers that are there already."""
+        return self._dense.buffers()
+
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return a whole weight, or its rows from the first to before the second."""
+        if name in self.buffers():
+            return self._dense.read(name, rows)
         shape = self._wanted[name]
         first, end = rows or (0, shape[0])
         if self._is_fresh(name):

@@ -15,6 +15,7 @@ from meshwright.launcher.ranks.one_outcome import one_outcome
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.training.branching import begin_from
 from meshwright.launcher.weights.hf_writer import ExportSettings, write_hf_folder
+from meshwright.model.parts import reset_buffers
 from meshwright.parallel.checkpoint import durable, verify
 from meshwright.parallel.checkpoint.durable import FileSeal
 from meshwright.parallel.checkpoint.folder import read_manifest
@@ -100,6 +101,31 @@ def test_a_branch_may_balance_its_experts_by_another_rule(tmp_path: Path, load: 
     run = start(tmp_path / "branch", *overrides, "evaluation.every=0", "model.moe.load_balancing=step")
     assert all(torch.isfinite(buffer).all() for buffer in run.buffers().values())
     assert len(run.buffers()) == 2
+
+
+BY_BUFFERS = {
+    "sigmoid": ["model.moe.router=sigmoid", "model.moe.bias_rate=0.3"],
+    "expert_choice": ["model.moe.router=expert_choice", "model.moe.bias_rate=0.05"],
+}
+
+
+@pytest.mark.parametrize("how", ["init.load=weights", "init.load=weights+optimizer", "init.pool_kv_heads=true"])
+@pytest.mark.parametrize("router", BY_BUFFERS)
+def test_what_routers_choose_by_comes_with_the_weights(tmp_path: Path, router: str, how: str) -> None:
+    for name in ("first", "branch"):
+        (tmp_path / name).mkdir()
+    start(tmp_path / "first", *BY_BUFFERS[router], "model.num_kv_heads=2", "train.steps=5", "evaluation.every=5")
+    loss = numbers(tmp_path / "first", "validation_loss", "evaluation")[-1]
+    begun_from = [f'init.from="{tmp_path / "first" / "run"}"', how, *BY_BUFFERS[router]]
+    heads = ["model.num_kv_heads=1" if "pool" in how else "model.num_kv_heads=2"]
+    nothing_moves = ["learning_rate.peak=1e-30", "train.steps=1", "evaluation.every=1", "model.moe.bias_rate=0"]
+    run = start(tmp_path / "branch", *begun_from, *heads, *nothing_moves)
+    begun = {name: buffer.clone() for name, buffer in run.buffers().items() if ".router." in name}
+    reset_buffers(run.model)
+    assert begun
+    assert not any(torch.equal(buffer, begun[name]) for name, buffer in run.buffers().items() if name in begun)
+    if "pool" not in how:  # with fewer heads it is another model
+        assert numbers(tmp_path / "branch", "validation_loss", "evaluation") == pytest.approx([loss], rel=1e-6)
 
 
 # No family has shared experts beside norms of heads; a vocabulary of 303 does not divide by tp.
