@@ -10,8 +10,7 @@ Only `vocab_size` may stay 0, until the tokenizer is read: `with_vocab` fills it
 pattern has may be left out where all of its keys have defaults.
 """
 
-import json
-from typing import Annotated, Any, Literal, TypeGuard, get_args
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
 from pydantic import model_validator as validator
@@ -35,10 +34,10 @@ from meshwright.model.kinds.mixers.s4d import S4dConfig
 from meshwright.model.kinds.multi_token import MultiTokenConfig
 from meshwright.model.kinds.norms import FORMS, Form, NormName, Placing, deepnorm_alpha
 from meshwright.model.kinds.sizes import MAX_LAYERS, TABLE, Size, SizeOrZero, round_up
-from meshwright.model.kinds.table import ALL, KINDS
+from meshwright.model.kinds.stack import required_keys, stack_problems
+from meshwright.model.kinds.table import ALL
 from meshwright.model.kinds.unread import unread_problems
-from meshwright.model.pattern import LayerKinds, kinds_in, layers_of, parse_pattern, parse_placed
-from meshwright.parallel.fits import divisors, nearest
+from meshwright.model.pattern import LayerKinds, kinds_in, layers_of
 
 BiasPlace = Literal["q", "k", "v", "output", "ffn"]
 
@@ -167,7 +166,7 @@ class ModelConfig(BaseModel):
         if not filled.get("ffn_hidden_size") and _is_size(hidden_size):
             filled["ffn_hidden_size"] = round_up(-(-8 * hidden_size // 3))
         for kind in _kinds_written(filled):
-            if kind.table and filled.get(kind.table) is None and not _required(kind):
+            if kind.table and filled.get(kind.table) is None and not required_keys(cls, kind):
                 filled[kind.table] = {}
         if "[" in str(filled.get("pattern", "")) and filled.get("depth") is None:
             filled["depth"] = {}
@@ -259,114 +258,9 @@ class ModelConfig(BaseModel):
 
         `choose` leaves, of the sizes that would make one, those that also go with what else is known of the run.
         """
-        found = [
-            *self._pattern_problems(choose),
-            *self._position_problems(),
-            *self._sharing_problems(),
-            *self._table_problems(),
-            *self._bias_problems(),
-            *unread_problems(self),
-        ]
+        found = [*stack_problems(self, choose), *unread_problems(self)]
         for kind in self.known_kinds:
             found += [line for line in kind.problems(self, choose) if line not in found]
-        return found
-
-    def _pattern_problems(self, choose: Choose) -> list[str]:
-        try:
-            period, placed = parse_pattern(self.pattern), parse_placed(self.pattern)
-        except ValueError as error:
-            return [f'model.pattern = "{self.pattern}": {error}; "*-" is a dense decoder, "*E" one of experts']
-        found, last, placed_last = list[str](), self.num_layers - 1, max(placed, default=0)
-        if placed_last > last:
-            places = f"layers 0 to {last}" if last else "layer 0"
-            enough = round_up(placed_last + 1, len(period))
-            more = f", or model.num_layers = {enough}" if enough <= MAX_LAYERS and not self.distinct_layers else ""
-            found.append(
-                f'model.pattern = "{self.pattern}": layer {placed_last} is none of model.num_layers = '
-                f"{self.num_layers}; {places} would fit{more}"
-            )
-        if self.num_layers % len(period):
-            found.append(
-                f"model.num_layers = {self.num_layers}: must be a multiple of the {len(period)} layers of"
-                f' model.pattern = "{self.pattern}"; {self._layers_that_fit(choose)}'
-            )
-        return found
-
-    def _layers_that_fit(self, choose: Choose) -> str:
-        """Return the numbers of layers next to the one given that the pattern, its places and shared weights take."""
-        period, placed_last = len(parse_pattern(self.pattern)), max(parse_placed(self.pattern), default=0)
-        near = [size for size in _multiples_near(max(self.num_layers, placed_last + 1), period) if size > placed_last]
-        changes = {size: {"num_layers": size} for size in near if self._shares_weights(size, self.distinct_layers)}
-        also = ""
-        if near and not changes:
-            changes = {size: {"num_layers": size, "distinct_layers": 0} for size in near}
-            also = ", with model.distinct_layers = 0"
-        fits = choose("model.num_layers", {size: self.model_copy(update=keys) for size, keys in changes.items()})
-        below, above = [size for size in fits if size < self.num_layers], [s for s in fits if s > self.num_layers]
-        fits = [*below[-1:], *above[:1]]
-        return f"one of {fits} would fit{also}" if fits else f"a pattern of at most {MAX_LAYERS} layers would fit"
-
-    def _shares_weights(self, num_layers: int, distinct: int) -> bool:
-        """Say whether layers that lie `distinct` apart are alike in a stack of so many."""
-        if distinct in (0, num_layers):
-            return True
-        layers = layers_of(self.pattern, num_layers)
-        return num_layers % distinct == 0 and layers == layers[:distinct] * (num_layers // distinct)
-
-    def _position_problems(self) -> list[str]:
-        """Return what is wrong with the rows that are added to the embedding."""
-        found = []
-        if self.position == "learned" and not self.max_positions:
-            found.append('model.max_positions = 0: model.position = "learned" has a row for each; 1024 would fit')
-        if self.position == "sinusoidal" and self.hidden_size % 2:
-            fits = [size for size in (self.hidden_size - 1, self.hidden_size + 1) if size]
-            found.append(
-                f"model.hidden_size = {self.hidden_size}: must be even for sinusoidal positions; one of {fits} fits"
-            )
-        return found
-
-    def _sharing_problems(self) -> list[str]:
-        """Return why layers cannot share weights as it is asked."""
-        try:
-            if self._shares_weights(self.num_layers, self.distinct_layers):
-                return []
-        except ValueError:
-            return []  # told by the pattern
-        fits = [size for size in divisors(self.num_layers) if self._shares_weights(self.num_layers, size)]
-        return [
-            f"model.distinct_layers = {self.distinct_layers}: must divide model.num_layers = {self.num_layers}, and"
-            f' model.pattern = "{self.pattern}" repeat with it; one of {nearest(fits, self.distinct_layers)} would fit'
-        ]
-
-    def _bias_problems(self) -> list[str]:
-        once = list(dict.fromkeys(self.bias))
-        rule = f"has a place twice; {json.dumps(once)} would fit"
-        return [] if len(once) == len(self.bias) else [f"model.bias = {json.dumps(self.bias)}: {rule}"]
-
-    def _table_problems(self) -> list[str]:
-        """Return each table that the pattern lacks, and each that it does not use."""
-        found = []
-        if self.depth is not None and "[" not in self.pattern:
-            found.append(
-                f'model.pattern = "{self.pattern}": has no layer in [ ], so nothing uses the table [model.depth];'
-                ' "*-[*-]" would use it, or leave the table out'
-            )
-        for kind in ALL:
-            if not kind.table:
-                continue
-            is_there, is_used = getattr(self, kind.table) is not None, kind.letter in self.pattern
-            if is_used and not is_there:
-                required = _required(kind)
-                found.append(
-                    f'model.pattern = "{self.pattern}": has an {kind.letter}, so a table [model.{kind.table}] with'
-                    f" {', '.join(required[:-1])} and {required[-1]} must be there; or write {_instead(kind)}"
-                    f" for {kind.letter}"
-                )
-            if is_there and not is_used:
-                found.append(
-                    f'model.pattern = "{self.pattern}": has no {kind.letter}, so nothing uses the table'
-                    f' [model.{kind.table}]; "{kind.example}" would use it, or leave the table out'
-                )
         return found
 
 
@@ -374,25 +268,6 @@ def _kinds_written(table: dict[str, Any]) -> list[Kind]:
     """Return the kinds whose letters stand in the pattern of a table that is not checked yet."""
     pattern = table.get("pattern", "")
     return [kind for kind in ALL if isinstance(pattern, str) and kind.letter in pattern]
-
-
-def _required(kind: Kind) -> list[str]:
-    """Return the keys of a kind's table that have no default."""
-    of = ModelConfig.model_fields[kind.table].annotation
-    classes = [each for each in get_args(of) if isinstance(each, type) and issubclass(each, BaseModel)]
-    return [name for name, field in classes[0].model_fields.items() if field.is_required()]
-
-
-def _instead(kind: Kind) -> str:
-    """Return the letter that needs no table, with its meaning."""
-    other = KINDS["mlp" if kind.place == "feedforward" else "attention"]
-    return f'"{other.letter}" ({other.words})'
-
-
-def _multiples_near(value: int, step: int) -> list[int]:
-    """Return the few multiples below `value`, and some more above it: a pipeline may ask for many layers."""
-    below = value // step
-    return [times * step for times in range(max(1, below - 3), below + 65) if times * step <= MAX_LAYERS]
 
 
 def _is_size(value: object) -> TypeGuard[int]:
