@@ -118,7 +118,7 @@ def config_from_foreign(foreign: Mapping[str, Any]) -> ModelConfig:
         foreign = renamed(foreign, family.aliases)
     except ValueError as error:
         raise ForeignConfigError(str(error).split("\n")) from None
-    if problems := key_problems(foreign, family.needed):
+    if problems := key_problems(foreign, family.needed, family.not_null):
         raise ForeignConfigError(problems)
     problems = fixed_problems(foreign, family.fixed)
     try:

@@ -146,7 +146,7 @@ def to_foreign(config: ModelConfig) -> dict[str, Any]:
 
 def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a DeepSeek-V3's config.json."""
-    layers, first = foreign["num_hidden_layers"], foreign.get("first_k_dense_replace", 3) or 0
+    layers, first = foreign["num_hidden_layers"], foreign.get("first_k_dense_replace", 3)
     dense = min(first, layers)
     _check_what_follows(foreign)
     keys = without(foreign, "head_dim", "num_key_value_heads")
@@ -194,8 +194,8 @@ def _experts(foreign: Mapping[str, Any]) -> dict[str, Any]:
         "num_experts": foreign.get("n_routed_experts", 256),
         "num_shared_experts": foreign.get("n_shared_experts", 1),
         "top_k": foreign.get("num_experts_per_tok", 8),
-        "num_groups": foreign.get("n_group", 8) or 1,
-        "top_groups": foreign.get("topk_group", 4) or 1,
+        "num_groups": foreign.get("n_group", 8),
+        "top_groups": foreign.get("topk_group", 4),
         "expert_hidden_size": foreign["moe_intermediate_size"],
         "normalise_top_k": foreign.get("norm_topk_prob", True),
         "weight_scale": float(foreign.get("routed_scaling_factor", 2.5)),
@@ -212,5 +212,6 @@ DEEPSEEK_V3 = Family(
     (*NEEDED, "moe_intermediate_size"),
     FIXED,
     aliases={"num_local_experts": "n_routed_experts"},
+    not_null=("head_dim",),
     ignored=r"^model\.layers\.NUM_LAYERS\.|rotary_emb\.inv_freq$",  # the layer that predicts one token more
 )

@@ -133,6 +133,8 @@ class Family:
     """Foreign keys that ask for what is not computed here, unless they hold one of these; the first is written."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names by which the class takes a key from a file, each with the one that is read here."""
+    not_null: tuple[str, ...] = ()
+    """Foreign keys that may be left out and, unlike in other classes, not be null."""
     prefix: str = ""
     """Beginning of the names that old files of the class leave out."""
     ignored: str = ""

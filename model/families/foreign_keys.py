@@ -37,6 +37,11 @@ def may_be_null(kind: Kind) -> Kind:
     return Kind(f"{kind.rule}, or null", lambda value: value is None or kind.fits(value))
 
 
+def not_null(kind: Kind) -> Kind:
+    """Return the same kind without null."""
+    return Kind(kind.rule.removesuffix(", or null"), lambda value: value is not None and kind.fits(value))
+
+
 def _is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) <= 2**53)
 
@@ -99,10 +104,10 @@ KINDS = {
     "shared_expert_intermediate_size": SIZE,
     "n_routed_experts": SIZE,
     "n_shared_experts": COUNT,
-    "n_group": may_be_null(SIZE),
-    "topk_group": may_be_null(SIZE),
+    "n_group": SIZE,
+    "topk_group": SIZE,
     "routed_scaling_factor": POSITIVE,
-    "first_k_dense_replace": may_be_null(whole(MAX_LAYERS, least=0)),
+    "first_k_dense_replace": whole(MAX_LAYERS, least=0),
     "q_lora_rank": may_be_null(SIZE),
     "kv_lora_rank": SIZE,
     "qk_nope_head_dim": SIZE,
@@ -202,10 +207,10 @@ THEIR_NAMES = {
 }
 
 
-def key_problems(foreign: Mapping[str, Any], needed: Sequence[str]) -> list[str]:
-    """Return a line for every key that is missing or holds what cannot be meant."""
+def key_problems(foreign: Mapping[str, Any], needed: Sequence[str], never_null: Sequence[str] = ()) -> list[str]:
+    """Return a line for every key that is missing or holds what cannot be meant; `never_null` is the class's own."""
     found = [f"{key}: is missing" for key in needed if key not in foreign]
-    found += _wrong(foreign, KINDS, "")
+    found += _wrong(foreign, KINDS | {key: not_null(KINDS[key]) for key in never_null}, "")
     for table in ("rope_parameters", "rope_scaling"):
         if isinstance(foreign.get(table), dict):
             found += _wrong(foreign[table], ROPE_KINDS, f"{table}.")

@@ -76,4 +76,14 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-GEMMA = Family("gemma", "GemmaForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED)
+GEMMA = Family(
+    "gemma",
+    "GemmaForCausalLM",
+    reasons_against,
+    mapping,
+    to_foreign,
+    to_ours,
+    NEEDED,
+    FIXED,
+    not_null=("head_dim", "num_key_value_heads"),
+)

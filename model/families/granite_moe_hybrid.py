@@ -148,8 +148,7 @@ def _mamba_keys(config: ModelConfig) -> dict[str, Any]:
 
 def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a GraniteMoeHybrid's config.json."""
-    if foreign.get("time_step_limit") not in ssm.NO_LIMIT:
-        raise ValueError(f"time_step_limit = {foreign['time_step_limit']!r}: only steps without limits can be read")
+    ssm.check_no_limit(foreign)
     letters = _mixer_letters(foreign)
     experts = foreign.get("num_local_experts", 8)
     shared = foreign.get("shared_intermediate_size", 1024)
@@ -220,4 +219,5 @@ GRANITE_MOE_HYBRID = Family(
     NEEDED,
     FIXED,
     aliases={"layers_block_type": "layer_types"},
+    not_null=("head_dim",),
 )

@@ -10,7 +10,7 @@ from typing import Any
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family, Row
 from meshwright.model.families.rules import Parts, reasons
-from meshwright.model.families.ssm import NO_LIMIT, RULES, mamba2_of, mamba2_rows, width_problems
+from meshwright.model.families.ssm import RULES, check_no_limit, mamba2_of, mamba2_rows, width_problems
 from meshwright.model.families.table import Names, size_keys, sizes_to_ours, stack_rows, with_defaults
 
 NAMES = Names("backbone.embeddings", "backbone.layers", {"mixer": "norm"}, final="backbone.norm_f")
@@ -57,8 +57,7 @@ def to_foreign(config: ModelConfig) -> dict[str, Any]:
 
 def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a Mamba2's config.json."""
-    if foreign.get("time_step_limit") not in NO_LIMIT:
-        raise ValueError(f"time_step_limit = {foreign['time_step_limit']!r}: only steps without limits can be read")
+    check_no_limit(foreign)
     n, d, h = foreign.get("num_heads", 128), foreign.get("head_dim", 64), foreign["hidden_size"]
     expand = foreign.get("expand")
     if expand is not None and expand * h != n * d:
@@ -78,4 +77,6 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-MAMBA2 = Family("mamba2", "Mamba2ForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED)
+MAMBA2 = Family(
+    "mamba2", "Mamba2ForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED, not_null=("head_dim",)
+)

@@ -95,4 +95,5 @@ MIXTRAL = Family(
     NEEDED,
     FIXED,
     aliases={"num_experts": "num_local_experts"},
+    not_null=("num_key_value_heads",),
 )

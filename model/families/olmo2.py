@@ -72,4 +72,6 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-OLMO2 = Family("olmo2", "Olmo2ForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED)
+OLMO2 = Family(
+    "olmo2", "Olmo2ForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED, not_null=("head_dim",)
+)

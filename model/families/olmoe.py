@@ -78,4 +78,5 @@ OLMOE = Family(
     NEEDED,
     FIXED,
     aliases={"num_local_experts": "num_experts"},
+    not_null=("head_dim",),
 )

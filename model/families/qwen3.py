@@ -69,4 +69,6 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED)
+QWEN3 = Family(
+    "qwen3", "Qwen3ForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED, not_null=("head_dim",)
+)

@@ -108,4 +108,5 @@ QWEN3_MOE = Family(
     (*NEEDED, "moe_intermediate_size"),
     FIXED,
     aliases={"num_local_experts": "num_experts"},
+    not_null=("head_dim", "num_key_value_heads"),
 )

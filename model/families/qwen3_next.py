@@ -212,5 +212,6 @@ QWEN3_NEXT = Family(
     (*NEEDED, "moe_intermediate_size"),
     FIXED,
     aliases={"num_local_experts": "num_experts"},  # as our own files have both
+    not_null=("head_dim", "num_key_value_heads"),
     ignored=r"^mtp\.",
 )

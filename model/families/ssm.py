@@ -7,16 +7,18 @@ A_log, D, dt_bias, norm           the same
 output                            out_proj.weight  [h, n*d]
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Row, Source, same
+from meshwright.model.families.foreign_keys import shown
 from meshwright.model.families.rules import ANY
 from meshwright.model.families.table import linear_rows
 from meshwright.model.kinds.mixers.mamba2 import Mamba2Config
 
 RULES = {f"mamba2.{key}": ANY for key in Mamba2Config.model_fields}
-NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}], None)
+NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])
 """What time_step_limit may hold."""
 
 
@@ -56,6 +58,17 @@ def mamba2_of(config: ModelConfig) -> Mamba2Config:
     """Return the [model.mamba2] table of a model that has such mixers."""
     assert config.mamba2 is not None, "the checks see to it that M has its table"
     return config.mamba2
+
+
+def check_no_limit(foreign: Mapping[str, Any]) -> None:
+    """Check that nothing bounds the steps.
+
+    Raises:
+        ValueError: if something does, or may.
+    """
+    limit = foreign.get("time_step_limit", NO_LIMIT[0])
+    if limit not in NO_LIMIT:
+        raise ValueError(f"time_step_limit = {shown(limit)}: only steps without limits can be read, [0.0, Infinity]")
 
 
 def width_problems(config: ModelConfig) -> list[str]:

@@ -9,9 +9,10 @@ import torch
 from tiny_exports import CONFIGS, tiny_tokens
 
 from meshwright.model.config import ModelConfig
+from meshwright.model.counts.costs import parameter_count
 from meshwright.model.families.choose import FAMILIES, ForeignConfigError, config_from_foreign
 from meshwright.model.families.family import Family
-from meshwright.model.families.foreign_keys import REFUSED, renamed
+from meshwright.model.families.foreign_keys import KINDS, REFUSED, renamed
 
 transformers = pytest.importorskip("transformers")
 
@@ -205,6 +206,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True: only False"),
     ("mamba2", {"expand": 3}, "expand = 3: times hidden_size = 4096 must be num_heads * head_dim = 8192"),
     ("mamba2", {"time_step_limit": [0.0, 1.0]}, "time_step_limit = [0.0, 1.0]: only steps without limits"),
+    ("mamba2", {"head_dim": None}, "head_dim = None: must be a whole number of 1 to 16777216"),
 ]
 
 
@@ -215,6 +217,33 @@ def test_what_is_not_computed_here_is_refused_by_name(model_type: str, keys: dic
     (line,) = refused.value.problems
     assert line.startswith(begins)
     assert len(line) < 300
+
+
+def tiny_keys(family: Family) -> dict[str, Any]:
+    """Return the keys of a tiny model of the class."""
+    return {key: values[0] for key, values in family.fixed.items()} | family.to_foreign(CONFIGS[family.model_type])
+
+
+@FAMILY
+@torch.no_grad()
+def test_a_null_is_told_in_one_line_or_taken_as_the_class_takes_it(family: Family) -> None:
+    config = transformers.AutoConfig.for_model(family.model_type, **tiny_keys(family))
+    whole = renamed(config.to_dict(), family.aliases)
+    taken = []
+    for key in sorted((KINDS.keys() | family.fixed.keys() | {"time_step_limit"}) & whole.keys()):
+        file = whole | {key: None}
+        try:
+            ours = config_from_foreign(file)
+        except ForeignConfigError as refused:
+            (line,) = refused.problems
+            assert line.startswith(f"{key} = None: "), line
+        else:
+            theirs = transformers.AutoConfig.for_model(**deepcopy(file))
+            model = transformers.AutoModelForCausalLM.from_config(theirs).eval()
+            model(tiny_tokens(12).T, use_cache=False)
+            assert model.num_parameters() == parameter_count(ours), key
+            taken.append(key)
+    assert taken or family.model_type in ("mamba", "mamba2", "bloom"), "every null is refused"
 
 
 def changed_everywhere(family: Family) -> dict[str, Any]:
@@ -234,8 +263,7 @@ def changed_everywhere(family: Family) -> dict[str, Any]:
 @FAMILY
 @torch.no_grad()
 def test_harmless_keys_change_no_logits_of_the_class(family: Family) -> None:
-    ours = next(config for name, config in CONFIGS.items() if name == family.model_type)
-    keys = {**{key: values[0] for key, values in family.fixed.items()}, **family.to_foreign(ours)}
+    keys = tiny_keys(family)
     tokens, logits = tiny_tokens(12).T, []
     weights: dict[str, torch.Tensor] = {}
     for more in ({}, changed_everywhere(family)):
