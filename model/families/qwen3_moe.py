@@ -76,18 +76,23 @@ def dense_layer_keys(config: ModelConfig) -> dict[str, Any]:
 def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """Return our [model] keys from a Qwen3Moe's config.json."""
     full_attention_alone(foreign)
+    letters = feedforward_letters(foreign)
     common = common_keys_to_ours(with_defaults(foreign, num_key_value_heads=4), default_rope_base=10_000.0)
     return common | {
-        "pattern": shortest_pattern([f"*{letter}" for letter in feedforward_letters(foreign)]),
+        "pattern": shortest_pattern([f"*{letter}" for letter in letters]),
         "ffn_hidden_size": foreign["intermediate_size"],
         "qk_norm": True,
         "bias": attention_bias_parts(foreign),
-        "moe": {
-            "num_experts": foreign.get("num_experts", 128),
-            "top_k": foreign.get("num_experts_per_tok", 8),
-            "expert_hidden_size": foreign["moe_intermediate_size"],
-            "normalise_top_k": foreign.get("norm_topk_prob", False),
-        },
+        **({"moe": _experts(foreign)} if "E" in letters else {}),
+    }
+
+
+def _experts(foreign: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": foreign.get("num_experts", 128),
+        "top_k": foreign.get("num_experts_per_tok", 8),
+        "expert_hidden_size": foreign["moe_intermediate_size"],
+        "normalise_top_k": foreign.get("norm_topk_prob", False),
     }
 
 
