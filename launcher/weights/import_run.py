@@ -123,7 +123,7 @@ def compare_with_transformers(weights: ExportWeights) -> LogitsReport:
     transformers = import_transformers()
     with _told_of_transformers(weights.path, "load the folder"):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            weights.path, dtype=torch.float32, local_files_only=True
+            weights.path, dtype=torch.float32, local_files_only=True, **weights.family.loaded_with
         )
     length = min(LONGEST_SAMPLE, weights.max_positions or LONGEST_SAMPLE)
     ids = torch.arange(length * SAMPLES) * 7919 % weights.config.vocab_size

@@ -110,7 +110,7 @@ class ExportWeights:
             self.config: ModelConfig = config_from_foreign(foreign)
         except ForeignConfigError as error:
             raise ConfigError(str(folder / "config.json"), error.problems) from None
-        family = family_of_foreign(foreign)
+        self.family = family = family_of_foreign(foreign)
         self.class_name: str = family.class_name
         longest = foreign.get("max_position_embeddings", foreign.get("n_positions"))
         self.max_positions: int | None = longest if type(longest) is int and longest > 0 else None

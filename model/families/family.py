@@ -135,6 +135,8 @@ class Family:
     """Other names by which the class takes a key from a file, each with the one that is read here."""
     not_null: tuple[str, ...] = ()
     """Foreign keys that may be left out and, unlike in other classes, not be null."""
+    loaded_with: Mapping[str, Any] = field(default_factory=dict)
+    """What the class is told in place of a file's keys when it is loaded, so that it holds the file's weights."""
     prefix: str = ""
     """Beginning of the names that old files of the class leave out."""
     ignored: str = ""

@@ -15,7 +15,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family, Row, same
 from meshwright.model.families.mamba2 import NAMES, NEEDED
 from meshwright.model.families.rules import ANY, Parts, reasons
-from meshwright.model.families.ssm import conv_rows, joined_rows
+from meshwright.model.families.ssm import LOADED_WITH, conv_rows, joined_rows
 from meshwright.model.families.table import linear_rows, size_keys, sizes_to_ours, stack_rows, with_defaults
 from meshwright.model.kinds.mixers.mamba1 import Mamba1Config
 
@@ -94,4 +94,6 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-MAMBA = Family("mamba", "MambaForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED)
+MAMBA = Family(
+    "mamba", "MambaForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED, loaded_with=LOADED_WITH
+)

@@ -10,7 +10,7 @@ from typing import Any
 from meshwright.model.config import ModelConfig
 from meshwright.model.families.family import Family, Row
 from meshwright.model.families.rules import Parts, reasons
-from meshwright.model.families.ssm import RULES, check_no_limit, mamba2_of, mamba2_rows, width_problems
+from meshwright.model.families.ssm import LOADED_WITH, RULES, check_no_limit, mamba2_of, mamba2_rows, width_problems
 from meshwright.model.families.table import Names, size_keys, sizes_to_ours, stack_rows, with_defaults
 
 NAMES = Names("backbone.embeddings", "backbone.layers", {"mixer": "norm"}, final="backbone.norm_f")
@@ -78,5 +78,14 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
 
 
 MAMBA2 = Family(
-    "mamba2", "Mamba2ForCausalLM", reasons_against, mapping, to_foreign, to_ours, NEEDED, FIXED, not_null=("head_dim",)
+    "mamba2",
+    "Mamba2ForCausalLM",
+    reasons_against,
+    mapping,
+    to_foreign,
+    to_ours,
+    NEEDED,
+    FIXED,
+    not_null=("head_dim",),
+    loaded_with=LOADED_WITH,
 )

@@ -21,6 +21,10 @@ RULES = {f"mamba2.{key}": ANY for key in Mamba2Config.model_fields}
 NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])
 """What time_step_limit may hold."""
 
+# Concerns first values alone, and yet transformers 5.23 divides what it has just loaded by sqrt(num_hidden_layers),
+# each time anew: a model that it loads and saves again is another one.
+LOADED_WITH = {"rescale_prenorm_residual": False}
+
 
 def mamba2_rows(config: ModelConfig, ours: str, theirs: str) -> Iterator[Row]:
     """Yield the rows of one Mamba-2 mixer; `theirs` is its own name there."""

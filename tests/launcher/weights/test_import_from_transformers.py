@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_exports import CONFIGS
 
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.weights.import_run import Imported, ImportRequest, failure_of, import_run
+from meshwright.launcher.weights.read_weights import ExportWeights
 from meshwright.model.families.choose import FAMILIES
 
 transformers = pytest.importorskip("transformers")
@@ -50,3 +52,16 @@ def test_a_class_of_experts_whose_layers_are_all_dense_is_a_dense_model(
     model = read_run_file(imported.run_file).model
     assert model.moe is None
     assert {kinds.feedforward for kinds in model.layers} == {"mlp"}
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+def test_a_key_of_first_values_does_not_change_what_weights_are_compared(model_type: str, tmp_path: Path) -> None:
+    """The class divides the weights that it has just loaded once more, as if they were its first values."""
+    folder = tmp_path / "theirs"
+    write_theirs(folder, model_type, rescale_prenorm_residual=True)
+    saved = load_file(folder / "model.safetensors")
+    import_theirs(folder)
+    for name in ("mixer.part.output.weight", "mixer.part.A_log"):
+        read = ExportWeights(folder).read(f"layers.1.{name}")
+        theirs = f"backbone.layers.1.{name.replace('part.', '').replace('output', 'out_proj')}"
+        assert torch.equal(read, saved[theirs])
