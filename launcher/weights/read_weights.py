@@ -13,7 +13,6 @@ own, and q, k and v one together. Both look the same from here. What is kept wit
 bias of a router) has "buffers." before its name. One process reads; no process group is needed.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -190,14 +189,14 @@ class ExportWeights:
         once more.
         """
         wanted = {row.theirs: row.shape for row in rows}
-        ignored = family.ignored.replace("NUM_LAYERS", str(self.config.num_layers))
+        passed_over = family.passed_over(self._file_of.keys(), self.config.num_layers)
         left_over = []
         for name in sorted(self._file_of):
             if name in wanted or family.prefix + name in wanted:
                 self._saved_as[name if name in wanted else family.prefix + name] = name
                 continue
             is_copy = self.config.tie_embeddings and name == TIED_OUTPUT
-            if not is_copy and not (ignored and re.search(ignored, name)):
+            if not is_copy and name not in passed_over:
                 left_over.append(name)
         problems = [f"{name} {list(wanted[name])} is missing" for name in sorted(wanted.keys() - self._saved_as.keys())]
         problems += [f"{name} has no place in the class" for name in self._that_hold_anything(left_over)]

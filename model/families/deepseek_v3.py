@@ -213,5 +213,6 @@ DEEPSEEK_V3 = Family(
     FIXED,
     aliases={"num_local_experts": "n_routed_experts"},
     not_null=("head_dim",),
-    ignored=r"^model\.layers\.NUM_LAYERS\.|rotary_emb\.inv_freq$",  # the layer that predicts one token more
+    ignored=r"rotary_emb\.inv_freq$",
+    further=r"^(?P<layer>model\.layers\.(?P<number>\d{1,9})\.)(eh_proj|enorm|hnorm)\.",
 )

@@ -22,7 +22,8 @@ of its own accord.
 This file knows no family; nothing here needs torch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -140,8 +141,22 @@ class Family:
     prefix: str = ""
     """Beginning of the names that old files of the class leave out."""
     ignored: str = ""
-    """A regular expression of names that may be in files and have no part in the model (masks, tables of positions,
-    layers that predict further tokens); NUM_LAYERS stands for their number."""
+    """A regular expression of names that may be in files and have no part in the model: masks, tables of positions."""
+    further: str = ""
+    """One of names that only layers behind the last have, which predict further tokens: `layer`, with its `number`."""
+
+    def passed_over(self, names: Collection[str], num_layers: int) -> set[str]:
+        """Return the names of files that have no part in a model of so many layers.
+
+        A plain layer behind the last is none of them: it is one that config.json has lost.
+        """
+        marked = (re.search(self.further, name) for name in names if self.further)
+        layers = tuple(mark["layer"] for mark in marked if mark and int(mark["number"]) >= num_layers)
+        return {
+            name
+            for name in names
+            if (self.ignored and re.search(self.ignored, name)) or (layers and name.startswith(layers))
+        }
 
 
 def our_shapes(rows: Iterable[Row]) -> dict[str, tuple[int, ...]]:

@@ -1,13 +1,15 @@
 """Folders that classes of transformers wrote are imported, whatever is left out of them or besides in them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_exports import CONFIGS
 
+from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.launcher.runfile.read import read_run_file
 from meshwright.launcher.weights.import_run import Imported, ImportRequest, failure_of, import_run
 from meshwright.launcher.weights.read_weights import ExportWeights
@@ -65,3 +67,38 @@ def test_a_key_of_first_values_does_not_change_what_weights_are_compared(model_t
         read = ExportWeights(folder).read(f"layers.1.{name}")
         theirs = f"backbone.layers.1.{name.replace('part.', '').replace('output', 'out_proj')}"
         assert torch.equal(read, saved[theirs])
+
+
+@pytest.mark.parametrize("further_tokens", [0, 1])
+def test_a_layer_that_config_json_has_lost_is_none_that_predicts_further_tokens(
+    further_tokens: int, tmp_path: Path
+) -> None:
+    """Whatever the key says: the class itself writes 1 where its model has no such layer."""
+    write_theirs(tmp_path, "deepseek_v3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    lost = {"num_hidden_layers": 1, "num_nextn_predict_layers": further_tokens}
+    (tmp_path / "config.json").write_text(json.dumps(config | lost))
+    with pytest.raises(ConfigError) as refused:
+        ExportWeights(tmp_path)
+    assert "model.layers.1.input_layernorm.weight has no place in the class" in refused.value.problems
+    assert all(line.startswith("model.layers.1.") for line in refused.value.problems[:-1])
+
+
+def test_layers_that_predict_further_tokens_are_passed_over_with_all_that_they_hold(tmp_path: Path) -> None:
+    write_theirs(tmp_path, "deepseek_v3")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    shapes = ExportWeights(tmp_path).shapes()
+    plain = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.1.")}
+    for number, mark in ((2, "eh_proj"), (3, "enorm")):
+        begin = f"model.layers.{number}."
+        tensors |= {name.replace("model.layers.1.", begin): tensor.clone() for name, tensor in plain.items()}
+        tensors |= {f"{begin}{mark}.weight": torch.ones(16), f"{begin}shared_head.norm.weight": torch.ones(16)}
+    save_file(tensors, path)
+    assert ExportWeights(tmp_path).shapes() == shapes
+    del tensors["model.layers.3.enorm.weight"]
+    save_file(tensors | {"model.layers.1.eh_proj.weight": torch.ones(16)}, path)
+    with pytest.raises(ConfigError) as refused:
+        ExportWeights(tmp_path)
+    begins = {line[: len("model.layers.1.")] for line in refused.value.problems}
+    assert begins == {"model.layers.1.", "model.layers.3."}
