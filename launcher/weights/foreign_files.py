@@ -9,6 +9,7 @@ Everything here came from another hand: each thing that does not hold is told by
 """
 
 import json
+import os
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -27,6 +28,8 @@ MOST_JSON_BYTES = 2**28
 MOST_TOLD = 40
 # Two tensors are held against each other so many bytes at a time.
 COMPARED_BYTES = 2**26
+# A file's name may have so many bytes on Linux (NAME_MAX).
+MOST_NAME_BYTES = 255
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -36,6 +39,8 @@ def files_of(folder: Path) -> dict[str, Path]:
         ConfigError: if files are missing or no safetensors files, or hold anything else than the index says.
     """
     index = folder / INDEX_NAME
+    if index.is_dir():
+        raise ConfigError(str(index), ["is a folder; an index in JSON, or none beside model.safetensors, would fit"])
     if not index.is_file():
         held = _tensors_in(folder, ["model.safetensors"])
         return {tensor: folder / file for file, tensors in held.items() for tensor in tensors}
@@ -51,6 +56,9 @@ def _tensors_in(folder: Path, names: list[str]) -> dict[str, frozenset[str]]:
     held, problems = dict[str, frozenset[str]](), dict[str, str]()
     for name in names:
         path = folder / name
+        if path.is_dir():
+            problems[name] = "is a folder; a safetensors file of this name would fit"
+            continue
         if not path.is_file():
             pickled = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
             way_out = (
@@ -79,11 +87,21 @@ def _weight_map(index: Path) -> dict[str, str]:
     wrong = [
         f"weight_map: {shown(name)} is in the file {shown(file)}: must be the name of a file in the same folder"
         for name, file in weight_map.items()
-        if not isinstance(file, str) or "\0" in file or Path(file).name != file
+        if not _names_a_file(file)
     ]
     if wrong:
         raise ConfigError(str(index), first_told(wrong))
     return weight_map
+
+
+def _names_a_file(name: object) -> bool:
+    """Say whether a file in a folder can be called so."""
+    if not isinstance(name, str) or "\0" in name or name in ("", "..") or Path(name).name != name:
+        return False
+    try:
+        return len(os.fsencode(name)) <= MOST_NAME_BYTES
+    except UnicodeEncodeError:  # half of a pair, which JSON can spell
+        return False
 
 
 def _broken_promises(weight_map: dict[str, str], held: dict[str, frozenset[str]]) -> Iterator[str]:

@@ -135,6 +135,11 @@ def add(folder: Path) -> None:
     save_file(tensors | {"extra": torch.ones(1)}, folder / "model.safetensors")
 
 
+def folder_instead(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
 def pickle_alone(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -191,6 +196,17 @@ def with_index(text: str) -> Callable[[Path], object]:
             r'index\.json.*\n  weight_map: "a" is in the file 3: must be the name',
         ),
         (with_index('{"weight_map": {"a": "../b"}}'), r'weight_map: "a" is in the file "../b": must be the name'),
+        (
+            with_index(json.dumps({"weight_map": {"a": "x" * 300, "b": "\ud800", "c": "", "d": ".."}})),
+            r'weight_map: "a" is in the file "x+\.\.\.: must be the name of a file in the same folder'
+            r'\n  weight_map: "b" is in the file ".": must.*'
+            r'\n  weight_map: "c" is in the file "": must.*\n  weight_map: "d" is in the file "\.\.": must',
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").mkdir(),
+            r"index\.json: 1 problem.*\n  is a folder; an index in JSON, or none beside model\.safetensors, would fit",
+        ),
+        (folder_instead, r"model\.safetensors: 1 problem.*\n  is a folder; a safetensors file of this name would fit"),
         (drop, r"model\.norm\.weight \[16\] is missing"),
         (
             pickle_alone,
