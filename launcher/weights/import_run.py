@@ -70,9 +70,13 @@ def import_run(request: ImportRequest) -> Imported:
         raise ValueError(f"{folder}: is a run or a checkpoint of ours; init.from in a run file takes it as it is")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).lstrip("._-") or "imported"
     out = request.out or Path(f"{name}.toml")
-    if out.exists() and not request.overwrite:
-        raise ValueError(f"--out {out}: is there already; give another name, or --overwrite to replace it")
-    if why := _why_not_written(out):  # before anything long is done
+    try:
+        if out.exists() and not request.overwrite:
+            raise ValueError(f"--out {out}: is there already; give another name, or --overwrite to replace it")
+        why = _why_not_written(out)  # before anything long is done
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why is not None:
         raise _not_written(out, why)
     if request.verify:
         import_transformers()  # a missing library is told before anything long is done

@@ -259,13 +259,16 @@ def what_lies_at(path: Path) -> Kind:
     Raises:
         ValueError: if it is neither a run, nor a checkpoint, nor an exported folder.
     """
-    if (path / MANIFEST_NAME).is_file():
-        return "checkpoint"
-    if (path / "config.json").is_file():
-        return "export"
-    if (path / "checkpoints").is_dir():
-        return "run"
-    what = "there is nothing" if not path.exists() else "neither a run, nor a checkpoint, nor an export"
+    try:
+        if (path / MANIFEST_NAME).is_file():
+            return "checkpoint"
+        if (path / "config.json").is_file():
+            return "export"
+        if (path / "checkpoints").is_dir():
+            return "run"
+        what = "there is nothing" if not path.exists() else "neither a run, nor a checkpoint, nor an export"
+    except OSError as error:  # such as a name that is too long
+        what = f"cannot be looked at ({error.strerror})"
     raise ValueError(
         f"{path}: {what}; give a run's folder (it has checkpoints/), a checkpoint "
         "(checkpoints/step_...) or an exported folder (it has config.json)"

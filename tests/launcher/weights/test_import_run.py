@@ -208,7 +208,12 @@ def test_where_transformers_trips_one_line_says_so(
 
 @pytest.mark.parametrize(
     ("out", "why"),
-    [("taken", "is a folder"), ("file/a.toml", "file is no folder"), ("full/a.toml", os.strerror(errno.ENOSPC))],
+    [
+        ("taken", "is a folder"),
+        ("file/a.toml", "file is no folder"),
+        ("full/a.toml", os.strerror(errno.ENOSPC)),
+        ("x" * 300, os.strerror(errno.ENAMETOOLONG)),
+    ],
 )
 def test_a_run_file_that_cannot_be_written_names_the_option(
     out: str,

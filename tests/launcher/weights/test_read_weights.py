@@ -102,7 +102,10 @@ def test_a_named_checkpoint_knows_its_run(store: TokenStore, tmp_path: Path) -> 
     assert find_source(path).run_folder == tmp_path.resolve()
 
 
-@pytest.mark.parametrize(("name", "problem"), [("absent", "there is nothing"), ("", "neither a run, nor a checkpoint")])
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("absent", "there is nothing"), ("", "neither a run, nor a checkpoint"), ("x" * 300, "cannot be looked at")],
+)
 def test_what_is_no_source_is_refused_with_what_would_be(name: str, problem: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=problem):
         open_weights(tmp_path / name)
