@@ -85,6 +85,7 @@ KINDS = {
     "num_experts": SIZE,
     "num_local_experts": COUNT,
     "num_experts_per_tok": COUNT,
+    "router_aux_loss_coef": may_be_null(SHARE),
     "decoder_sparse_step": whole(MAX_LAYERS),
     "mlp_only_layers": LAYER_NUMBERS_OR_NULL,
     "rms_norm_eps": POSITIVE,

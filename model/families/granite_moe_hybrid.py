@@ -23,6 +23,7 @@ from meshwright.model.families.table import (
     NEEDED,
     attention_bias_parts,
     attention_rows,
+    balancing_to_ours,
     common_keys,
     common_keys_to_ours,
     experts_of,
@@ -192,6 +193,7 @@ def _experts(foreign: Mapping[str, Any], shared: int) -> dict[str, Any]:
         "top_k": foreign.get("num_experts_per_tok", 2),
         "expert_hidden_size": width,
         "num_shared_experts": shared // width,
+        "load_balancing_weight": balancing_to_ours(foreign, 0.001),
     }
 
 

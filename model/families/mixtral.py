@@ -17,6 +17,7 @@ from meshwright.model.families.table import (
     ATTENTION_BIASES,
     NEEDED,
     attention_rows,
+    balancing_to_ours,
     common_keys,
     common_keys_to_ours,
     expert_rows,
@@ -81,6 +82,7 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
             "top_k": foreign.get("num_experts_per_tok", 2),
             "expert_hidden_size": foreign["intermediate_size"],
             "normalise_top_k": True,
+            "load_balancing_weight": balancing_to_ours(foreign, 0.001),
         },
     }
 
@@ -95,5 +97,5 @@ MIXTRAL = Family(
     NEEDED,
     FIXED,
     aliases={"num_experts": "num_local_experts"},
-    not_null=("num_key_value_heads",),
+    not_null=("num_key_value_heads", "router_aux_loss_coef"),
 )

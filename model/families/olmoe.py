@@ -17,6 +17,7 @@ from meshwright.model.families.table import (
     ATTENTION_BIASES,
     NEEDED,
     attention_bias_parts,
+    balancing_to_ours,
     common_keys,
     common_keys_to_ours,
     expert_rows,
@@ -64,6 +65,7 @@ def to_ours(foreign: Mapping[str, Any]) -> dict[str, Any]:
             "top_k": foreign.get("num_experts_per_tok", 8),
             "expert_hidden_size": foreign["intermediate_size"],
             "normalise_top_k": foreign.get("norm_topk_prob", False),
+            "load_balancing_weight": balancing_to_ours(foreign, 0.01),
         },
     }
 
@@ -78,5 +80,5 @@ OLMOE = Family(
     NEEDED,
     FIXED,
     aliases={"num_local_experts": "num_experts"},
-    not_null=("head_dim",),
+    not_null=("head_dim", "router_aux_loss_coef"),
 )

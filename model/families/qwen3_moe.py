@@ -21,6 +21,7 @@ from meshwright.model.families.table import (
     ATTENTION_BIASES,
     NEEDED,
     attention_bias_parts,
+    balancing_to_ours,
     common_keys,
     common_keys_to_ours,
     expert_rows,
@@ -93,6 +94,7 @@ def _experts(foreign: Mapping[str, Any]) -> dict[str, Any]:
         "top_k": foreign.get("num_experts_per_tok", 8),
         "expert_hidden_size": foreign["moe_intermediate_size"],
         "normalise_top_k": foreign.get("norm_topk_prob", False),
+        "load_balancing_weight": balancing_to_ours(foreign, 0.001),
     }
 
 
@@ -113,5 +115,5 @@ QWEN3_MOE = Family(
     (*NEEDED, "moe_intermediate_size"),
     FIXED,
     aliases={"num_local_experts": "num_experts"},
-    not_null=("head_dim", "num_key_value_heads"),
+    not_null=("head_dim", "num_key_value_heads", "router_aux_loss_coef"),
 )

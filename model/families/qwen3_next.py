@@ -25,6 +25,7 @@ from meshwright.model.families.table import (
     ATTENTION_BIASES,
     NEEDED,
     attention_bias_parts,
+    balancing_to_ours,
     common_keys,
     common_keys_to_ours,
     expert_rows,
@@ -189,6 +190,7 @@ def _experts(foreign: Mapping[str, Any]) -> dict[str, Any]:
         "num_shared_experts": shared // width,
         "shared_expert_gate": True,
         "normalise_top_k": foreign.get("norm_topk_prob", True),
+        "load_balancing_weight": balancing_to_ours(foreign, 0.001),
     }
 
 
@@ -212,6 +214,6 @@ QWEN3_NEXT = Family(
     (*NEEDED, "moe_intermediate_size"),
     FIXED,
     aliases={"num_local_experts": "num_experts"},  # as our own files have both
-    not_null=("head_dim", "num_key_value_heads"),
+    not_null=("head_dim", "num_key_value_heads", "router_aux_loss_coef"),
     ignored=r"^mtp\.",
 )

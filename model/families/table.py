@@ -207,6 +207,12 @@ def common_keys_to_ours(
     }
 
 
+def balancing_to_ours(foreign: Mapping[str, Any], usual: float) -> float:
+    """Return the weight of the load-balancing loss; `usual` is the class's own."""
+    given = foreign.get("router_aux_loss_coef", usual)
+    return usual if given is None else float(given)
+
+
 def with_defaults(foreign: Mapping[str, Any], **defaults: Any) -> Mapping[str, Any]:
     """Return the keys with a class's own values where a file does not name them."""
     return ChainMap(foreign, defaults)  # type: ignore[arg-type]  # nothing is written to it

@@ -102,3 +102,16 @@ def test_layers_that_predict_further_tokens_are_passed_over_with_all_that_they_h
         ExportWeights(tmp_path)
     begins = {line[: len("model.layers.1.")] for line in refused.value.problems}
     assert begins == {"model.layers.1.", "model.layers.3."}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe", "granitemoehybrid", "qwen3_next"])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_weight_of_the_load_balancing_loss_goes_into_the_run_file_and_out_again(
+    weight: float, model_type: str, tmp_path: Path
+) -> None:
+    write_theirs(tmp_path / "theirs", model_type, router_aux_loss_coef=weight)
+    imported = import_run(ImportRequest(tmp_path / "theirs", tmp_path / "run.toml", store="store", verify=False))
+    model = read_run_file(imported.run_file).model
+    assert model.moe is not None
+    assert model.moe.load_balancing_weight == weight
+    assert FAMILIES[model_type].to_foreign(model)["router_aux_loss_coef"] == weight

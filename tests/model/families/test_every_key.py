@@ -23,7 +23,7 @@ HARMLESS = {
     "label2id", "problem_type", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
 }  # fmt: skip
 _ROPE: dict[str, Any] = {"max_position_embeddings": 77}  # a bound, where positions are not stretched
-_EXPERTS: dict[str, Any] = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+_EXPERTS: dict[str, Any] = {"output_router_logits": True}
 _STEPS: dict[str, Any] = {"time_step_min": 0.01, "time_step_max": 0.2, "time_step_floor": 0.02}
 _STATE: dict[str, Any] = {**_STEPS, "rescale_prenorm_residual": True, "residual_in_fp32": False}
 # What one class has besides and does not change its logits in evaluation, each with another value than its default.
