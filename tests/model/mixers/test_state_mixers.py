@@ -1,6 +1,4 @@
-"""Mixers that carry a state: more ranks than groups, narrow types, what is kept of them, how they begin."""
-
-from math import expm1, log, pi
+"""Mixers that carry a state: more ranks than groups, narrow types, what is kept of them."""
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from meshwright.model.mixers.gated_delta import DeltaSizes, DeltaSpread, GatedDe
 from meshwright.model.mixers.mamba1 import Mamba1, Mamba1Sizes
 from meshwright.model.mixers.mamba2 import Mamba2, Mamba2Sizes, Spread
 from meshwright.model.mixers.s4d import S4d, S4dSizes
-from meshwright.parallel.initialise import fill, init_rules
 from meshwright.parallel.mesh import Axis, Mesh, Sizes, single_process_mesh
 from meshwright.parallel.recompute.policy import recompute_layers
 from meshwright.parallel.tally import Tally
@@ -122,29 +119,3 @@ def test_what_is_selectively_kept_gives_the_same_gradients(name: str) -> None:
     found = torch.autograd.grad(part(x, where, None).square().sum(), of)
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.equal(ours, theirs)
-
-
-STARTS = {  # of parameters that begin neither as a matrix nor as ones or zeros: between which values
-    "mamba2": {
-        "A_log": (0.0, log(16.0)),
-        "dt_bias": (log(expm1(0.001)), log(expm1(0.1))),
-        "conv_x.weight": (-0.6, 0.6),
-    },
-    "mamba1": {"A_log": (0.0, log(5.0)), "dt_bias": (log(expm1(0.001)), log(expm1(0.1)))},
-    "gated delta": {"A_log": (log(0.01), log(16.0)), "dt_bias": (1.0, 1.0)},
-    "s4d": {"A_log": (log(0.5), log(0.5)), "A_imag": (0.0, 2 * pi), "log_dt": (log(0.001), log(0.1))},
-}
-
-
-@pytest.mark.parametrize("name", STARTS)
-def test_states_begin_with_decays_as_published(name: str) -> None:
-    part = MAKE[name](single_process_mesh()).double()
-    rules = init_rules(part)
-    for parameter, (low, high) in STARTS[name].items():
-        held = part.get_parameter(parameter)
-        shape = tuple(held.shape)
-        fill(held, rules[parameter], seed=1, name=parameter, global_shape=shape, offset=(0,) * len(shape))
-        assert low - 1e-9 <= held.min().item() <= held.max().item() <= high + 1e-9
-        assert low == high or held.min() < held.max()
-    if name == "mamba1":  # each channel has A = 1, 2, ... N
-        torch.testing.assert_close(part.A_log.exp(), torch.arange(1.0, 6.0).double().expand(8, 5))
