@@ -6,10 +6,10 @@
     OF_ENDS        multipliers, dropouts, what is done to embedding and logits
 
 A new kind, norm, router, ... is one line here, and everything that holds for parts is tested of it: in every layout,
-in decoding, of documents, names, shapes, operations, bytes (tests/parity/test_parts_in_layouts.py,
-tests/model/test_every_part.py, tests/model/counts/test_every_part_counted.py). Two layers, so that a pipeline cuts
-them; 12 tokens a sample (engine_cases.py), so that chunks, windows and convolutions end within it; every dim has its
-own size.
+in decoding, of documents, names, shapes, operations, bytes, initial weights (tests/parity/test_parts_in_layouts.py,
+tests/model/test_every_part.py, tests/model/counts/test_every_part_counted.py, tests/model/test_initial_weights.py).
+Two layers, so that a pipeline cuts them; 12 tokens a sample (engine_cases.py), so that chunks, windows and convolutions
+end within it; every dim has its own size.
 """
 
 from typing import Any
