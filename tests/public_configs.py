@@ -36,7 +36,7 @@ LLAMA2: Keys = {**LLAMA3, "max_position_embeddings": 4096, "rope_theta": 10000.0
 
 def stretched(factor: float) -> Keys:
     """Return what Llama 3.1 and 3.2 say of longer samples."""
-    scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling: Keys = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling |= {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
     return {"max_position_embeddings": 131072, "mlp_bias": False, "rope_scaling": scaling}
 
