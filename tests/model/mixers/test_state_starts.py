@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from meshwright.model.mixers.gated_delta import DeltaSizes, GatedDelta
 from meshwright.model.mixers.mamba1 import Mamba1, Mamba1Sizes
 from meshwright.model.mixers.mamba2 import Mamba2, Mamba2Sizes, TimeStep
-from meshwright.model.mixers.s4d import S4d, S4dSizes
+from meshwright.model.mixers.s4d import S4d, S4dSizes, Start
 from meshwright.parallel.initialise import fill, init_rules
 
 MANY = 4096  # heads or channels: so many draws
@@ -62,7 +62,7 @@ def gated_delta() -> GatedDelta:
         return GatedDelta(8, DeltaSizes(MANY, MANY, key_head_dim=1, value_head_dim=1, conv_kernel=4))
 
 
-def s4d(kind: str = "linear") -> S4d:
+def s4d(kind: Start = "linear") -> S4d:
     with torch.device("meta"):
         return S4d(MANY, S4dSizes(state_size=64, start=kind))
 
