@@ -103,7 +103,7 @@ def start_of(name: str, config: ModelConfig) -> Start:
     if found := PART.fullmatch(name):
         number, place, within = found.groups()
         kind = str(getattr(config.layers[int(number or -1)], place))
-        table = PARTS[kind] | (S4D_REAL if config.s4d and config.s4d.start == "real" else {})
+        table = {**PARTS[kind], **(S4D_REAL if config.s4d and config.s4d.start == "real" else {})}
         return ZEROS if within not in table and within.endswith(".bias") else table[within]
     around = PREFIX.sub("", name)
     return NORM if around.rpartition(".")[0].endswith("norm") else AROUND[around]
@@ -166,9 +166,9 @@ def test_what_is_filled_spreads_as_the_table_has_it(name: str) -> None:
         if isinstance(start, str) and start != "norm":
             spread = rule_of(key, tuple(held.shape), config).scale
             drawn[start].append(held.detach().double().flatten() / spread)
-    assert any(start.startswith("outward") for start in drawn)
-    for start, pieces in drawn.items():
+    assert any(drawn_as.startswith("outward") for drawn_as in drawn)
+    for drawn_as, pieces in drawn.items():
         every = torch.cat(pieces)
         # A standard deviation of n normal numbers is off by 1 / sqrt(2n); four times that are one seed in 16,000.
-        assert every.std().item() == pytest.approx(1.0, abs=4 / math.sqrt(2 * len(every))), start
+        assert every.std().item() == pytest.approx(1.0, abs=4 / math.sqrt(2 * len(every))), drawn_as
         assert len(every) > 500  # so that it is sharper than 13 %, and no missing root of the depth passes
