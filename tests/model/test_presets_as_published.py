@@ -77,6 +77,8 @@ _AS_TRAINED = {"init_std": 0.02}
 # muP's 0.1 is divided by the root of width / 256 for the matrices inside, and not at the ends; we have one for both,
 # and 0.1 / sqrt(4096 / 256) = 0.025 is near the usual one.
 _WITHOUT_MUP = {"init_std": 0.02}
+# Their loss is one of all layers, and top_k where the load is even: another loss has another weight.
+_OUR_LOSS = {"moe.load_balancing_weight": 0.01}
 OTHERWISE: Mapping[str, Mapping[str, Any]] = {
     "gpt2": _NO_DROPOUT,
     "gpt2-medium": _NO_DROPOUT,
@@ -85,8 +87,12 @@ OTHERWISE: Mapping[str, Mapping[str, Any]] = {
     "mamba-2.8b": _AS_TRAINED,
     "mamba2-2.7b": _AS_TRAINED,
     "granite4-h-micro": _WITHOUT_MUP,
-    "granite4-h-tiny": _WITHOUT_MUP,
-    "granite4-h-small": _WITHOUT_MUP,
+    "granite4-h-tiny": _WITHOUT_MUP | _OUR_LOSS,
+    "granite4-h-small": _WITHOUT_MUP | _OUR_LOSS,
+    "mixtral-8x7b": _OUR_LOSS,
+    "qwen3-30b-a3b": _OUR_LOSS,
+    "qwen3-235b-a22b": _OUR_LOSS,
+    "qwen3-next-80b-a3b": _OUR_LOSS,
     # As its report says of training (section 4.2); the file has the class's 0.02, and we read no loss from files.
     "deepseek-v3": {"init_std": 0.006, "moe.load_balancing": "sequence", "moe.load_balancing_weight": 0.0001},
 }
