@@ -302,7 +302,7 @@ def _matched(
         if ours is None:
             continue
         places = zip(ours.sample.tolist(), ours.position.tolist(), strict=True)
-        rows = np.array([row_of.get(at, -1) for at in places])
+        rows = np.array([row_of.get(at, -1) for at in places], dtype=int)  # also where there is none
         if (rows < 0).any():
             verdict.miss(
                 layer, f"rank {rank} has {int((rows < 0).sum())} tokens that are none of it", what=what, step=step

@@ -64,6 +64,17 @@ def test_ranks_that_hold_it_all_together_are_the_same() -> None:
     assert compare_exactly(record(), two_ranks()) == Verdict([])
 
 
+def test_a_rank_may_have_no_token_of_a_layer_that_only_some_go_through() -> None:
+    ranks = two_ranks()
+    for number, step in enumerate(record().steps):
+        for name in ("layers.0.mixer output", "layers.0.router experts", "layers.0.router margin"):
+            everything = step.at_tokens[name]
+            ranks[0].steps[number].at_tokens[name] = AtTokens(SAMPLE[:0], POSITION[:0], everything.values[:0])
+            ranks[1].steps[number].at_tokens[name] = everything
+    assert compare_exactly(record(), ranks) == Verdict([])
+    assert compare_fast(record(), ranks) == Verdict([])
+
+
 def piece(values: object) -> Piece:
     array = np.asarray(values, np.float64)
     return Piece(array.shape, (0,) * array.ndim, array)
