@@ -4,7 +4,8 @@
     AtTokens  rows that belong to tokens: for each the global sample, the position in it, and numbers
 
     step   tokens and targets      as the model saw them
-           outputs                 of the embedding and of every block, at each token
+           outputs                 of the embedding and of every block, at each token; of the embedding also what the
+                                   prediction of a further token is given, which is of the token there
            decisions, margins      experts of each token by layer, and by how much the last of them won
            loss, norm, sums        over all ranks
            gradients               summed over the ranks, before they are clipped
@@ -28,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from meshwright.launcher.build import Run
 from meshwright.launcher.training.progress import held_tensors
 from meshwright.model.block import Block
+from meshwright.model.multi_token import FurtherToken
 from meshwright.model.stage import MicroBatch, StagePart
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.placement import without_padding
@@ -110,6 +112,7 @@ class Recorder:
         self._run, self._decide = run, decide
         self._where: Where | None = None
         self._seq_len = 0
+        self._begins = False
         self._rows: dict[str, list[AtTokens]] = {}
         self._gradients: dict[str, Piece] = {}
         self._seen: set[tuple[str, int, int]] = set()
@@ -118,10 +121,10 @@ class Recorder:
             assert isinstance(part, StagePart)
             self._watch_stage(part)
         for name, module in run.model.named_modules():
-            if isinstance(module, Block):
-                module.register_forward_pre_hook(self._on_block, with_kwargs=True)
-            if outputs and isinstance(module, Block | Embedding):
-                module.register_forward_hook(self._on_output(name))
+            if isinstance(module, Block | FurtherToken):
+                module.register_forward_pre_hook(self._on_place, with_kwargs=True)
+            if outputs:
+                self._watch_output(name, module)
             if callable(getattr(module, "choose", None)):
                 self._watch_router(name, module)
         _after(run.engine, "finish_gradients", self._take_gradients)
@@ -141,8 +144,8 @@ class Recorder:
         self._rows, self._gradients, self._seen = {}, {}, set()
 
     def _on_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        tokens, targets, self._where, *_tally = args  # an evaluation counts nothing
-        self._seq_len = len(self._where.document_whole)
+        tokens, targets, where, *_tally = args  # an evaluation counts nothing
+        self._begin(where, has_embedding=True)
         self._add("tokens", tokens.flatten())
         self._add("targets", targets.flatten())
 
@@ -157,7 +160,7 @@ class Recorder:
 
         def called(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             micro_batch = of_step[int(kwargs["number"])]
-            self._where, self._seq_len = micro_batch.where, len(micro_batch.where.document_whole)
+            self._begin(micro_batch.where, has_embedding=part.is_first)
             if part.is_first:
                 self._add("tokens", micro_batch.tokens.flatten())
             if part.is_last:
@@ -166,14 +169,31 @@ class Recorder:
         setattr(part, "start_step", started)  # noqa: B010  (a module takes a function as an attribute)
         part.register_forward_pre_hook(called, with_kwargs=True)
 
-    def _on_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, where: Where, *, has_embedding: bool) -> None:
+        self._where, self._seq_len, self._begins = where, len(where.document_whole), has_embedding
+
+    def _on_place(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._where = next((value for value in (*args, *kwargs.values()) if isinstance(value, Where)), self._where)
 
-    def _on_output(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def take(_module: nn.Module, _given: Any, output: Tensor) -> None:
+    def _watch_output(self, name: str, module: nn.Module) -> None:
+        def of_block(_module: nn.Module, _given: Any, output: Tensor) -> None:
             self._add(f"{name} output", output.flatten(0, 1))
 
-        return take
+        def of_embedding(_module: nn.Module, _given: Any, output: Tensor) -> None:
+            # It runs again for further tokens, behind the last layer, in a pipeline on another rank.
+            if self._begins:
+                self._begins = False
+                self._add(f"{name} output", output.flatten(0, 1))
+
+        def of_further_token(_module: nn.Module, given: tuple[Any, ...]) -> None:
+            self._add(f"embedding for {name} output", given[1].flatten(0, 1))
+
+        if isinstance(module, Block):
+            module.register_forward_hook(of_block)
+        elif isinstance(module, Embedding):
+            module.register_forward_hook(of_embedding)
+        elif isinstance(module, FurtherToken):
+            module.register_forward_pre_hook(of_further_token)
 
     def _watch_router(self, name: str, router: nn.Module) -> None:
         choose: Callable[[Tensor], Tensor] = router.choose  # type: ignore[assignment]
