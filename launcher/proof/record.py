@@ -177,7 +177,7 @@ class Recorder:
 
     def _watch_output(self, name: str, module: nn.Module) -> None:
         def of_block(_module: nn.Module, _given: Any, output: Tensor) -> None:
-            self._add(f"{name} output", output.flatten(0, 1))
+            self._add(f"{self._of_lap(name)} output", output.flatten(0, 1))
 
         def of_embedding(_module: nn.Module, _given: Any, output: Tensor) -> None:
             # It runs again for further tokens, behind the last layer, in a pipeline on another rank.
@@ -204,16 +204,22 @@ class Recorder:
             others = probability.detach().scatter(1, chosen, -torch.inf)
             margin = held.amin(1) - others.amax(1)
             where, rows = self._places(len(chosen))
-            self._add(f"{name} experts", chosen)
-            self._add(f"{name} margin", margin)
+            layer = self._of_lap(name)
+            self._add(f"{layer} experts", chosen)
+            self._add(f"{layer} margin", margin)
             if self._decide is None:
                 return chosen
             decided, is_there = chosen.numpy().copy(), rows < self._seq_len
             given = (each[is_there] for each in (where, rows, decided, _numbers(margin)))
-            decided[is_there] = self._decide(name, *given)
+            decided[is_there] = self._decide(layer, *given)
             return torch.from_numpy(decided)
 
         setattr(router, "choose", watched)  # noqa: B010  (a module takes a function as an attribute)
+
+    def _of_lap(self, name: str) -> str:
+        """Return a module's name, and which use it is where a layer is used once more: the choice is another."""
+        lap = 0 if self._where is None else self._where.lap
+        return f"{name}, lap {lap + 1}" if lap else name
 
     def _places(self, count: int) -> tuple[Array, Array]:
         """Return sample and position of each of `count` tokens, sequence first, as this rank holds them."""

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from meshwright.launcher.proof.passes import choices_in
 from meshwright.launcher.proof.prove import Judge, Plan, plan_proof, prove
 from meshwright.launcher.runfile.read import read_run_file
 
 RUNS = Path(__file__).resolve().parents[3] / "runs"
 SOME = "parts/mixture_of_depths.toml"
 FURTHER, STAGES = "model.multi_token.depth=2", "parallel.pp=2"
+SHARED = "model.distinct_layers=2"
 
 
 def plan_of(name: str, *overrides: str, passes: tuple[str, ...] = ("exact",)) -> Plan:
@@ -36,3 +38,11 @@ def test_what_a_further_token_is_given_is_compared_too() -> None:
     here, ahead = (step.at_tokens[f"embedding{of} output"] for of in ("", " for multi_token.1"))
     assert here.values.shape == ahead.values.shape
     assert not np.array_equal(here.values, ahead.values)
+
+
+def test_a_layer_that_is_used_again_has_choices_of_each_use() -> None:
+    one = Judge(plan_of("moe_tiny.toml", SHARED).narrowed.run_file, ("exact",)).one["exact"]
+    router = "layers.0.feedforward.part.router"
+    first, again = (choices_in(one)[0, f"{router}{lap}"].experts for lap in ("", ", lap 2"))
+    assert first.shape == again.shape
+    assert not np.array_equal(first, again)
