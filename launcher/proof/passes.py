@@ -103,9 +103,20 @@ class Chosen:
 
     first_sample: int
     experts: Array
-    """[samples, positions, k]."""
+    """[samples, positions, k]; -1 where a token did not come to this router."""
     margin: Array
     """[samples, positions]."""
+
+    def taken_over(self, sample: Array, position: Array, chosen: Array, *, up_to: float) -> Array:
+        """Return what was chosen for these tokens up to this margin; `chosen` elsewhere.
+
+        Where rounding lets another token into a layer of Mixture-of-Depths, there is nothing to take over.
+        """
+        at = sample - self.first_sample, position
+        theirs = self.experts[at]
+        is_taken = (self.margin[at] <= up_to)[:, None] & (theirs >= 0)
+        mixed: Array = np.where(is_taken, theirs, chosen)
+        return mixed
 
 
 def choices_in(record: RankRecord) -> dict[tuple[int, str], Chosen]:
@@ -116,8 +127,9 @@ def choices_in(record: RankRecord) -> dict[tuple[int, str], Chosen]:
             layer = name.removesuffix(" experts")
             if layer == name:
                 continue
-            first, shape = int(rows.sample.min()), (int(np.ptp(rows.sample)) + 1, int(rows.position.max()) + 1)
-            experts = np.zeros((*shape, rows.values.shape[1]), rows.values.dtype)
+            seen = step.at_tokens["tokens"]  # all of them: not every token need come to this router
+            first, shape = int(seen.sample.min()), (int(np.ptp(seen.sample)) + 1, int(seen.position.max()) + 1)
+            experts = np.full((*shape, rows.values.shape[1]), -1, rows.values.dtype)
             margin = np.zeros(shape)
             experts[rows.sample - first, rows.position] = rows.values
             margins = step.at_tokens[f"{layer} margin"]
@@ -177,13 +189,8 @@ def train_pass(run: Run, one: Pass, choices: Choices, signals: Signals) -> RankR
     record, step = RankRecord(), 0
 
     def decide(layer: str, sample: Array, position: Array, chosen: Array, _margin: Array) -> Array:
-        reference = choices[step, layer]
-        theirs: Array = reference.experts[sample - reference.first_sample, position]
-        if one.replays == "all":
-            return theirs
-        near = reference.margin[sample - reference.first_sample, position] < ROUNDING
-        mixed: Array = np.where(near[:, None], theirs, chosen)
-        return mixed
+        up_to = np.inf if one.replays == "all" else ROUNDING
+        return choices[step, layer].taken_over(sample, position, chosen, up_to=up_to)
 
     hook: Decide | None = decide if choices and one.replays != "nothing" else None
     recorder = Recorder(run, outputs=one.name == "exact", decide=hook)

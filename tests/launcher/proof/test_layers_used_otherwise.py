@@ -7,6 +7,7 @@ import pytest
 
 from meshwright.launcher.proof.passes import choices_in
 from meshwright.launcher.proof.prove import Judge, Plan, plan_proof, prove
+from meshwright.launcher.proof.record import AtTokens, RankRecord, StepRecord
 from meshwright.launcher.runfile.read import read_run_file
 
 RUNS = Path(__file__).resolve().parents[3] / "runs"
@@ -46,3 +47,18 @@ def test_a_layer_that_is_used_again_has_choices_of_each_use() -> None:
     first, again = (choices_in(one)[0, f"{router}{lap}"].experts for lap in ("", ", lap 2"))
     assert first.shape == again.shape
     assert not np.array_equal(first, again)
+
+
+def test_a_token_that_did_not_come_to_a_router_keeps_what_is_chosen_now() -> None:
+    sample, position = np.repeat([4, 5], 3), np.tile([0, 1, 2], 2)
+    came = np.array([0, 4])
+    rows = {
+        "tokens": AtTokens(sample, position, np.arange(6)),
+        "router experts": AtTokens(sample[came], position[came], np.array([[2, 3], [1, 3]])),
+        "router margin": AtTokens(sample[came], position[came], np.array([0.5, 1e-7])),
+    }
+    chosen = choices_in(RankRecord([StepRecord(at_tokens=rows)]))[0, "router"]
+    now = np.tile([0, 1], (6, 1))
+    replayed, near = (chosen.taken_over(sample, position, now, up_to=up_to) for up_to in (np.inf, 1e-5))
+    assert replayed.tolist() == [[2, 3], [0, 1], [0, 1], [0, 1], [1, 3], [0, 1]]
+    assert near.tolist() == [[0, 1], [0, 1], [0, 1], [0, 1], [1, 3], [0, 1]]
