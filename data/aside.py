@@ -5,13 +5,16 @@
     .corpus.replaced/       for an instant, the old one while it gives way to the new one
 
 Whatever kills the writer, the lock goes with it; the next one to write clears what it left.
+
+Before anything is done, `why_no_folder` and `why_not_made` tell why nothing can be made at a place, and `strangers`
+what lies in a folder that is to be replaced and is not its writer's.
 """
 
 import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +22,53 @@ from meshwright.data.errors import DataError
 
 # How long what was still being written when an error came may take to end.
 _STRAGGLER_SECONDS = 2.0
+# Names in a message.
+_SHOWN = 5
+
+
+def why_no_folder(out: Path) -> str | None:
+    """Return why there can be no folder at `out` to write into, as far as that can be seen without writing."""
+    if out.name in ("", ".."):
+        return "is the current folder, one above it, or an empty name (is a shell variable unset?)"
+    try:
+        if out.is_symlink() and not out.exists():
+            return "is a link that leads nowhere"
+        return "is a file" if out.exists() and not out.is_dir() else why_not_made(out)
+    except OSError as error:
+        return error.strerror
+
+
+def why_not_made(out: Path) -> str | None:
+    """Return why nothing can be made at `out`, as far as that can be seen without writing."""
+    try:
+        out.exists()  # the system refuses to look at a name that is too long
+        there = next((folder for folder in out.absolute().parents if folder.exists()), out)
+        if not there.is_dir():
+            return f"{there} is no folder"
+    except OSError as error:
+        return error.strerror
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} may not be written to"
+
+
+def strangers(folder: Path, is_own: Callable[[str], object]) -> list[str]:
+    """Return what lies in a folder and is not its writer's, by path within it, that of a folder with a / at its end.
+
+    `is_own` is asked of each path; what lies in a folder that is not the writer's is not listed one by one.
+    """
+    found = []
+    for path, names, files in os.walk(folder):
+        within = Path(path).relative_to(folder)
+        foreign = [name for name in names if not is_own(f"{(within / name).as_posix()}/")]
+        names[:] = sorted(set(names) - set(foreign))
+        found += [f"{(within / name).as_posix()}/" for name in foreign]
+        found += [it for name in files if not is_own(it := (within / name).as_posix())]
+    return sorted(found)
+
+
+def some_of(names: list[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 @contextmanager
@@ -32,12 +82,13 @@ def written_aside(out: Path) -> Iterator[Path]:
         DataError: if another process is writing `out` at this moment.
     """
     out = out.resolve() if out.is_symlink() else out
-    with _parents_of(out), _written_aside(out) as aside:
+    with parents_of(out), _written_aside(out) as aside:
         yield aside
 
 
 @contextmanager
-def _parents_of(out: Path) -> Iterator[None]:
+def parents_of(out: Path) -> Iterator[None]:
+    """Remove again, if the body raises, the folders above `out` that are not there yet and the body makes."""
     made = [it for it in out.parents if not it.exists()]
     try:
         yield

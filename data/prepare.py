@@ -12,6 +12,7 @@ written again.
 
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from meshwright.data.aside import written_aside
+from meshwright.data.aside import some_of, strangers, why_no_folder, written_aside
 from meshwright.data.documents import UNITS, Document, DocumentReader, content_problems
 from meshwright.data.encode import Encoded, encode_documents
 from meshwright.data.errors import DataError
@@ -35,6 +36,12 @@ from meshwright.data.write import SplitWriter, open_group, unigram_nats
 TOKENIZER_SAMPLE_BYTES = 128 << 20  # text that a tokenizer is trained on, at most; more changes few merges
 DEFAULT_VOCAB_SIZE = 8192
 BYTES_PER_WORKER = 4 << 20  # a process takes about as long to start as to encode this much
+
+# What a store consists of, by path within it; folders end in /.
+STORE_FILE = re.compile(
+    r"(meta|tokenizer|zarr)\.json|(train|validation)/"
+    r"(zarr\.json|(tokens|document_starts|document_source|document_index)/(zarr\.json|c/\d*)?)?"
+)
 
 Report = Callable[[str, int, int], None]
 """Called with a phase ("hashing", "tokenizer", "encoding") and the bytes of the sources done and in all."""
@@ -88,7 +95,7 @@ class PrepareOptions:
             (self.seq_len >= 0, f"--seq-len {self.seq_len}: must be at least 0"),
             (self.workers >= 0, f"--workers {self.workers}: must be at least 0"),
         ]
-        return [message for holds, message in rules if not holds] + _out_problems(self.out)
+        return [message for holds, message in rules if not holds] + _out_problems(self.out, self.overwrite)
 
 
 @dataclass(frozen=True)
@@ -197,20 +204,18 @@ def _check_inputs(options: PrepareOptions) -> tuple[list[Source], StoreTokenizer
     return sources, tokenizer
 
 
-def _out_problems(out: Path) -> list[str]:
+def _out_problems(out: Path, overwrite: bool) -> list[str]:
     """Return why no store can be written at `out`; that another store is there is for later."""
-    if out.name in ("", ".."):
-        return [
-            f"--out {str(out)!r}: is the current folder, one above it, or an empty name (is a shell variable unset?); "
-            "name a folder for the store alone"
-        ]
+    if why := why_no_folder(out):
+        return [f"--out {out}: {why}; name another folder, for the store alone"]
     try:
-        if out.is_symlink() and not out.exists():
-            return [f"--out {out}: is a link that leads nowhere; remove it, or name a folder"]
-        if out.exists() and not out.is_dir():
-            return [f"--out {out}: is a file; name a folder"]
         if out.exists() and any(out.iterdir()) and not os.path.lexists(out / "meta.json"):
             return [f"--out {out}: holds files that are not a token store, which prepare never touches; name another"]
+        if overwrite and (foreign := strangers(out, STORE_FILE.fullmatch)):
+            return [
+                f"--out {out}: --overwrite would remove what prepare has not written there ({some_of(foreign)}); "
+                "move it away, or name another folder"
+            ]
     except OSError as error:
         return [f"--out {out}: {error.strerror}; name another folder"]
     return []
@@ -265,7 +270,7 @@ def _recipe(
 def _existing(options: PrepareOptions, recipe: dict[str, Any]) -> StoreMeta | None:
     """Return the store that is there if it is the one asked for; refuse to write over anything else."""
     out = options.out
-    if problems := _out_problems(out):
+    if problems := _out_problems(out, options.overwrite):
         raise DataError(*problems)
     if options.overwrite or not out.exists() or not any(out.iterdir()):
         return None

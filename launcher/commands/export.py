@@ -52,8 +52,6 @@ def export(
         end_of_text=end_of_text,
         max_file_gb=max_file_gb,
     )
-    if problems := request.problems():
-        raise ConfigError("meshwright export", problems)
     try:
         exported = export_run(request)
     except NotRepresentableError as error:

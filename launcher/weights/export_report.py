@@ -9,10 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from meshwright.launcher.weights.hf_writer import REPORT_NAME
+from meshwright.launcher.weights.destination import REPORT_NAME, REPORT_PAGE
 from meshwright.launcher.weights.safetensors_stream import write_text
-
-REPORT_PAGE = "export_report.md"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Nothing is written when the model cannot be represented or the text to verify on
 writing, an older export under the same name stays as it was.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,16 @@ from meshwright.data.store import TokenStore
 from meshwright.data.tokenizer import load_tokenizer
 from meshwright.launcher.build import empty_model
 from meshwright.launcher.runfile.input_file import input_bytes
-from meshwright.launcher.weights.export_report import REPORT_PAGE, ExportReport, write_report
-from meshwright.launcher.weights.hf_writer import (
-    EXPORT_DTYPES,
-    ExportSettings,
-    check_destination,
+from meshwright.launcher.runfile.messages import ConfigError
+from meshwright.launcher.weights.destination import (
+    REPORT_PAGE,
+    destination_problems,
     finish,
-    partial_folder,
-    write_hf_folder,
+    followed,
+    written_partially,
 )
+from meshwright.launcher.weights.export_report import ExportReport, write_report
+from meshwright.launcher.weights.hf_writer import EXPORT_DTYPES, ExportSettings, export_bytes, write_hf_folder
 from meshwright.launcher.weights.read_weights import CheckpointWeights, fill_model, find_source
 from meshwright.launcher.weights.safetensors_stream import DEFAULT_MAX_SHARD_BYTES
 from meshwright.launcher.weights.saved_run import SavedRun, read_saved_run
@@ -74,7 +74,11 @@ class ExportRequest:
         if not 0.0 < self.max_file_gb <= MOST_FILE_GB:  # false for nan too
             rule = f"must be above 0 and at most {MOST_FILE_GB:g}; 2 to 5 are usual"
             found.append(f"--max-file-gb {self.max_file_gb:g}: {rule}")
-        return found
+        return found + (self.problems_at(self.out) if self.out is not None else [])
+
+    def problems_at(self, out: Path) -> list[str]:
+        """Return why the export cannot be written at `out`, one line each."""
+        return destination_problems(out, overwrite=self.overwrite, may_fail=self.verify)
 
 
 @dataclass(frozen=True)
@@ -107,21 +111,22 @@ def export_run(request: ExportRequest) -> Exported:
             missing, or the destination is taken.
     """
     if problems := request.problems():
-        raise ValueError("; ".join(problems))
+        raise ConfigError("meshwright export", problems)
     source = find_source(request.source)
     if not source.is_checkpoint:
         raise ValueError(f"{request.source}: is an export already; give a run's folder or a checkpoint")
     out = request.out or (source.run_folder / "export" if source.run_folder else None)
     if out is None:
         raise ValueError(f"{request.source}: lies in no run's folder, so say where the export should go with --out")
-    check_destination(out, overwrite=request.overwrite)
+    if request.out is None and (problems := request.problems_at(out)):
+        raise ConfigError("meshwright export", problems)
+    out = followed(out)
     saved = read_saved_run(source)
     family = choose_family(saved.run_file.model)
     settings = _settings(request, saved)
     text = _verification_text(request, saved, settings) if request.verify else None
     weights = CheckpointWeights(source.path, is_verified=source.is_verified)
-    partial = partial_folder(out)
-    try:
+    with written_partially(out, export_bytes(saved.run_file.model, settings)) as partial:
         write_hf_folder(partial, saved.run_file.model, weights, settings)
         report = _verified(partial, saved, weights, text, settings) if text is not None else None
         about = {
@@ -137,9 +142,6 @@ def export_run(request: ExportRequest) -> Exported:
         write_report(partial, report, about)
         passed = report is None or not report.failures()
         return Exported(finish(partial, out, passed=passed), about, report, source.passed_over)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _settings(request: ExportRequest, saved: SavedRun) -> ExportSettings:

@@ -6,19 +6,16 @@
     model*.safetensors      on-disk names; an index when there are several files
     tokenizer files         see hf_tokenizer.py
 
-The folder is written aside and renamed by `finish`, so that what stands under the final name is whole:
-
-    out.partial/  ->  (verify)  ->  out/          or, when the verification failed, out.failed/
+It writes into an empty folder, which becomes the export when it is verified (launcher/weights/destination.py).
 
 At no time is more than one of their tensors in memory, and what it is made of: where the class has a tensor for each
 expert, an expert's matrix, not a layer's.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,7 +36,6 @@ from meshwright.model.families.family import BUFFERS, Row, Source, our_shapes
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_KEYS = {"fp32": "float32", "bf16": "bfloat16"}
-REPORT_NAME = "export_report.json"
 # Beginnings of names of what no class computes with: other buffers of routers, what predicts further tokens.
 OF_TRAINING = (BUFFERS, "multi_token.")
 
@@ -147,46 +143,10 @@ def foreign_config(config: ModelConfig, settings: ExportSettings) -> dict[str, A
     }
 
 
-def partial_folder(out: Path) -> Path:
-    """Make the empty folder, beside the final one, that an export is written into."""
-    folder = out.with_name(out.name + ".partial")
-    if folder.exists():
-        shutil.rmtree(folder)  # an export that was killed; nobody else writes under this name
-    folder.mkdir(parents=True)
-    return folder
-
-
-def finish(partial: Path, out: Path, *, passed: bool) -> Path:
-    """Give a written folder its final name, in place of an older export; `.failed` where it did not verify."""
-    final = out if passed else out.with_name(out.name + ".failed")
-    old = final.with_name(final.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    if old.exists():
-        shutil.rmtree(old)
-    return final
-
-
-def check_destination(out: Path, *, overwrite: bool) -> None:
-    """Refuse to write over what is not an export of ours, or over one without being told to.
-
-    Raises:
-        ValueError: with the way out.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / REPORT_NAME).is_file():
-        raise ValueError(f"--out {out}: is there already and is no export; give another folder")
-    if not overwrite:
-        raise ValueError(f"--out {out}: holds an export already; give another folder, or --overwrite to replace it")
+def export_bytes(config: ModelConfig, settings: ExportSettings) -> int:
+    """Return how many bytes the weights and the tokenizer of an export take; the rest is a few thousand."""
+    rows, item = choose_family(config).mapping(config), EXPORT_DTYPES[settings.dtype].itemsize
+    return sum(prod(row.shape) for row in rows) * item + len(settings.tokenizer_json.encode())
 
 
 def _generation_config(settings: ExportSettings) -> dict[str, Any]:

@@ -6,7 +6,6 @@ The weights stay where they are: `[init] from` in the run file names the folder,
 the run starts (launcher/training/branching.py). Nothing is written where anything is wrong.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from meshwright.data.aside import why_not_made
 from meshwright.launcher.build import empty_model
 from meshwright.launcher.runfile.messages import ConfigError, cut_short
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.write import toml_of
+from meshwright.launcher.weights.destination import not_written
 from meshwright.launcher.weights.export_report import LogitsReport
 from meshwright.launcher.weights.read_weights import ExportWeights, fill_model, what_lies_at
 from meshwright.launcher.weights.safetensors_stream import write_text
@@ -70,14 +71,10 @@ def import_run(request: ImportRequest) -> Imported:
         raise ValueError(f"{folder}: is a run or a checkpoint of ours; init.from in a run file takes it as it is")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).lstrip("._-") or "imported"
     out = request.out or Path(f"{name}.toml")
-    try:
-        if out.exists() and not request.overwrite:
-            raise ValueError(f"--out {out}: is there already; give another name, or --overwrite to replace it")
-        why = _why_not_written(out)  # before anything long is done
-    except OSError as error:
-        why = error.strerror or str(error)
-    if why is not None:
-        raise _not_written(out, why)
+    if why := _why_not_written(out):  # before anything long is done
+        raise ValueError(not_written(out, "the run file", why))
+    if out.exists() and not request.overwrite:
+        raise ValueError(f"--out {out}: is there already; give another name, or --overwrite to replace it")
     if request.verify:
         import_transformers()  # a missing library is told before anything long is done
     weights = ExportWeights(folder)
@@ -95,22 +92,13 @@ def import_run(request: ImportRequest) -> Imported:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_text(out, _page(imported, folder, tables))
         except OSError as error:
-            raise _not_written(out, error.strerror or str(error)) from None
+            raise ValueError(not_written(out, "the run file", error.strerror or str(error))) from None
     return imported
 
 
 def _why_not_written(out: Path) -> str | None:
     """Return why no file can be written there, as far as that can be seen without writing."""
-    if out.is_dir():
-        return "is a folder"
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    if not there.is_dir():
-        return f"{there} is no folder"
-    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} may not be written to"
-
-
-def _not_written(out: Path, why: str) -> ValueError:
-    return ValueError(f"--out {out}: the run file cannot be written ({why}); a new name in a folder of yours would fit")
+    return why_not_made(out) or ("is a folder" if out.is_dir() else None)
 
 
 @torch.no_grad()

@@ -65,8 +65,34 @@ def test_a_place_where_no_store_can_be_is_refused_by_name(
     with pytest.raises(DataError) as error:
         prepare(options(Path(name), corpus))
     (problem,) = error.value.problems
-    assert (name or "--out '.'") in problem
+    assert (name or "--out .:") in problem
     assert sorted(it.name for it in tmp_path.iterdir()) == ["link", "loop"]
+
+
+def test_a_place_beneath_a_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError) as error:
+        prepare(options(tmp_path / "file" / "deep" / "s", tmp_path / "absent.txt"))
+    place, missing = error.value.problems
+    assert place == (
+        f"--out {tmp_path}/file/deep/s: {tmp_path}/file is no folder; name another folder, for the store alone"
+    )
+    assert missing.endswith("absent.txt: no such file")
+
+
+def test_what_prepare_has_not_written_is_not_replaced(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "s"
+    prepare(options(out, corpus))
+    (out / "NOTES.md").write_text("mine")
+    (out / "train" / "tokens" / "c" / "mine").mkdir()
+    assert prepare(options(out, corpus)).was_there  # nothing is replaced, and nothing is in the way
+    with pytest.raises(DataError) as error:
+        prepare(options(out, corpus, seed=1, overwrite=True))
+    assert error.value.problems == (
+        f"--out {out}: --overwrite would remove what prepare has not written there "
+        "(NOTES.md, train/tokens/c/mine/); move it away, or name another folder",
+    )
+    assert (out / "NOTES.md").read_text() == "mine"
 
 
 def test_a_link_to_a_folder_keeps_leading_to_the_store(tmp_path: Path, corpus: Path) -> None:

@@ -1,6 +1,7 @@
 """`meshwright export`: one command from a run to a verified folder, or a reason and nothing left behind."""
 
 import json
+import re
 import resource
 import shutil
 import sys
@@ -87,6 +88,26 @@ def test_a_failed_verification_names_the_figure_exits_1_and_leaves_the_older_exp
     assert report_of(run / "export")["verified"] is False  # the older one
 
 
+def test_an_older_export_gives_way_and_what_is_not_of_it_does_not(
+    run: Path, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert meshwright("export", run, "--skip-verify", "--max-file-gb", 2e-5) == 0
+    assert meshwright("export", run, "--skip-verify", "--overwrite") == 0  # all that an export writes is known as such
+    (run / "export" / "NOTES.md").write_text("mine")
+    (run / "export.partial").mkdir()
+    (run / "export.partial" / "mine.txt").write_text("mine")
+    capsys.readouterr()
+    assert meshwright("export", run, "--overwrite", "--dtype", "x") == 2
+    assert meshwright("export", run, "--overwrite", "--out", run / "export", "--dtype", "x") == 2
+    err = capsys.readouterr().err
+    assert err.count("--dtype") == 2
+    assert "holds what no export writes: NOTES.md; move it away" in err
+    assert "holds what no export writes: mine.txt; move it away" in err
+    assert (run / "export" / "NOTES.md").read_text() == (run / "export.partial" / "mine.txt").read_text() == "mine"
+    assert meshwright("export", run, "--overwrite") == 2
+    assert (run / "export" / "NOTES.md").is_file()
+
+
 def test_an_unverified_export_says_so(
     run: Path, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,12 +142,15 @@ def disk_of(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_a_full_disk_names_the_file_and_leaves_nothing(
+def test_a_full_disk_is_told_with_what_is_needed_and_leaves_nothing(
     run: Path, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with disk_of(20_000):
-        assert meshwright("export", run) == 1
-    assert "model.safetensors" in capsys.readouterr().err
+        assert meshwright("export", run) == 2
+    line = rf"--out {run}/export: the export cannot be written \(File too large\): it needs at least ([\d,]+) bytes"
+    needed = re.match(f"meshwright: {line}", capsys.readouterr().err)
+    assert needed is not None
+    assert int(needed[1].replace(",", "")) > 20_000
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "run.toml", "tokenizer.json"]
 
 

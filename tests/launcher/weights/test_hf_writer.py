@@ -1,4 +1,4 @@
-"""A folder is written whole or not at all, only over an export, and only from weights that are the model's."""
+"""A folder is written only from weights that are the model's."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,13 +8,7 @@ from tiny_exports import CONFIGS, END, MOE, ModelWeights, tiny_config, tiny_mode
 from torch import Tensor
 
 from meshwright.launcher.weights.hf_tokenizer import token_id
-from meshwright.launcher.weights.hf_writer import (
-    ExportSettings,
-    check_destination,
-    finish,
-    partial_folder,
-    write_hf_folder,
-)
+from meshwright.launcher.weights.hf_writer import ExportSettings, write_hf_folder
 from meshwright.model.families.choose import NotRepresentableError
 
 SETTINGS = ExportSettings(tiny_tokenizer(), END, max_positions=32)
@@ -74,43 +68,3 @@ def test_a_tied_model_writes_no_output_matrix(tmp_path: Path) -> None:
     config = tiny_config(tie_embeddings=True)
     write_tiny_export(tmp_path, tiny_model(config), config)
     assert b"lm_head" not in (tmp_path / "model.safetensors").read_bytes()[:10_000]
-
-
-def test_a_destination_is_only_replaced_when_it_is_an_export_and_was_asked_for(tmp_path: Path) -> None:
-    check_destination(tmp_path / "new", overwrite=False)
-    (tmp_path / "empty").mkdir()
-    check_destination(tmp_path / "empty", overwrite=False)
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is no export"):
-        check_destination(tmp_path, overwrite=True)
-    (tmp_path / "export_report.json").write_text("{}")
-    with pytest.raises(ValueError, match="--overwrite to replace it"):
-        check_destination(tmp_path, overwrite=False)
-    check_destination(tmp_path, overwrite=True)
-
-
-def test_what_stands_under_the_final_name_is_the_new_folder(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old.txt").write_text("old")
-    partial = partial_folder(out)
-    (partial / "new.txt").write_text("new")
-    assert finish(partial, out, passed=True) == out
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in out.iterdir()] == ["new.txt"]
-
-
-def test_what_did_not_verify_stands_apart_and_the_older_export_stays(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old.txt").write_text("old")
-    partial = partial_folder(out)
-    assert finish(partial, out, passed=False) == tmp_path / "out.failed"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.failed"]
-    assert (out / "old.txt").exists()
-
-
-def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (partial_folder(out) / "half.safetensors").write_bytes(b"half")
-    assert list(partial_folder(out).iterdir()) == []
