@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.launcher.inference import Loaded
 from meshwright.launcher.runfile.messages import ConfigError
 from meshwright.model.generation.generate import generate, too_long
@@ -40,7 +41,7 @@ def continue_prompt(
         ConfigError: if there is no tokenizer, it does not belong to the model, or the model's positions end too early.
     """
     if tokenizer is not None and not tokenizer.is_file():
-        raise ConfigError(f"--tokenizer {tokenizer}", ["there is no such file"])
+        raise ConfigError(f"--tokenizer {tokenizer}", [_no_file(tokenizer)])
     path = tokenizer or loaded.tokenizer
     if path is None:
         raise ConfigError(str(loaded.source), ["no tokenizer.json lies with it; give one with --tokenizer FILE"])
@@ -63,6 +64,13 @@ def continue_prompt(
     columns = torch.stack(list(made), dim=1).tolist()
     for number, column in enumerate(columns, start=1):
         yield f"--- {number}\n{prompt}{''.join(stream(codec, ids, iter(column), end_token))}\n"
+
+
+def _no_file(path: Path) -> str:
+    """Return what stands where a tokenizer.json should."""
+    if path.is_dir():
+        return f"is a folder; {path / TOKENIZER_NAME if (path / TOKENIZER_NAME).is_file() else 'a file'} would fit"
+    return "is no ordinary file; a file on a disk would fit" if path.exists() else "there is no such file"
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:

@@ -96,6 +96,8 @@ def test_what_is_no_source_or_no_tokenizer_is_told(copy: Path, tmp_path: Path) -
     generate(tmp_path / "none").told(2, "none: there is nothing; give a run's folder")
     generate(tmp_path).told(2, "neither a run, nor a checkpoint, nor an export")
     generate(copy, "--tokenizer", tmp_path / "none.json").told(2, "--tokenizer", "there is no such file")
+    generate(copy, "--tokenizer", tmp_path).told(2, f"--tokenizer {tmp_path}", "is a folder; a file would fit")
+    generate(copy, "--tokenizer", copy).told(2, f"is a folder; {copy}/tokenizer.json would fit")
     (tmp_path / "empty.json").write_text("{}")
     generate(copy, "--tokenizer", tmp_path / "empty.json").told(2, "empty.json", "is no tokenizer.json")
     (copy / "tokenizer.json").unlink()
