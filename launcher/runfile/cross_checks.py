@@ -13,7 +13,6 @@ from meshwright.launcher.runfile.optimizer_rules import optimizer_problems
 from meshwright.launcher.runfile.pipeline_checks import micro_batch_problems, pipeline_problems, sizes_near
 from meshwright.launcher.runfile.recompute_checks import recompute_problems
 from meshwright.launcher.runfile.tables import RunFile
-from meshwright.launcher.runfile.upcycling_checks import upcycling_problems
 from meshwright.launcher.runfile.would_fit import Choose, all_of, chooser, keys_of
 from meshwright.launcher.training.learning_rate import learning_rate_problems
 from meshwright.model.config import ModelConfig
@@ -58,7 +57,6 @@ def _problems(run_file: RunFile, choose: Choose) -> list[str]:
         *_learning_rate_problems(run_file),
         *_optimizer_problems(run_file),
         *_saving_problems(run_file),
-        *upcycling_problems(run_file),
         *_compile_problems(run_file),
         *_mps_problems(run_file),
     ]

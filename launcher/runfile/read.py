@@ -22,6 +22,7 @@ from meshwright.launcher.runfile.messages import ConfigError, dotted, of_validat
 from meshwright.launcher.runfile.on_disk import on_disk_problems
 from meshwright.launcher.runfile.overrides import apply_overrides, parse_toml
 from meshwright.launcher.runfile.tables import RunFile
+from meshwright.launcher.runfile.upcycling_checks import upcycling_problems
 from meshwright.model.presets import with_preset
 
 # Run files are of a few thousand bytes, and their lines have a few dots.
@@ -118,11 +119,13 @@ def examine(
         run_file = RunFile.model_validate(tables)
     except ValidationError as error:
         return None, [*problems, *_table_problems(tables, error, problems, world_size, folders)]
-    return run_file, [*problems, *_across(run_file, world_size, folders)]
+    return run_file, [*problems, *_across(run_file, tables, world_size, folders)]
 
 
-def _across(run_file: RunFile, world_size: int | None, folders: Folders) -> list[str]:
+def _across(run_file: RunFile, tables: dict[str, Any], world_size: int | None, folders: Folders) -> list[str]:
+    """Return what is wrong across the tables, and between them and what was written in `tables`."""
     found = check_on_any_world(run_file) if world_size is None else check(run_file, world_size)
+    found += upcycling_problems(run_file, is_width_written=bool(tables["model"].get("ffn_hidden_size")))
     if folders == "left out":
         return found
     return [*found, *on_disk_problems(run_file, is_store_needed=folders == "needed")]
@@ -149,7 +152,7 @@ def _table_problems(
         *lines,
         *(
             line
-            for line in _across(rest, world_size, folders)
+            for line in _across(rest, tables, world_size, folders)
             if not _keys_in(line) & said and (is_model_known or "model." not in line)
         ),
     ]

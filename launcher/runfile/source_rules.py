@@ -58,8 +58,9 @@ def source_problems(there: ModelConfig, here: ModelConfig, init: InitConfig, *, 
 
     `same_shapes`: whether all weights there have the shapes that are needed; where not, keys of sizes are told too.
     """
-    if init.upcycle != "none" and there.moe is not None:
-        rule = f"makes experts of dense layers, and the model at init.from has experts ({_said('pattern', there)})"
+    if init.upcycle != "none" and (there.moe is not None or not there.has("mlp")):
+        has = "experts" if there.moe is not None else "no feed-forwards"
+        rule = f"makes experts of dense layers, and the model at init.from has {has} ({_said('pattern', there)})"
         return [problem("init.upcycle", init.upcycle, rule, '"none" would fit')]
     found = []
     for change in _differing(there, here):
@@ -76,6 +77,8 @@ def source_problems(there: ModelConfig, here: ModelConfig, init: InitConfig, *, 
 def _upcycled_line(change: Change, there: ModelConfig, here: ModelConfig, init: InitConfig) -> str | None:
     if change.key == "num_kv_heads" and init.pool_kv_heads:
         return None
+    if change.key == "ffn_hidden_size" and here.moe is not None:
+        return _line(change) + _width_with_it(change.before, here.moe.expert_hidden_size, init)
     if change.key != "pattern":
         return _line(change)
     if _made_of(there, here):
@@ -83,6 +86,13 @@ def _upcycled_line(change: Change, there: ModelConfig, here: ModelConfig, init: 
     fits = there.pattern.replace("-", "E")
     rule = f"must be that at init.from, {shown(there.pattern)}, with an E for each - that experts are made of"
     return problem("model.pattern", here.pattern, rule, f"{shown(fits)} would fit")
+
+
+def _width_with_it(dense: int, width: int, init: InitConfig) -> str:
+    """Return what else must change with the width of the feed-forwards that experts are made of."""
+    if init.upcycle == "copy":
+        return "" if width == dense else f", and with it model.moe.expert_hidden_size = {dense}"
+    return "" if dense % width == 0 else ", and with it a model.moe.expert_hidden_size that divides it"
 
 
 def _line(change: Change) -> str:

@@ -11,10 +11,25 @@ Wrong = tuple[str, object, str, str]
 """Key, value, rule, and what would fit."""
 
 
-def upcycling_problems(run_file: RunFile) -> list[str]:
-    """Return every reason why this model cannot begin as it is asked for."""
-    rows = _wrong(run_file.model, run_file.init)
-    return [problem(key, value, rule, f"{fits} would fit") for key, value, rule, fits in rows]
+def upcycling_problems(run_file: RunFile, *, is_width_written: bool) -> list[str]:
+    """Return every reason why this model cannot begin as it is asked for.
+
+    `is_width_written`: whether the run file or its preset has model.ffn_hidden_size; what is filled in is a guess.
+    """
+    model, init = run_file.model, run_file.init
+    rows, widths = list(_wrong(model, init)), list(_wrong_widths(model, init))
+    missing = [_missing(model.moe, init)] if widths and not is_width_written and model.moe else []
+    rows += [] if missing else widths
+    return [*(problem(key, value, rule, f"{fits} would fit") for key, value, rule, fits in rows), *missing]
+
+
+def _missing(moe: MoeConfig, init: InitConfig) -> str:
+    """Return the line for the width of the dense feed-forwards, where it is not written."""
+    key, width, what = "model.ffn_hidden_size", moe.expert_hidden_size, {"copy": "copies"}.get(init.upcycle, "pieces")
+    line = f"{key}: is missing, and must be that of the dense model at init.from, whose {what} experts are"
+    if init.upcycle == "copy":
+        return f"{line}; {width}, as model.moe.expert_hidden_size, would fit, or for both that of the dense model"
+    return f"{line}; model.moe.expert_hidden_size = {width} must divide it"
 
 
 def _wrong(model: ModelConfig, init: InitConfig) -> Iterator[Wrong]:
@@ -39,6 +54,12 @@ def _wrong(model: ModelConfig, init: InitConfig) -> Iterator[Wrong]:
     if moe.num_shared_experts:
         rule = "a dense model has nothing that shared experts could begin with"
         yield "model.moe.num_shared_experts", moe.num_shared_experts, rule, "0"
+
+
+def _wrong_widths(model: ModelConfig, init: InitConfig) -> Iterator[Wrong]:
+    moe = model.moe
+    if moe is None:
+        return
     if init.upcycle == "copy" and moe.expert_hidden_size != model.ffn_hidden_size:
         rule = f"must be model.ffn_hidden_size = {model.ffn_hidden_size}, the dense model's, whose copies experts are"
         yield "model.moe.expert_hidden_size", moe.expert_hidden_size, rule, f"{model.ffn_hidden_size}"

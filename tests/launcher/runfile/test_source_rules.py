@@ -103,6 +103,32 @@ def test_experts_are_not_made_of_experts() -> None:
     assert line.endswith('"none" would fit')
 
 
+@pytest.mark.parametrize("pattern", ["m", "*"])
+def test_experts_are_not_made_of_layers_without_feed_forwards(pattern: str) -> None:
+    (line,) = source_problems(model(pattern=pattern), model(**EXPERTS), COPY, same_shapes=False)
+    assert line.startswith(
+        'init.upcycle = "copy": makes experts of dense layers, and the model at init.from has no feed-'
+    )
+    assert line.endswith(f'(model.pattern = "{pattern}"); "none" would fit')
+
+
+@pytest.mark.parametrize(
+    ("how", "width", "way_out"),
+    [
+        ("copy", 32, "40 would fit, and with it model.moe.expert_hidden_size = 40"),
+        ("copy", 40, "40 would fit"),
+        ("partition", 16, "40 would fit, and with it a model.moe.expert_hidden_size that divides it"),
+        ("partition", 8, "40 would fit"),
+    ],
+)
+def test_the_width_of_the_dense_model_is_told_with_that_of_its_experts(how: str, width: int, way_out: str) -> None:
+    experts = EXPERTS | {"moe": {"num_experts": 4, "top_k": 2, "expert_hidden_size": width}}
+    init = InitConfig.model_validate({"upcycle": how})
+    (line,) = source_problems(model(ffn_hidden_size=40), model(**experts, ffn_hidden_size=32), init, same_shapes=False)
+    assert line.startswith("model.ffn_hidden_size = 32: must be as at init.from")
+    assert line.endswith(f"; {way_out}")
+
+
 def test_heads_are_pooled_that_were_trained() -> None:
     here = model(num_heads=2, num_kv_heads=1, head_dim=16, rope_base=100.0)
     heads, width = source_problems(DENSE, here, POOL, same_shapes=True)

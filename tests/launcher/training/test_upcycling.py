@@ -140,8 +140,8 @@ def test_the_example_of_the_page_is_sound_and_made_of_the_model_that_it_names() 
         assert made.read(name).shape == shape
 
 
-def problems(*overrides: str) -> list[str]:
-    model = {**SIZES, "pattern": "*E", "moe": {"num_experts": 4, "top_k": 2, "expert_hidden_size": 6}}
+def problems(*overrides: str, sizes: dict[str, Any] = SIZES) -> list[str]:
+    model = {**sizes, "pattern": "*E", "moe": {"num_experts": 4, "top_k": 2, "expert_hidden_size": 6}}
     tables: dict[str, Any] = {"run": {"name": "x"}, "model": model, "data": {"store": "x", "seq_len": 8}}
     tables |= {"train": {"steps": 1, "global_batch_size": 1}, "learning_rate": {"peak": 1.0}}
     return examine(tables, overrides)[1]
@@ -167,6 +167,25 @@ def problems(*overrides: str) -> list[str]:
 def test_what_cannot_be_upcycled_is_named(overrides: tuple[str, ...], line: str) -> None:
     assert any(line in found for found in problems(*overrides)), problems(*overrides)
     assert not problems("init.from=x", "init.upcycle=copy")
+
+
+@pytest.mark.parametrize(
+    ("how", "way_out"),
+    [
+        (
+            "copy",
+            "copies experts are; 6, as model.moe.expert_hidden_size, would fit, or for both that of the dense model",
+        ),
+        ("partition", "pieces experts are; model.moe.expert_hidden_size = 6 must divide it"),
+    ],
+)
+@pytest.mark.parametrize("written", [{}, {"ffn_hidden_size": 0}])
+def test_a_width_that_is_not_written_is_named_as_missing(how: str, way_out: str, written: dict[str, int]) -> None:
+    sizes = {key: value for key, value in SIZES.items() if key != "ffn_hidden_size"} | written  # 64 would be filled in
+    told = problems("init.from=x", f"init.upcycle={how}", sizes=sizes)
+    line = "model.ffn_hidden_size: is missing, and must be that of the dense model at init.from, whose "
+    assert told == [line + way_out]
+    assert problems("init.from=x", f"init.upcycle={how}", "model.ffn_hidden_size=6", sizes=sizes) == []
 
 
 @pytest.mark.parametrize(("groups", "top"), [(4, 2), (12, 3), (6, 6)])
