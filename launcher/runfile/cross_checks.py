@@ -54,6 +54,7 @@ def _problems(run_file: RunFile, choose: Choose) -> list[str]:
         *_position_problems(run_file),
         *_size_problems(run_file, choose),
         *_ramp_problems(run_file),
+        *_spike_problems(run_file),
         *_learning_rate_problems(run_file),
         *_optimizer_problems(run_file),
         *_saving_problems(run_file),
@@ -163,6 +164,15 @@ def _ramp_problems(run_file: RunFile) -> list[str]:
             found.append(problem(f"train.batch_ramp[{at}].samples", entry.samples, rule, "sort the list"))
         before = max(before, entry.samples)
     return found
+
+
+def _spike_problems(run_file: RunFile) -> list[str]:
+    """Refuse a multiple of the median below 1: at least every other step would be a spike."""
+    multiple = run_file.train.skip_norm_spike
+    if multiple == 0.0 or multiple >= 1.0:
+        return []
+    rule = "must be 0 or at least 1, or most steps would be skipped: half of them are above their median"
+    return [problem("train.skip_norm_spike", multiple, rule, "0 (off), or 5 to 20, would fit")]
 
 
 def _learning_rate_problems(run_file: RunFile) -> list[str]:

@@ -78,7 +78,8 @@ class TrainConfig(BaseModel):
     clip_norm: NonNegativeFloat = 1.0
     """Scale the gradient down to this norm over all weights, experts included; 0 turns it off. 1.0 is usual."""
     skip_norm_spike: NonNegativeFloat = 0.0
-    """Skip, and count, a step whose norm exceeds this multiple of the median of the last 64; 0 = off, 5 to 20 usual."""
+    """Skip, and count, a step whose norm exceeds this multiple of the median of the last 64; 0 = off, at least 1,
+    5 to 20 usual."""
     compile: bool = False
     """Compile the layers with torch.compile; pays on a GPU in runs that are longer than a few minutes."""
     threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0

@@ -47,6 +47,15 @@ def test_experts_on_ranks_that_divide_them_have_no_problems() -> None:
             2,
             "parallel.ep = 2: splits experts, and the model has none (no table [model.moe]); 1 would fit",
         ),
+        *(
+            (
+                {"train": {"skip_norm_spike": multiple}},
+                1,
+                f"train.skip_norm_spike = {multiple}: must be 0 or at least 1, or most steps would be skipped: half of"
+                " them are above their median; 0 (off), or 5 to 20, would fit",
+            )
+            for multiple in (1e-09, 0.5)
+        ),
         (
             {"learning_rate": {"warmup_steps": 10, "warmup_fraction": 0.1}},
             1,
