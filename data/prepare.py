@@ -171,7 +171,9 @@ def prepare(options: PrepareOptions, report: Report = lambda phase, done, total:
             (folder / TOKENIZER_NAME).write_bytes(tokenizer.json)
             (folder / "meta.json").write_text(meta.to_json(), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{options.out} cannot be written: {error}; nothing was left behind") from error
+        why = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        line = f"--out {options.out}: the store cannot be written ({why}), and nothing was left behind"
+        raise DataError(f"{line}; another folder, or more room on that disk, would fit") from error
     return Prepared(options.out, meta, was_there=False)
 
 

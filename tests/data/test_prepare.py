@@ -286,7 +286,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, corpus: Path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may grow beyond it: EFBIG in place of ENOSPC
     try:
-        with pytest.raises(DataError, match=r"out cannot be written: .*nothing was left behind"):
+        with pytest.raises(DataError, match=r"the store cannot be written \(File too large.*nothing was left behind"):
             prepare(options(tmp_path / "out", corpus))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
