@@ -53,15 +53,22 @@ def differing_keys(there: ModelConfig, here: ModelConfig) -> list[Change]:
     return [change for change in _differing(there, here) if not _is_pattern_alike(change, there, here)]
 
 
+def not_dense(there: ModelConfig, init: InitConfig) -> str | None:
+    """Return why no experts can be made of the model there, whatever the model here; what else is wrong follows."""
+    if init.upcycle == "none" or (there.moe is None and there.has("mlp")):
+        return None
+    has = "experts" if there.moe is not None else "no feed-forwards"
+    rule = f"makes experts of dense layers, and the model at init.from has {has} ({_said('pattern', there)})"
+    return problem("init.upcycle", init.upcycle, rule, '"none" would fit')
+
+
 def source_problems(there: ModelConfig, here: ModelConfig, init: InitConfig, *, same_shapes: bool) -> list[str]:
     """Return a line for each key of the model here with which its weights cannot be made of those there.
 
     `same_shapes`: whether all weights there have the shapes that are needed; where not, keys of sizes are told too.
     """
-    if init.upcycle != "none" and (there.moe is not None or not there.has("mlp")):
-        has = "experts" if there.moe is not None else "no feed-forwards"
-        rule = f"makes experts of dense layers, and the model at init.from has {has} ({_said('pattern', there)})"
-        return [problem("init.upcycle", init.upcycle, rule, '"none" would fit')]
+    if line := not_dense(there, init):
+        return [line]
     found = []
     for change in _differing(there, here):
         if init.upcycle != "none":

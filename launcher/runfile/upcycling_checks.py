@@ -28,7 +28,7 @@ def _missing(moe: MoeConfig, init: InitConfig) -> str:
     key, width, what = "model.ffn_hidden_size", moe.expert_hidden_size, {"copy": "copies"}.get(init.upcycle, "pieces")
     line = f"{key}: is missing, and must be that of the dense model at init.from, whose {what} experts are"
     if init.upcycle == "copy":
-        return f"{line}; {width}, as model.moe.expert_hidden_size, would fit, or for both that of the dense model"
+        return f"{line}; {width} would fit, as model.moe.expert_hidden_size is {width} (both must be the dense model's)"
     return f"{line}; model.moe.expert_hidden_size = {width} must divide it"
 
 

@@ -18,7 +18,7 @@ from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.launcher.build import Run, held_dtype
 from meshwright.launcher.ranks.one_outcome import one_outcome
 from meshwright.launcher.runfile.messages import ConfigError
-from meshwright.launcher.runfile.source_rules import differing_keys, source_problems
+from meshwright.launcher.runfile.source_rules import differing_keys, not_dense, source_problems
 from meshwright.launcher.training.kept_moments import Kept, kept_moments
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.weights.foreign_files import first_told
@@ -127,6 +127,8 @@ def _upcycled(run: Run, weights: Weights, there: ModelConfig) -> Weights:
         ValueError: naming every key, and every weight, with which that cannot be done.
     """
     model, init, problems = run.run_file.model, run.run_file.init, list[str]()
+    if line := not_dense(there, init):
+        raise ValueError(line)
     try:
         made = Upcycled(weights, model, init, run.run_file.run.seed, lambda name: _fresh(run, name))
     except ValueError as error:

@@ -58,6 +58,16 @@ def test_experts_are_made_of_a_model_with_the_same_keys_alone(dense: Path, tmp_p
     ]
 
 
+def test_a_model_without_feed_forwards_is_refused_for_that_alone(tmp_path: Path) -> None:
+    dense_file(tmp_path)
+    start(tmp_path, *ONE_STEP, 'model.pattern="*"', "model.ffn_hidden_size=0")
+    (tmp_path / "here").mkdir()
+    found = refused(tmp_path / "here", tmp_path, *COPY, "model.ffn_hidden_size=64")
+    assert [line.partition("(")[0] for line in found] == [
+        'init.upcycle = "copy": makes experts of dense layers, and the model at init.from has no feed-forwards '
+    ]
+
+
 def test_heads_of_another_cut_are_not_pooled(dense: Path, tmp_path: Path) -> None:
     dense_file(tmp_path)
     # 2 heads of 8 there; 4 of 4 have the same shapes.

@@ -174,7 +174,7 @@ def test_what_cannot_be_upcycled_is_named(overrides: tuple[str, ...], line: str)
     [
         (
             "copy",
-            "copies experts are; 6, as model.moe.expert_hidden_size, would fit, or for both that of the dense model",
+            "copies experts are; 6 would fit, as model.moe.expert_hidden_size is 6 (both must be the dense model's)",
         ),
         ("partition", "pieces experts are; model.moe.expert_hidden_size = 6 must divide it"),
     ],
