@@ -63,7 +63,7 @@ def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     status, _, err = run("", "~nobody_of_this_name/a", "--out", "")
     assert (status, err.splitlines()[0]) == (2, "prepare: 3 problems, nothing was written")
-    assert "--out '.': is the current folder" in err
+    assert "--out .: is the current folder" in err
     assert "  '': an empty name" in err
     assert "  ~nobody_of_this_name/a: no such file" in err
 
