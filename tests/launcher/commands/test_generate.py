@@ -13,9 +13,9 @@ MARKED_STEPS = """
 import os
 from meshwright.model.stack import LanguageModel
 before = LanguageModel.step
-def step(*args):
+def step(*args, **options):
     os.write(1, b"<step>")
-    return before(*args)
+    return before(*args, **options)
 LanguageModel.step = step
 """
 

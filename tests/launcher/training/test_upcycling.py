@@ -84,6 +84,9 @@ class Held:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in self.held.items()}
 
+    def buffers(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         return self.held[name][slice(*rows) if rows else slice(None)]
 
