@@ -24,7 +24,7 @@ def test_the_blocks_of_the_page_run_in_order() -> None:
     assert shape == {
         "logits": (63, 2, 512),
         "chosen": (8, 2),
-        "first": (3, 2, 512),
+        "first": (1, 2, 512),
         "second": (1, 2, 512),
         "y": (63, 2, 64),
         "load": (8,),
