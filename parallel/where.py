@@ -12,8 +12,7 @@ Letters: s positions of a sample, b samples of the micro-batch.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -58,14 +57,13 @@ class Where:
     decisions: dict[str, Any] | None = field(default=None, repr=False, compare=False)
     """What a layer decided in a forward pass that will be recomputed; None where none will be."""
 
-    @cached_property
-    def derived(self) -> dict[str, Any]:
-        """Return what layers computed from the rest, such as rotary angles, so that the next layer need not.
+    derived: ClassVar[dict[str, Any]]
+    """What layers computed from the rest, such as rotary angles, so that the next layer need not; by a key that begins
+    with "counted/" where `counted` went into it. Each place has its own, and it is no field: a place that is made of
+    another (`dataclasses.replace`) begins with none of it."""
 
-        By a key that begins with "counted/" where `counted` went into it. No field: a place that is made of another
-        (`dataclasses.replace`) begins with none of it.
-        """
-        return {}
+    def __post_init__(self) -> None:
+        vars(self)["derived"] = {}  # not a cached property, whose lock torch.compile cannot see through
 
     def derive(self, key: str, compute: Callable[[], T]) -> T:
         """Return what `compute` makes of this place, computing it once for all layers."""

@@ -3,8 +3,10 @@
 from dataclasses import replace
 from itertools import count
 
+import pytest
 import torch
 from engine_cases import VOCAB, dense_config
+from part_samples import SAMPLES
 
 from meshwright.model.parts import build_model
 from meshwright.parallel.where import Where, where_of_plain_tokens
@@ -40,11 +42,12 @@ def test_documents_given_to_a_place_that_was_used_are_those_that_layers_see() ->
         assert torch.equal(found, expected)
 
 
-def test_angles_of_one_dtype_are_not_those_of_another() -> None:
-    where, x = place(), torch.randn(6, 2, 16, dtype=torch.float64)
+@pytest.mark.parametrize("name", ["dense", "latent_attention"])
+def test_angles_of_one_dtype_are_not_those_of_another(name: str) -> None:
+    config = SAMPLES[name] if name in SAMPLES else dense_config(hidden_size=22)
+    where, x = place(), torch.randn(6, 2, config.hidden_size, dtype=torch.float64)
     layers = {
-        dtype: build_model(dense_config(hidden_size=16, num_layers=1), dtype=dtype, seed=1).layers["0"].eval()
-        for dtype in (torch.bfloat16, torch.float64)
+        dtype: build_model(config, dtype=dtype, seed=1).layers["0"].eval() for dtype in (torch.bfloat16, torch.float64)
     }
     layers[torch.bfloat16](x.bfloat16(), where, None)
     found, expected = (layers[torch.float64](x, at, None) for at in (where, place()))

@@ -35,6 +35,21 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path: Path) -> None:
     assert numbers(tmp_path / "compiled", "loss") == pytest.approx(numbers(tmp_path / "eager", "loss"), rel=1e-5)
 
 
+def test_a_dense_layer_is_one_graph() -> None:
+    # Whatever a layer asks of its place, such as angles for all layers: nothing there may break the graph.
+    script = (
+        "import torch; from engine_cases import dense_config; from meshwright.model.parts import build_model\n"
+        "from meshwright.parallel.where import where_of_plain_tokens\n"
+        "config = dense_config(); layer = build_model(config, seed=1).layers['0']\n"
+        "where = where_of_plain_tokens(torch.zeros(6, 2, dtype=torch.int64))\n"
+        "seen = torch._dynamo.explain(layer.forward)(torch.randn(6, 2, config.hidden_size), where, None)\n"
+        "print('graphs:', seen.graph_count, 'breaks:', seen.graph_break_count)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", "src"]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("graphs: 1 breaks: 0\n"), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_compile_is_refused_with_recompute(tmp_path: Path, mode: str) -> None:
     with pytest.raises(ConfigError, match=f'train.compile = true: is not possible with recompute.mode = "{mode}"'):
