@@ -16,7 +16,7 @@ from meshwright.launcher.runfile.resume_rules import Change, is_derived
 from meshwright.launcher.runfile.tables import InitConfig
 from meshwright.model.config import ModelConfig
 from meshwright.model.kinds.table import ALL
-from meshwright.model.kinds.unread import OF_KINDS
+from meshwright.model.kinds.unread import OF_KINDS, read_by_stack
 from meshwright.model.pattern import LayerKinds
 from meshwright.parallel.fits import divisors
 
@@ -146,7 +146,8 @@ def _is_idle(key: str, there: ModelConfig, here: ModelConfig) -> bool:
     if key == "ffn_hidden_size":  # filled in where it is not read, too
         return not there.has("mlp") and not here.has("mlp")
     kinds = [(kind, model) for model in (there, here) for kind in model.part_kinds]
-    return key in OF_KINDS and not any(key in kind.reads_of(model) for kind, model in kinds)
+    is_read = any(key in kind.reads_of(model) for kind, model in kinds)
+    return key in OF_KINDS and not (is_read or any(key in read_by_stack(model) for model in (there, here)))
 
 
 def _makes_no_difference(change: Change, there: ModelConfig, here: ModelConfig) -> bool:

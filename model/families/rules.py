@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from meshwright.model.config import ModelConfig
 from meshwright.model.kinds.table import KINDS
-from meshwright.model.kinds.unread import OF_KINDS, READ_WITH
+from meshwright.model.kinds.unread import OF_KINDS, READ_WITH, read_by_stack
 
 MOST_NAMED = 3
 SPOKEN_WITH_VOWEL = (*"aeiou", "MLP", "MoE", "S4D")
@@ -62,7 +62,7 @@ FREE = frozenset(
         "moe.z_loss_weight", "moe.bias_rate", "moe.capacity_factor", "moe.router_jitter", "moe.expert_dropout",
     }
 )  # fmt: skip
-TABLES = {kind.table for kind in KINDS.values()} | {"depth"} - {""}
+TABLES = ({kind.table for kind in KINDS.values()} | {"depth"}) - {""}
 FREE_ENDS = (".chunk_size", ".time_step_low", ".time_step_high", ".time_step_min", ".time_step_max")
 
 
@@ -96,7 +96,7 @@ def _layer_reasons(config: ModelConfig, parts: Parts) -> Iterator[str]:
 
 def _key_reasons(config: ModelConfig, parts: Parts, rules: Rules) -> Iterator[str]:
     known = {KINDS[name].table for name in (*parts.mixers, *parts.feedforwards) if name is not None}
-    read = frozenset[str]().union(*(kind.reads for kind in config.part_kinds))
+    read = frozenset[str]().union(*(kind.reads for kind in config.part_kinds)) | read_by_stack(config)
     told = set[str]()
     for key, value, usual in _keys(config):
         if key in OF_KINDS and key not in read:

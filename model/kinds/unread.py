@@ -97,6 +97,11 @@ def keys_read(pattern: str, keys: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def read_by_stack(model: ModelConfig) -> frozenset[str]:
+    """Return those keys of kinds that the stack reads, whatever its parts: of positions that the embedding gets."""
+    return frozenset({"position"} if model.position in ("learned", "sinusoidal") else ())
+
+
 def filled_in(model: ModelConfig, key: str) -> Any:
     """Return the value of a key that was left out."""
     if key == "num_kv_heads":
