@@ -91,10 +91,10 @@ def first_tokens(
 ) -> Bool[Tensor, "s b *e"]:
     """Say for each sequence (and expert) which `number` of its counted tokens rank highest; ties go to the earlier.
 
-    Tokens rank by levels, of which there are 4096 between a sequence's lowest and its highest. Equal tokens at equal
-    places have equal rankings, such as the first words of all documents of a sample that are kept apart. But a product
-    rounds by where a row stands among the others, so that micro-batches and ranks would let other tokens of these
-    through.
+    Tokens rank by levels, of which there are 4096 over the middle nine tenths of a sequence's rankings: one that lies
+    far out moves none of the others. Equal tokens at equal places have equal rankings, such as the first words of all
+    documents of a sample that are kept apart. But a product rounds by where a row stands among the others, so that
+    micro-batches and ranks would let other tokens of these through.
     """
     is_counted = counted.view(*counted.shape, *[1] * (ranking.dim() - 2))
     level = _levels(ranking, is_counted).masked_fill(~is_counted, -torch.inf)
@@ -105,11 +105,13 @@ def first_tokens(
 
 
 def _levels(ranking: Tensor, is_counted: Tensor) -> Tensor:
-    """Return rankings as whole numbers of steps above their sequence's lowest."""
-    low = ranking.masked_fill(~is_counted, torch.inf).amin(0, keepdim=True)
-    high = ranking.masked_fill(~is_counted, -torch.inf).amax(0, keepdim=True)
+    """Return rankings as whole numbers of steps, a step being a 4096th of what lies between the outer twentieths."""
+    ascending = ranking.masked_fill(~is_counted, torch.inf).sort(dim=0).values
+    last = (is_counted.sum(0, keepdim=True) - 1).clamp(min=0)
+    outer = last // 20
+    low, high = (ascending.gather(0, at.expand(1, *ranking.shape[1:])) for at in (outer, last - outer))
     info = torch.finfo(ranking.dtype)
     # Where all are equal, what is between them is rounding alone.
     rounding = _ROUNDING * info.eps * torch.maximum(low.abs(), high.abs())
     step = torch.maximum((high - low) / LEVELS, rounding).clamp(min=info.tiny)
-    return ((ranking - low) / step).round()
+    return torch.where(step.isfinite(), ((ranking - low) / step).round(), ranking)

@@ -6,6 +6,22 @@ import torch
 from meshwright.model.routers.capacity import first_tokens
 
 
+@pytest.mark.parametrize("far", [1e3, 1e6, torch.inf, -1e6, -torch.inf])
+def test_a_ranking_that_lies_far_out_moves_no_other(far: float) -> None:
+    ranking = torch.randn(1024, 1, generator=torch.Generator().manual_seed(0))
+    ranking[0] = far
+    found = first_tokens(ranking, torch.ones(1024, 1, dtype=torch.bool), torch.tensor([128]))[:, 0]
+    highest = torch.zeros(1024, dtype=torch.bool)
+    highest[ranking[:, 0].topk(128).indices] = True
+    # One of the two at the edge of the 128 may fall on the other's level.
+    assert int((found != highest).sum()) <= 2
+
+
+def test_a_sequence_of_few_or_no_counted_tokens() -> None:
+    ranking, counted = torch.tensor([[3.0, 1.0], [2.0, 5.0]]), torch.tensor([[False, False], [True, False]])
+    assert first_tokens(ranking, counted, torch.tensor([1, 1])).T.tolist() == [[False, True], [False, False]]
+
+
 def test_of_equal_tokens_the_earlier_are_first_and_padding_never_is() -> None:
     ranking, counted = torch.zeros(5, 2), torch.ones(5, 2, dtype=torch.bool)
     counted[0, 1] = counted[3, 1] = False
