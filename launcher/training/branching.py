@@ -34,6 +34,7 @@ from meshwright.launcher.weights.upcycle import Upcycled, Weights
 from meshwright.model.config import ModelConfig
 from meshwright.model.counts.shapes import parameter_shapes
 from meshwright.model.families.family import BUFFERS
+from meshwright.model.parts import build_model
 from meshwright.parallel.checkpoint.agree import CheckpointError
 from meshwright.parallel.checkpoint.describe import HeldPart
 from meshwright.parallel.checkpoint.load import Expect, load_checkpoint, read_state, saved_tensors
@@ -168,7 +169,9 @@ def _fill_from_weights(run: Run, found: Source, state: dict[str, Any] | None, ev
     tensors = held_tensors(run, optimizer=False)
     wrong += [f"{name} has no place in the model" for name in sorted(there.keys() - wanted.keys())]
     buffers = weights.buffers()
-    unfit = [name for name in buffers if name not in tensors or tensors[name].global_shape != buffers[name]]
+    whole_model = build_model(run.run_file.model, device="meta")
+    known = {BUFFERS + name: tuple(buffer.shape) for name, buffer in whole_model.named_buffers()}
+    unfit = [name for name, shape in buffers.items() if known.get(name) != shape]
     if opened:  # of an export all of it is used; for those of a run a branch may set its routers otherwise
         wrong += [f"{name} is {list(buffers[name])}, which the run file's model has not" for name in unfit]
     if wrong:
