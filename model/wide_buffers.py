@@ -14,7 +14,10 @@ from meshwright.kernels.precision import at_least_fp32
 
 
 class WideBuffers(nn.Module):
-    """A module whose own buffers are never narrower than fp32."""
+    """A module whose own buffers are made in fp32 and not narrowed with its weights.
+
+    `load_state_dict(assign=True)` puts other tensors in their place, of whatever type these are.
+    """
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "WideBuffers":
         before: dict[str, Any] = dict(self._buffers)

@@ -122,7 +122,7 @@ class Moe(WideBuffers):
         self.losses = losses or RouterLosses()
         self.losses.check()
         if self.losses.load_balancing == "step":
-            self.register_buffer("previous_share", torch.empty(self.num_experts))
+            self.register_buffer("previous_share", torch.empty(self.num_experts, dtype=torch.float32))
 
     def reset_buffers(self) -> None:
         """Begin as if every expert had had the same share of the step before the first."""

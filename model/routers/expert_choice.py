@@ -43,7 +43,7 @@ class ExpertChoiceRouter(Router):
     def __init__(self, *sizes: Any, **named: Any) -> None:
         """Take what every router takes; `top_k` is how many experts a token has on average."""
         super().__init__(*sizes, **named)
-        self.register_buffer("threshold", torch.empty(self.num_experts))
+        self.register_buffer("threshold", torch.empty(self.num_experts, dtype=torch.float32))
 
     @property
     def most_choices(self) -> int:

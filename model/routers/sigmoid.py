@@ -31,7 +31,7 @@ class SigmoidRouter(Router):
     def __init__(self, *sizes: Any, **named: Any) -> None:
         """Take what every router takes."""
         super().__init__(*sizes, **named)
-        self.register_buffer("bias", torch.empty(self.num_experts))
+        self.register_buffer("bias", torch.empty(self.num_experts, dtype=torch.float32))
 
     def reset_buffers(self) -> None:
         """Begin without a bias."""
