@@ -26,14 +26,21 @@ _STRAGGLER_SECONDS = 2.0
 _SHOWN = 5
 
 
-def why_no_folder(out: Path) -> str | None:
-    """Return why there can be no folder at `out` to write into, as far as that can be seen without writing."""
+def why_no_folder(out: Path, *, is_written: bool = True) -> str | None:
+    """Return why there can be no folder at `out` to write into, as far as that can be seen without writing.
+
+    Where it is there and nothing `is_written`, nobody asks whether it could be.
+    """
     if out.name in ("", ".."):
         return "is the current folder, one above it, or an empty name (is a shell variable unset?)"
     try:
         if out.is_symlink() and not out.exists():
             return "is a link that leads nowhere"
-        return "is a file" if out.exists() and not out.is_dir() else why_not_made(out)
+        if out.exists() and not out.is_dir():
+            return "is a file"
+        if is_written and os.path.ismount(out):
+            return "is where another disk is mounted, which no folder can take the place of; a folder in it would fit"
+        return why_not_made(out) if is_written else None
     except OSError as error:
         return error.strerror
 

@@ -208,7 +208,8 @@ def _check_inputs(options: PrepareOptions) -> tuple[list[Source], StoreTokenizer
 
 def _out_problems(out: Path, overwrite: bool) -> list[str]:
     """Return why no store can be written at `out`; that another store is there is for later."""
-    if why := why_no_folder(out):
+    is_written = overwrite or not os.path.lexists(out / "meta.json")
+    if why := why_no_folder(out, is_written=is_written):
         return [f"--out {out}: {why}; name another folder, for the store alone"]
     try:
         if out.exists() and any(out.iterdir()) and not os.path.lexists(out / "meta.json"):

@@ -95,7 +95,7 @@ def finish(partial: Path, out: Path, *, passed: bool) -> Path:
     final = out if passed else failed_of(out)
     old = replaced_of(final)
     if final.exists():
-        if old.exists():
+        if old.exists() and not strangers(old, EXPORT_FILE.fullmatch):
             shutil.rmtree(old)  # of an export that was killed here
         final.rename(old)
     try:
@@ -109,7 +109,8 @@ def finish(partial: Path, out: Path, *, passed: bool) -> Path:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    if old.exists():
+    # What somebody put there while this one was written stays, and the next export names it.
+    if old.exists() and not strangers(old, EXPORT_FILE.fullmatch):
         shutil.rmtree(old)
     return final
 

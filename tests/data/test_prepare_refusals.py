@@ -1,5 +1,6 @@
 """What `prepare` refuses: tokenizers that do not fit the text, and places where no store can be; nothing is left."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,17 @@ def word_tokenizer(path: Path, unknown: str) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(path))
     return path
+
+
+def test_a_store_that_is_there_is_left_alone_where_nothing_can_be_written(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "store"
+    prepare(options(out, corpus))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert prepare(options(out, corpus)).was_there
+    with pytest.raises(DataError, match="may not be written to"):
+        prepare(options(tmp_path / "other", corpus))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

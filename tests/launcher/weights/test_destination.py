@@ -162,3 +162,20 @@ def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
     assert told(out) == []
     with written_partially(out, 1) as partial:
         assert list(partial.iterdir()) == []
+
+
+def test_what_comes_while_an_export_is_written_is_kept_and_named_by_the_next(tmp_path: Path) -> None:
+    out = export_at(tmp_path / "out")
+    partial = export_at(tmp_path / "out.partial")
+    (out / "notes.md").write_text("of mine")
+    finish(partial, out, passed=True)
+    assert (tmp_path / ".out.replaced" / "notes.md").read_text() == "of mine"
+    assert any("notes.md" in line for line in told(out))
+
+
+def test_a_folder_where_a_disk_is_mounted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    (line,) = told(tmp_path / "out")
+    assert "is where another disk is mounted" in line
+    assert "a folder in it would fit" in line
