@@ -171,14 +171,15 @@ def _fill_from_weights(run: Run, found: Source, state: dict[str, Any] | None, ev
     buffers = weights.buffers()
     whole_model = build_model(run.run_file.model, device="meta")
     known = {BUFFERS + name: tuple(buffer.shape) for name, buffer in whole_model.named_buffers()}
-    unfit = [name for name, shape in buffers.items() if known.get(name) != shape]
+    fitting = {name for name, shape in buffers.items() if known.get(name) == shape}
     if opened:  # of an export all of it is used; for those of a run a branch may set its routers otherwise
+        unfit = [name for name in buffers if name not in fitting]
         wrong += [f"{name} is {list(buffers[name])}, which the run file's model has not" for name in unfit]
     if wrong:
         raise ValueError("\n".join(wrong))
     for name, part in tensors.items():
         # Buffers that are not there are of training alone, or of another setting of the routers.
-        if (name in there or (name in buffers and name not in unfit)) and part.tensor.numel():
+        if (name in there or name in fitting) and part.tensor.numel():
             whole = Box((0,) * part.tensor.dim(), part.global_shape)
             rows, *columns = Box(part.offset, tuple(part.tensor.shape)).within(whole)
             part.tensor.copy_(weights.read(name, (rows.start, rows.stop))[(slice(None), *columns)])

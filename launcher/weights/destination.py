@@ -95,8 +95,7 @@ def finish(partial: Path, out: Path, *, passed: bool) -> Path:
     final = out if passed else failed_of(out)
     old = replaced_of(final)
     if final.exists():
-        if old.exists() and not strangers(old, EXPORT_FILE.fullmatch):
-            shutil.rmtree(old)  # of an export that was killed here
+        _remove_export(old)  # of an export that was killed here
         final.rename(old)
     try:
         partial.rename(final)
@@ -110,9 +109,14 @@ def finish(partial: Path, out: Path, *, passed: bool) -> Path:
     finally:
         os.close(descriptor)
     # What somebody put there while this one was written stays, and the next export names it.
-    if old.exists() and not strangers(old, EXPORT_FILE.fullmatch):
-        shutil.rmtree(old)
+    _remove_export(old)
     return final
+
+
+def _remove_export(folder: Path) -> None:
+    """Remove a folder if it is there and holds an export alone."""
+    if folder.exists() and not strangers(folder, EXPORT_FILE.fullmatch):
+        shutil.rmtree(folder)
 
 
 @contextmanager

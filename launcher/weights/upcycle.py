@@ -25,6 +25,7 @@ from meshwright.kernels.precision import at_least_fp32
 from meshwright.launcher.runfile.tables import InitConfig
 from meshwright.model.config import ModelConfig
 from meshwright.model.counts.shapes import parameter_shapes
+from meshwright.model.families.family import BUFFERS
 from meshwright.parallel.counter_rng import normal_from_uniform, uniform_range
 
 # Of a mixture's part, by which name the dense part has it: experts.gate -> gate.weight, experts.gate_bias -> gate.bias.
@@ -91,7 +92,7 @@ class Upcycled:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return a whole weight, or its rows from the first to before the second."""
-        if name in self.buffers():
+        if name.startswith(BUFFERS):
             return self._dense.read(name, rows)
         shape = self._wanted[name]
         first, end = rows or (0, shape[0])
