@@ -29,6 +29,7 @@ from meshwright.model.kinds.mixers.positions import bucket_problems, stretching_
 from meshwright.parallel.initialise import InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split, partial_over
+from meshwright.parallel.where import Where
 
 Stretching = Literal["linear", "ntk", "yarn", "llama3"]
 
@@ -150,6 +151,13 @@ class Rope(NamedTuple):
         at_least = torch.promote_types(dtype, torch.float32)
         factor = 1.0 if self.scaling is None else self.scaling.cosine_factor()
         return (angle.cos() * factor).to(at_least), (angle.sin() * factor).to(at_least)
+
+    def angles_at(
+        self, where: Where, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "s half"], Float[Tensor, "s half"]]:
+        """Return the angles of the tokens that a mixer sees, made once for all layers of a micro-batch."""
+        key = f"rope/{head_dim}/{dtype}/{self}"
+        return where.derive(key, lambda: self.angles(where.position_mixed, head_dim, dtype))
 
     def angles_from(
         self, begin: int, count: int, head_dim: int, like: Tensor

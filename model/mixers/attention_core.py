@@ -133,9 +133,7 @@ class AttentionCore(nn.Module):
         rope = self.look.position
         if not isinstance(rope, Rope):
             return q, k
-        width = q.shape[3]
-        key = f"rope/{width}/{q.dtype}/{rope}"
-        angles = where.derive(key, lambda: rope.angles(where.position_mixed, width, q.dtype))
+        angles = rope.angles_at(where, q.shape[3], q.dtype)
         return apply_rope(q, *angles), apply_rope(k, *angles)
 
     def forward(

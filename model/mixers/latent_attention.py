@@ -131,8 +131,7 @@ class LatentAttention(nn.Module):
         tp, (n, _, p, r, e, _) = self.spread.tp, self.sizes
         q = self._queries(x)
         k, v = column_products(self.kv_a_norm(self.kv_a(x)), (self.k_b, self.v_b), tp)
-        key = f"rope/{r}/{x.dtype}/{self.rope}"
-        angles = where.derive(key, lambda: self.rope.angles(where.position_mixed, r, x.dtype))
+        angles = self.rope.angles_at(where, r, x.dtype)
         k_rope = apply_rope(gather(self.k_rope(x), tp)[:, :, None], *angles)
         q = torch.cat([q[..., :p], apply_rope(q[..., p:], *angles)], 3)
         n_local = n // tp.size
