@@ -1,13 +1,15 @@
 """What differs between the records of a layout's ranks and those of one process, and by how much.
 
     exact    fp64; 1e-9 of each tensor's largest value; tokens and experts equal       everything that is recorded
-    fast     fp32; 1e-5 of each tensor's norm                                          loss, norm, gradients, experts
+    fast     fp32; 1e-5 of each tensor's norm, or four times one process' own error    loss, norm, gradients, experts
     own      a few times the error that one process has in the same precision          gradients, loss, norm
 
 Every rank's piece is held against the same box of what one process has, copies too, and together the pieces must
 leave nothing out. A gradient that is nowhere above 1e-12 of the norm is zero but for rounding (a bias that cancels
 out): the ranks' must be so too, and nothing more is asked. In fp32 a tensor's norm counts as at least 5e-3 of the whole
-norm: of terms that nearly cancel, what is left is as far off as they are, not as it is itself.
+norm: of terms that nearly cancel, what is left is as far off as they are, not as it is itself. Where a model makes much
+of rounding (attention whose logits are large), one process is off from fp64 by as much: what it is off by four times is
+allowed, up to 1e-4.
 
 Differences are told in the order of a step: what the model saw, the layers' outputs and choices from the first to the
 last, the loss, gradients from the last to the first, the norm, the weights. The first one is where to look.
@@ -15,6 +17,7 @@ last, the loss, gradients from the last to the first, the norm, the weights. The
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -29,6 +32,11 @@ SMALL = 5e-3
 
 Gradients that are zero but for rounding were off by up to 1.4e-8 of it (samples of one token); none else was by 1e-6 of
 its own norm, down to 1e-4 of the whole.
+"""
+TIMES, FARTHEST = 4.0, 1e-4
+"""In fp32: how many times as far off as one process a gradient may be, as in `own_precision.py`, and where that ends.
+
+Above FARTHEST one process' error tells of another choice that it made, no longer of rounding alone.
 """
 Size = Callable[[Array], float]
 
@@ -96,15 +104,27 @@ def compare_exactly(one: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
     return verdict
 
 
-def compare_fast(one: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
-    """Compare what fp32 can be held to."""
+def compare_fast(exact: RankRecord, one: RankRecord, ranks: Sequence[RankRecord]) -> Verdict:
+    """Compare what fp32 can be held to; `exact` is one process in fp64, from the same weights in every step."""
     verdict = Verdict([])
     for step in range(len(one.steps)):
+        allowed = _rounding_of(exact.steps[step], one.steps[step])
         _compare_experts(verdict, one, ranks, step, ROUNDING)
         _compare_loss(verdict, one, ranks, step, FAST)
-        _compare_tensors(verdict, one, ranks, step, "gradients", norm, FAST)
-        _judge(verdict, "norm", "", step, _worst(ranks, step, "norm", one), FAST)
+        _compare_tensors(verdict, one, ranks, step, "gradients", norm, FAST, allowed)
+        _judge(verdict, "norm", "", step, _worst(ranks, step, "norm", one), allowed["norm"])
     return verdict
+
+
+def _rounding_of(exact: StepRecord, one: StepRecord) -> dict[str, float]:
+    """Return what each gradient may be off by because one process is off from fp64, and the norm; FAST at least."""
+    errors = {
+        name: worst_error(exact.gradients[name].values, [(0, piece)], norm, unit=SMALL * exact.norm)[0]
+        for name, piece in one.gradients.items()
+        if name in exact.gradients
+    }
+    errors["norm"] = _relative(one.norm, exact.norm)
+    return {name: max(FAST, min(TIMES * error, FARTHEST)) for name, error in errors.items()}
 
 
 def compare_checkpoint(
@@ -199,8 +219,16 @@ def worst_error(
 
 
 def _compare_tensors(
-    verdict: Verdict, one: RankRecord, ranks: Sequence[RankRecord], step: int, kind: str, size: Size, allowed: float
+    verdict: Verdict,
+    one: RankRecord,
+    ranks: Sequence[RankRecord],
+    step: int,
+    kind: str,
+    size: Size,
+    allowed: float,
+    own: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
+    """Compare each tensor of a kind; `own` is what some of them may be off by, `allowed` the others."""
     wholes: dict[str, Piece] = getattr(one.steps[step], kind)
     what = kind.removesuffix("s")
     held = by_name(getattr(record.steps[step], kind) for record in ranks)
@@ -221,7 +249,7 @@ def _compare_tensors(
             unit = 2 * sum(done.learning_rate for done in one.steps[: step + 1]) / allowed
         error, rank = worst_error(whole.values, pieces, size, unit=unit)
         note = f"off by {error:.2g} of its {'largest value' if size is largest else 'norm'}, most on rank {rank}"
-        _judge(verdict, what, name, step, error, allowed, note)
+        _judge(verdict, what, name, step, error, own.get(name, allowed), note)
     _tell_extra(verdict, what, step, wholes, [getattr(record.steps[step], kind) for record in ranks])
 
 

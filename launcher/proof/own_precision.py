@@ -22,10 +22,10 @@ from statistics import median
 import numpy as np
 import torch
 
-from meshwright.launcher.proof.compare import Verdict, box_of, by_name, errors_of, is_nothing, whole_of
+from meshwright.launcher.proof.compare import TIMES, Verdict, box_of, by_name, errors_of, is_nothing, whole_of
 from meshwright.launcher.proof.record import Array, RankRecord
 
-TOGETHER, TIMES = 2.0, 4.0
+TOGETHER = 2.0
 ROUNDED = {"loss": 2.0**-13, "norm": 2.0**-11}
 _BITS = 16
 """That a sum of a few numbers of bf16, with 8 bits each, has at most; of fp32 there are 24 in each."""

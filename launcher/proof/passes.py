@@ -2,7 +2,7 @@
 
     pass      precision         learning rate   experts
     exact     fp64              the run's       as the router chooses
-    start     fp64              0               as the router chooses           one process only: what `own` is held to
+    start     fp64              0               as the router chooses           of one process: what it is off by
     fast      fp32              0               the reference's where its margin is within rounding
     own       the run file's    0, at last 0.1  the reference's
 
@@ -70,8 +70,8 @@ class Pass:
     """Which of the reference's choices of experts are taken over."""
     reference: str = ""
     """The pass, of one process, whose choices they are."""
-    needed_by: str = ""
-    """The pass that this one is only for."""
+    needed_by: frozenset[str] = frozenset()
+    """The passes that this one is only for."""
 
 
 def passes_of(precision: Precision) -> list[Pass]:
@@ -88,9 +88,9 @@ def passes_of(precision: Precision) -> list[Pass]:
 
 def reference_passes(precision: Precision) -> list[Pass]:
     """Return what one process goes through, each pass after those that it takes choices from."""
-    start = [Pass("start", "fp64", _HELD_STEPS, is_held=True, needed_by="own")] if precision.startswith("bf16") else []
-    own = [one for one in passes_of(precision) if one.name == "own"]
-    return [Pass("exact", "fp64"), *start, Pass("fast", "fp32", _HELD_STEPS, is_held=True), *own]
+    start = Pass("start", "fp64", _HELD_STEPS, is_held=True, needed_by=frozenset({"fast", "own"}))
+    fast = Pass("fast", "fp32", _HELD_STEPS, is_held=True, replays="near ties", reference="start")
+    return [Pass("exact", "fp64"), start, fast, *(one for one in passes_of(precision) if one.name == "own")]
 
 
 Choices = Mapping[tuple[int, str], "Chosen"]

@@ -189,7 +189,7 @@ class Judge:
             ConfigError: if what it computes is no number, to which nothing can be compared.
         """
         self.run_file, self.passes = run_file, tuple(passes)
-        wanted = [one for one in reference_passes(run_file.train.precision) if {one.name, one.needed_by} & {*passes}]
+        wanted = [one for one in reference_passes(run_file.train.precision) if {one.name, *one.needed_by} & {*passes}]
         began, self.limit = time.monotonic(), _SECONDS_OF_A_LAYOUT
         (self.one,) = self._answers(1, partial(run_passes, alone(run_file), wanted, {}, None))
         self.limit = max(self.limit, _TIMES_ONE_PROCESS * (time.monotonic() - began))
@@ -224,7 +224,7 @@ class Judge:
             result.notes += unclipped(table, self.one["exact"])
             result.verdicts["exact"] = compare_exactly(self.one["exact"], of_pass["exact"])
         if "fast" in of_pass:
-            result.verdicts["fast"] = compare_fast(self.one["fast"], of_pass["fast"])
+            result.verdicts["fast"] = compare_fast(self.one["start"], self.one["fast"], of_pass["fast"])
             result.notes += grouped_lines(table.model, table.parallel.etp, _CPU, torch.float32)
             require_fast_paths(result.verdicts["fast"], table, of_pass["fast"], self.one["fast"])
         if "own" in of_pass:

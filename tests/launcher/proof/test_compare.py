@@ -72,7 +72,7 @@ def test_a_rank_may_have_no_token_of_a_layer_that_only_some_go_through() -> None
             ranks[0].steps[number].at_tokens[name] = AtTokens(SAMPLE[:0], POSITION[:0], everything.values[:0])
             ranks[1].steps[number].at_tokens[name] = everything
     assert compare_exactly(record(), ranks) == Verdict([])
-    assert compare_fast(record(), ranks) == Verdict([])
+    assert compare_fast(record(), record(), ranks) == Verdict([])
 
 
 def piece(values: object) -> Piece:
@@ -220,19 +220,32 @@ def test_fp32_is_held_to_the_norm_and_not_to_the_weights() -> None:
     off = np.zeros_like(piece.values)
     off[0, 0] = 1e-5 * np.linalg.norm(np.arange(1.0, 13.0))
     ranks[0].steps[0].gradients["a"] = Piece(piece.shape, piece.offset, piece.values + 0.9 * off)
-    assert compare_fast(record(), ranks).differences == []
+    assert compare_fast(record(), record(), ranks).differences == []
     ranks[0].steps[0].gradients["a"] = Piece(piece.shape, piece.offset, piece.values + 1.1 * off)
-    assert first(compare_fast(record(), ranks)) == ("gradient", "a", 0)
+    assert first(compare_fast(record(), record(), ranks)) == ("gradient", "a", 0)
+
+
+def test_in_fp32_four_times_what_one_process_is_off_by_is_allowed_up_to_an_end() -> None:
+    def off(of_one: float, of_ranks: float) -> list[str]:
+        one = with_error(of_one, [record()])[0]
+        return [d.name for d in compare_fast(record(), one, with_error(of_one + of_ranks, two_ranks())).differences]
+
+    assert off(1e-6, 0.9e-5) == []
+    assert off(1e-6, 1.1e-5) == ["b", "a", "b", "a"]
+    assert off(1e-5, 3.9e-5) == []
+    assert off(1e-5, 4.1e-5) == ["b", "a", "b", "a"]
+    assert off(1e-3, 0.9e-4) == []
+    assert off(1e-3, 1.1e-4) == ["b", "a", "b", "a"]
 
 
 def test_in_fp32_a_near_tie_may_go_either_way_and_is_listed() -> None:
     ranks = two_ranks()
     ranks[0].steps[0].at_tokens["layers.0.router experts"].values[1] = [1, 3]  # where the margin is 1e-7
-    verdict = compare_fast(record(), ranks)
+    verdict = compare_fast(record(), record(), ranks)
     assert (verdict.differences, verdict.ties) == ([], [Tie(0, "layers.0.router", 0, 1, 1e-7)])
     assert first(compare_exactly(record(), ranks)) == ("experts", "layers.0.router", 0)
     ranks[0].steps[0].at_tokens["layers.0.router experts"].values[0] = [0, 3]
-    assert first(compare_fast(record(), ranks)) == ("experts", "layers.0.router", 0)
+    assert first(compare_fast(record(), record(), ranks)) == ("experts", "layers.0.router", 0)
 
 
 def test_the_order_of_a_tokens_experts_is_no_difference() -> None:

@@ -270,6 +270,7 @@ def test_each_precision_has_its_passes() -> None:
     assert [one.name for one in passes_of("fp32")] == ["exact", "fast"]
     assert [one.name for one in passes_of("bf16_autocast")] == ["exact", "fast", "own"]
     assert [one.name for one in reference_passes("bf16")] == ["exact", "start", "fast", "own"]
+    assert [one.name for one in reference_passes("fp32")] == ["exact", "start", "fast"]
     for one in passes_of("bf16"):
         # Where later steps are compared in rounded numbers, every step begins from the same weights.
         assert one.is_held == (one.precision != "fp64")
