@@ -144,7 +144,7 @@ class MixtureOfDepths(Layer):
         wide = at_least_fp32(x)  # once for both, which keep it
         score, predicted = self.router(wide), self.predictor(wide.detach())
         order = order_of(where, self.axes.token)
-        chosen = where.decide(f"depth/{id(self)}", lambda: self._chosen(score, predicted, where, order))
+        chosen = where.decide(f"depth/{id(self)}", lambda: self.choose(score, predicted, where, order))
         if self.training and tally is not None:
             x = self._attach_loss(x, predicted, chosen[order.held], where, tally)
         most = self._rows(chosen)
@@ -187,7 +187,7 @@ class MixtureOfDepths(Layer):
         gate = score if self.depth.gate == "score" else score.sigmoid()
         return gate.to(like.dtype)[..., None]
 
-    def _chosen(self, score: Tensor, predicted: Tensor, where: Where, order: Order) -> Bool[Tensor, "s b"]:
+    def choose(self, score: Tensor, predicted: Tensor, where: Where, order: Order) -> Bool[Tensor, "s b"]:
         """Return, by position, which tokens of whole sequences go through."""
         if not self.training:
             return whole_sequences(predicted, where, self.axes.token) > 0

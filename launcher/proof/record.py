@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from meshwright.launcher.build import Run
+from meshwright.launcher.proof.choices import watch_choices
 from meshwright.launcher.training.progress import held_tensors
 from meshwright.model.block import Block
 from meshwright.model.multi_token import FurtherToken
@@ -125,8 +126,7 @@ class Recorder:
                 module.register_forward_pre_hook(self._on_place, with_kwargs=True)
             if outputs:
                 self._watch_output(name, module)
-            if callable(getattr(module, "choose", None)):
-                self._watch_router(name, module)
+            watch_choices(module, name, self._choose)
         _after(run.engine, "finish_gradients", self._take_gradients)
 
     def finish(self, learning_rate: float, loss: float, norm: float, sums: dict[str, Tensor]) -> StepRecord:
@@ -195,54 +195,50 @@ class Recorder:
         elif isinstance(module, FurtherToken):
             module.register_forward_pre_hook(of_further_token)
 
-    def _watch_router(self, name: str, router: nn.Module) -> None:
-        choose: Callable[[Tensor], Tensor] = router.choose  # type: ignore[assignment]
-
-        def watched(probability: Tensor) -> Tensor:
-            chosen = choose(probability)
-            held = probability.detach().gather(1, chosen)
-            others = probability.detach().scatter(1, chosen, -torch.inf)
-            margin = held.amin(1) - others.amax(1)
-            where, rows = self._places(len(chosen))
-            layer = self._of_lap(name)
-            self._add(f"{layer} experts", chosen)
-            self._add(f"{layer} margin", margin)
-            if self._decide is None:
-                return chosen
-            decided, is_there = chosen.numpy().copy(), rows < self._seq_len
-            given = (each[is_there] for each in (where, rows, decided, _numbers(margin)))
-            decided[is_there] = self._decide(layer, *given)
-            return torch.from_numpy(decided)
-
-        setattr(router, "choose", watched)  # noqa: B010  (a module takes a function as an attribute)
+    def _choose(
+        self, name: str, chosen: Tensor, margin: Tensor, where: Where | None, position: Tensor | None
+    ) -> Tensor:
+        """Keep what was chosen for each token and return what is to be; `where` and `position` if others than heard."""
+        self._where = where or self._where
+        layer, at = self._of_lap(name), self._places(len(chosen), position)
+        self._add(f"{layer} experts", chosen, at)
+        self._add(f"{layer} margin", margin, at)
+        if self._decide is None:
+            return chosen
+        decided, is_there = chosen.numpy().copy(), at[1] < self._seq_len
+        given = (each[is_there] for each in (*at, decided, _numbers(margin)))
+        decided[is_there] = self._decide(layer, *given)
+        return torch.from_numpy(decided)
 
     def _of_lap(self, name: str) -> str:
         """Return a module's name, and which use it is where a layer is used once more: the choice is another."""
         lap = 0 if self._where is None else self._where.lap
         return f"{name}, lap {lap + 1}" if lap else name
 
-    def _places(self, count: int) -> tuple[Array, Array]:
-        """Return sample and position of each of `count` tokens, sequence first, as this rank holds them."""
+    def _places(self, count: int, position: Tensor | None = None) -> tuple[Array, Array]:
+        """Return sample and position of each of `count` tokens, sequence first, as this rank holds them.
+
+        `position` is theirs if they are none of those that a layer holds.
+        """
         where = self._where
         assert where is not None, "a part of the model was called without a place"
         sample = where.sample.numpy()
-        for name in ("position", "position_mixed"):
-            position: Tensor | None = getattr(where, name, None)
-            if position is not None and len(position) * len(sample) == count:
-                return np.tile(sample, len(position)), np.repeat(position.numpy(), len(sample))
+        for known in (position,) if position is not None else (where.position, getattr(where, "position_mixed", None)):
+            if known is not None and len(known) * len(sample) == count:
+                return np.tile(sample, len(known)), np.repeat(known.numpy(), len(sample))
         raise AssertionError(f"{count} tokens are none of a layer's")
 
-    def _add(self, name: str, rows: Tensor) -> None:
+    def _add(self, name: str, rows: Tensor, at: tuple[Array, Array] | None = None) -> None:
         """Keep a row for each token; a pass that is made again for the backward is not kept.
 
         Rows behind a sample's last are of no token: they fill up a layer of Mixture-of-Depths, by layout.
         """
-        sample, position = self._places(len(rows))
+        sample, position = at or self._places(len(rows))
         key, is_there = (name, int(sample[0]), int(position[0])), position < self._seq_len
         if key not in self._seen:
             self._seen.add(key)
-            at = AtTokens(sample[is_there], position[is_there], _numbers(rows)[is_there])
-            self._rows.setdefault(name, []).append(at)
+            kept = AtTokens(sample[is_there], position[is_there], _numbers(rows)[is_there])
+            self._rows.setdefault(name, []).append(kept)
 
     def _take_gradients(self) -> None:
         for name, part in self._run.engine.parts.items():

@@ -17,6 +17,7 @@ Decoding keeps keys and values as attention does, and which experts, with which 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -176,14 +177,15 @@ class SwitchHead(nn.Module):
         with without_autocast(x):
             scores = at_least_fp32(x) @ at_least_fp32(gates).T
         scores = torch.unflatten(scores, 2, (-1, self.sizes.num_experts))
-
-        def choose() -> Tensor:  # a stable sort: among equal scores topk returns any
-            order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
-            return order[..., : self.sizes.top_k].contiguous()  # what is kept of it is not all experts
-
         what = "source" if gates is self.source else "destination"
+        choose = partial(self.choose, scores.detach(), what)
         expert = choose() if where is None else where.decide(f"switch_head/{id(self)}/{what}", choose)
         return Chosen(expert, scores.gather(3, expert).sigmoid())
+
+    def choose(self, scores: Float[Tensor, "s b n e"], what: str) -> Int64[Tensor, "s b n k"]:
+        """Return each head's experts, the highest first; `what` they are of: source or destination."""
+        # A stable sort: among equal scores topk returns any. Contiguous: what is kept of it is not all experts.
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.sizes.top_k].contiguous()
 
     def _values(self, x: Tensor, chosen: Chosen) -> Float[Tensor, "s b n d"]:
         token, place, counts = self._sorted(chosen.expert)

@@ -70,14 +70,13 @@ class ExpertChoiceRouter(Router):
             scores = self.scores(self._jittered(x, trained), trained)
             probability = self.probability(scores)
 
-            def take() -> tuple[Tensor, Tensor]:
-                with torch.no_grad():
-                    found = self._passed(probability) if trained is None else self._best(probability, trained)
-                    return as_choices(found)
-
-            expert, taken = self.decide("experts", where, take)
+            expert, taken = self.decide("experts", where, lambda: as_choices(self.take(probability.detach(), trained)))
             weight = self.weigh(probability.gather(-1, expert)) * taken
             return Routing(expert, weight, scores, probability, taken)
+
+    def take(self, probability: Float[Tensor, "*tokens e"], trained: Where | None) -> Bool[Tensor, "*tokens e"]:
+        """Say which experts take each token: the best of the sequences of `trained`, else all above the thresholds."""
+        return self._passed(probability) if trained is None else self._best(probability, trained)
 
     def count(self, routing: Routing, where: Where, tally: Tally) -> None:
         """Count the tokens that pass each expert's threshold."""
