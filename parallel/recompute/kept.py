@@ -115,11 +115,14 @@ class Kept:
             self._remade.clear()
 
     def run_again_later(self, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Return `make(*inputs)`, which will not be kept but made again in the backward pass."""
+        """Return `make(*inputs)`, which will not be kept but made again in the backward pass.
+
+        A result that lies in an input's memory (`nn.Identity`, a view, a write in place) is kept as the input is.
+        """
         y = make(*inputs)
-        if self._is_active:
+        storage = y.untyped_storage()
+        if self._is_active and all(x.untyped_storage()._cdata != storage._cdata for x in inputs):
             remade = Remade(make, y._version, tuple(map(as_it_is, inputs)), same_autocast(y.device.type))
-            storage = y.untyped_storage()
             self._remade[storage._cdata] = (StorageWeakRef(storage), remade)  # type: ignore[no-untyped-call]
         return y
 

@@ -126,3 +126,24 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_in_each_backward_pass(way
     expected = gradients(product_twice, Recompute())
     for passes in (1, 2, 3):
         assert same(gradients(product_twice, WAYS[way], passes), expected)
+
+
+class View(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.shape)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "activation", [nn.Identity(), nn.ReLU(inplace=True), View()], ids=["itself", "written", "view"]
+)
+def test_a_module_may_return_its_input(activation: nn.Module, way: str) -> None:
+    def body(part: Part, x: Tensor) -> Tensor:
+        return part.second(part.activation(part.first(part.norm(x))))
+
+    if isinstance(activation, nn.ReLU) and "selective" in way:  # the product that it saves
+        with pytest.raises(RuntimeError, match="written to in place"):
+            gradients(body, WAYS[way], activation=activation)
+        return
+    expected = gradients(body, Recompute(), activation=activation)
+    assert same(gradients(body, WAYS[way], activation=activation), expected)
