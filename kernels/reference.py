@@ -169,6 +169,6 @@ def linear_cross_entropy(
     """Return the sum of the counted tokens' cross entropy, over `divisor`; targets of -100 are not counted."""
     logits = at_least_fp32(x) @ at_least_fp32(weight).T
     counted = targets != NOT_COUNTED
-    of_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    of_target = logits.gather(1, torch.where(counted, targets, 0)[:, None])[:, 0]
     loss = torch.where(counted, logits.logsumexp(-1) - of_target, 0).sum()
     return loss / divisor

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from meshwright.model.block import Layer
 from meshwright.model.multi_token import FurtherToken, beside, shifted
 from meshwright.model.norms import refuse_conditioned
+from meshwright.model.plain_tokens import place_of_plain_tokens
 from meshwright.model.positions import LearnedPositions
 from meshwright.model.room import refuse_beyond
 from meshwright.parallel.dropout import dropout
 from meshwright.parallel.fits import check_share, check_sizes
 from meshwright.parallel.tally import Tally, attach_loss
 from meshwright.parallel.tensor.vocabulary import Embedding, VocabularyRows, next_token_logits, next_token_loss
-from meshwright.parallel.where import Where, where_of_plain_tokens
+from meshwright.parallel.where import Where
 
 
 class Extras(NamedTuple):
@@ -125,12 +126,16 @@ class LanguageModel(nn.Module):
         Mixture-of-Depths' predictors and of further tokens, and the loads that routers move by (`finish_step`). None
         leaves all of these out, silently: the gradient is then that of the returned loss alone, for comparisons.
 
+        Without `where` the tokens are whole samples of no run, and the loss is the mean over the targets that are not
+        -100; those tokens alone count for routers too.
+
         Raises:
-            ValueError: if there are no tokens.
+            ValueError: without `where`: if there are no tokens, or they, or the targets, are of another shape or type,
+                of no word, or more than there are learned positions.
         """
-        if not tokens.numel():
-            raise ValueError(f"tokens of shape {list(tokens.shape)}: must be at least 1 of at least 1 sample")
-        where = where or where_of_plain_tokens(tokens)
+        if where is None:
+            most = len(self.positions.weight) if isinstance(self.positions, LearnedPositions) else None
+            where = place_of_plain_tokens(tokens, targets, self.output_rows.vocab_size, most)
         x = self.begin(tokens, where)
         for lap in range(self.laps):
             of_lap = where.of_lap(lap)

@@ -102,7 +102,7 @@ def _chunk(x: Tensor, weight: Tensor, targets: Tensor, divisor: float) -> tuple[
     """Return the chunk's summed loss over divisor, softmax - onehot [c, v], and each token's share r [c, 1]."""
     logits = at_least_fp32(products.output(x, weight))
     counted = targets != NOT_COUNTED
-    own = targets.clamp(min=0)[:, None]
+    own = torch.where(counted, targets, 0)[:, None]  # another below 0 is refused by the gather
     of_target = logits.gather(1, own)
     top = logits.amax(1, keepdim=True)
     p = torch.softmax(logits, 1, out=logits)  # each row is read before it is written; nobody needs the logits again

@@ -132,3 +132,9 @@ def test_products_in_fp32_leave_the_loss_of_autocast_unrounded() -> None:
     use(Choices(bf16_products="fp32"))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear_cross_entropy(x, weight, TARGETS, divisor=4.0), plain)
+
+
+def test_a_target_below_zero_that_is_not_left_out_is_no_word() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match="index -1 is out of bounds"):
+        linear_cross_entropy(x, weight, torch.tensor([1, -1, -100]), divisor=1.0)
