@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from meshwright.model.kinds.norms import PRE, Form
 from meshwright.model.norms import refuse_conditioned
 from meshwright.parallel.dropout import dropout
-from meshwright.parallel.fits import check_share
+from meshwright.parallel.fits import check_finite, check_share
 from meshwright.parallel.tally import Tally
 from meshwright.parallel.where import Where
 
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
         Raises:
             ValueError: if a norm is missing that the form has, there that it has not, or asks for a condition; or if
-                dropout is no share.
+                dropout is no share, or a multiplier no number.
         """
         super().__init__()
         norms = {key: each for key, each in (("norm", norm), ("post_norm", post_norm)) if each is not None}
@@ -66,6 +66,7 @@ class Block(nn.Module):
             raise ValueError(f"a block of {form} has the norms {list(form.names)}, not {list(norms)}")
         refuse_conditioned(norms, "a block")
         check_share("residual_dropout", residual_dropout)
+        check_finite({f"multipliers.{name}": value for name, value in multipliers._asdict().items()}, usual=1.0)
         self.norm, self.part, self.post_norm = norm, part, post_norm
         self.form, self.multipliers = form, multipliers
         self.residual_dropout, self.name = residual_dropout, name

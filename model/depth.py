@@ -35,6 +35,7 @@ from meshwright.model.making import Making
 from meshwright.model.routers.capacity import capacity_of, first_tokens
 from meshwright.model.routing_record import RoutingRecord, empty_record
 from meshwright.parallel.context.order import zigzag_part
+from meshwright.parallel.fits import check_known, check_not_below_zero, check_sizes
 from meshwright.parallel.initialise import InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
 from meshwright.parallel.placement import Placement, partial_over
@@ -122,9 +123,14 @@ class MixtureOfDepths(Layer):
         """Compose the layer's blocks as `Layer` does; `name` is the layer's global one, for the tally.
 
         Raises:
-            ValueError: if the share of tokens is none.
+            ValueError: if the share of tokens is none, or the gate or the predictor cannot be.
         """
         super().__init__(mixer, feedforward)
+        check_known("gate", [depth.gate], ("score", "sigmoid"))
+        check_sizes(
+            {"hidden_size": hidden_size, "predictor_size": depth.predictor_size}, may_be_none=["predictor_size"]
+        )
+        check_not_below_zero("predictor_weight", depth.predictor_weight)
         if not 0.0 < depth.capacity <= 1.0:
             raise ValueError(f"capacity = {depth.capacity} must be above 0 and at most 1; 0.125 is usual")
         self.depth, self.name, self.axes = depth, name, axes or SampleAxes()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from meshwright.kernels.norms import dynamic_tanh, layer_norm, rms_norm
 from meshwright.kernels.precision import at_least_fp32
+from meshwright.parallel.fits import check_finite
 from meshwright.parallel.initialise import ONES, ZEROS, InitRule
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.placement import Placement, partial_over
@@ -22,10 +23,15 @@ class Norm(nn.Module):
 
     rules: dict[str, InitRule]
 
-    def __init__(self, size: int, *, tp: Axis = NO_TP, **rules: InitRule) -> None:
-        """Hold a vector for each rule."""
+    def __init__(self, size: int, eps: float, *, tp: Axis = NO_TP, **rules: InitRule) -> None:
+        """Hold a vector for each rule.
+
+        Raises:
+            ValueError: if no row could be divided with this `eps`.
+        """
         super().__init__()
-        self.tp, self.rules = tp, rules
+        check_finite({"eps": eps}, usual=1e-5, least=0.0)
+        self.eps, self.tp, self.rules = eps, tp, rules
         for name in rules:
             self.register_parameter(name, nn.Parameter(torch.empty(1 if name == "alpha" else size)))
 
@@ -45,8 +51,7 @@ class RMSNorm(Norm):
 
     def __init__(self, size: int, eps: float, *, tp: Axis = NO_TP) -> None:
         """Normalise the last dim, of the given size; each rank of `tp` sees other tokens, or other heads."""
-        super().__init__(size, tp=tp, weight=ONES)
-        self.eps = eps
+        super().__init__(size, eps, tp=tp, weight=ONES)
 
     def forward(self, x: Float[Tensor, "*tokens h"]) -> Float[Tensor, "*tokens h"]:
         """Normalise each row; the result has x's type."""
@@ -60,8 +65,7 @@ class ZeroCentredRMSNorm(Norm):
 
     def __init__(self, size: int, eps: float, *, tp: Axis = NO_TP) -> None:
         """Normalise the last dim, of the given size; each rank of `tp` sees other tokens, or other heads."""
-        super().__init__(size, tp=tp, weight=ZEROS)
-        self.eps = eps
+        super().__init__(size, eps, tp=tp, weight=ZEROS)
 
     def forward(self, x: Float[Tensor, "*tokens h"]) -> Float[Tensor, "*tokens h"]:
         """Normalise each row; the result has x's type."""
@@ -76,8 +80,7 @@ class LayerNorm(Norm):
 
     def __init__(self, size: int, eps: float, *, tp: Axis = NO_TP) -> None:
         """Normalise the last dim, of the given size; each rank of `tp` sees other tokens."""
-        super().__init__(size, tp=tp, weight=ONES, bias=ZEROS)
-        self.eps = eps
+        super().__init__(size, eps, tp=tp, weight=ONES, bias=ZEROS)
 
     def forward(self, x: Float[Tensor, "*tokens h"]) -> Float[Tensor, "*tokens h"]:
         """Normalise each row; the result has x's type."""
@@ -110,7 +113,7 @@ class DynamicTanh(Norm):
 
     def __init__(self, size: int, eps: float = 0.0, *, alpha: float = 0.5, tp: Axis = NO_TP) -> None:
         """Squash the last dim, of the given size; `alpha` is where that begins, `eps` is not used."""
-        super().__init__(size, tp=tp, alpha=InitRule("constant", alpha), weight=ONES, bias=ZEROS)
+        super().__init__(size, eps, tp=tp, alpha=InitRule("constant", alpha), weight=ONES, bias=ZEROS)
 
     def forward(self, x: Float[Tensor, "*tokens h"]) -> Float[Tensor, "*tokens h"]:
         """Squash each number; the result has x's type."""
@@ -129,8 +132,8 @@ class AdaptiveNorm(Norm):
         self, size: int, eps: float, *, centred: bool = False, condition_size: int = 0, tp: Axis = NO_TP
     ) -> None:
         """Normalise the last dim, of the given size, as RMSNorm or, `centred`, as LayerNorm."""
-        super().__init__(size, tp=tp, **({} if condition_size else {"scale": ZEROS}))
-        self.eps, self.centred = eps, centred
+        super().__init__(size, eps, tp=tp, **({} if condition_size else {"scale": ZEROS}))
+        self.centred = centred
         self.condition = _ScaleAndShift(condition_size, size, tp) if condition_size else None
 
     @property

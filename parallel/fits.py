@@ -3,7 +3,9 @@
 Sizes and shares that a caller gives a part are held to what they can be: the same line for the same mistake.
 """
 
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 
 
 def divisors(size: int) -> list[int]:
@@ -28,8 +30,27 @@ def check_sizes(sizes: Mapping[str, int], *, may_be_none: Iterable[str] = ()) ->
     Raises:
         ValueError: naming each that is not.
     """
-    least = {name: 0 if name in may_be_none else 1 for name in sizes}
-    wrong = [f"{name} = {size}: must be at least {least[name]}" for name, size in sizes.items() if size < least[name]]
+    wrong, none_fits = [], frozenset(may_be_none)
+    for name, size in sizes.items():
+        least, is_whole = 0 if name in none_fits else 1, isinstance(size, Integral)
+        if not is_whole or size < least:
+            wrong.append(f"{name} = {size}: must be {'' if is_whole else 'a whole number of '}at least {least}")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def check_finite(numbers: Mapping[str, float], *, usual: float, least: float = -math.inf) -> None:
+    """Hold numbers, of which `usual` would be one, to being finite and no less than `least`.
+
+    Raises:
+        ValueError: naming each that is not.
+    """
+    rule = "must be finite" if least == -math.inf else f"must be at least {least:g} and finite"
+    wrong = [
+        f"{name} = {value}: {rule}; {usual} would fit"
+        for name, value in numbers.items()
+        if not (math.isfinite(value) and value >= least)
+    ]
     if wrong:
         raise ValueError("\n".join(wrong))
 
@@ -48,10 +69,10 @@ def check_not_below_zero(name: str, value: float) -> None:
     """Hold a weight, or a factor that 0 turns off, to what it can be.
 
     Raises:
-        ValueError: if it is below 0 or no number.
+        ValueError: if it is below 0, endless or no number.
     """
-    if not value >= 0.0:
-        raise ValueError(f"{name} = {value}: must be at least 0; 0 turns it off")
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name} = {value}: must be at least 0 and finite; 0 turns it off")
 
 
 def check_known(name: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ its fp32 master weight come from the same number.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log, prod
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float64, Int64
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from meshwright.kernels.limits import USUAL
 from meshwright.parallel.counter_rng import normal_from_uniform, uniform_at, uniform_range
+from meshwright.parallel.fits import check_finite, check_known, check_sizes
+
+Distribution = Literal["normal", "xavier_uniform", "xavier_normal", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,21 @@ class InitPolicy:
     feed-forwards, and all outputs (DeepNorm's beta).
     """
 
-    kind: Literal["normal", "xavier_uniform", "xavier_normal", "scaled"] = "normal"
+    kind: Distribution = "normal"
     std: float = 0.02
     residual_depth: int = 0
     value_gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a kind that is none, and numbers of which no weights can be made.
+
+        Raises:
+            ValueError: naming what it is not.
+        """
+        check_known("kind", [self.kind], get_args(Distribution))
+        check_finite({"std": self.std}, usual=0.02, least=0.0)
+        check_finite({"value_gain": self.value_gain}, usual=1.0)
+        check_sizes({"residual_depth": self.residual_depth}, may_be_none=("residual_depth",))
 
     def matrix(self, fan_in: int, fan_out: int, *, to_residual: bool = False, is_value: bool = False) -> InitRule:
         """Return the rule of a weight [fan_out, fan_in]; `is_value`: of values or in a feed-forward."""

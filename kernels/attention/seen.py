@@ -15,6 +15,7 @@ Positions are those of the whole sample, heads those of the tensor. A bias is a 
 alone (ALiBi, T5), so it is given as one row of distances for each head and never as a matrix of positions.
 """
 
+from numbers import Integral
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -31,6 +32,12 @@ class Blocks(NamedTuple):
     """How many blocks a token sees up to its own."""
     leading: int = 0
     """How many blocks every later token sees from the sample's begin."""
+
+    @property
+    def can_be(self) -> bool:
+        """Say whether these are whole numbers, and large enough."""
+        is_whole = all(isinstance(number, Integral) for number in self)
+        return is_whole and self.size >= 1 and self.local >= 1 and self.leading >= 0
 
 
 @runtime_checkable
@@ -119,10 +126,13 @@ class Seen(NamedTuple):
     def problems(self) -> list[str]:
         """Return every reason why this is no way to see."""
         found = []
-        if self.window < 0:
-            found.append(f"window = {self.window}: must be at least 1, or 0 for none; 1 would fit")
-        if self.blocks is not None and (self.blocks.size < 1 or self.blocks.local < 1 or self.blocks.leading < 0):
-            found.append(f"{self.blocks}: size and local must be 1 or more, leading 0 or more; Blocks(64, 1) would fit")
+        if not isinstance(self.window, Integral) or self.window < 0:
+            found.append(f"window = {self.window}: must be a whole number of at least 1, or 0 for none; 1 would fit")
+        if self.blocks is not None and not self.blocks.can_be:
+            found.append(
+                f"{self.blocks}: size and local must be whole numbers of 1 or more, leading of 0 or more;"
+                " Blocks(64, 1) would fit"
+            )
         if self.blocks is not None and not self.is_causal:
             found.append("is_causal = False: block-sparse attention is causal; True would fit")
         return found

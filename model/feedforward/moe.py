@@ -19,7 +19,7 @@ from meshwright.kernels.precision import at_least_fp32
 from meshwright.model.config import ModelConfig
 from meshwright.model.feedforward.experts import Experts, RowTokens
 from meshwright.model.feedforward.mlp import Inner, Mlp
-from meshwright.model.kinds.feedforward.moe import NEVER_NORMALISED
+from meshwright.model.kinds.feedforward.moe import MOST_CAPACITY, NEVER_NORMALISED
 from meshwright.model.making import Making
 from meshwright.model.routers.balance import (
     choices_per_sequence,
@@ -114,7 +114,9 @@ class Moe(WideBuffers):
             )
         if shared_gate is not None and shared is None:
             raise ValueError("a gate of the shared expert needs a shared expert")
-        check_not_below_zero("capacity_factor", capacity_factor)
+        if not 0.0 <= capacity_factor <= MOST_CAPACITY:
+            rule = f"must be from 0, which turns it off, to {MOST_CAPACITY:g}; 1.25 would fit"
+            raise ValueError(f"capacity_factor = {capacity_factor}: {rule}")
         _check_sizes_agree(router, experts)
         self.capacity_factor = capacity_factor
         self.name, self.num_experts, self.token = router.name, router.num_experts, router.token

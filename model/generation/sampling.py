@@ -13,6 +13,7 @@ generation is repeated by its seed, and sequence i draws the same however many o
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from jaxtyping import Float, Int
@@ -44,8 +45,8 @@ class Sampling:
         problems = []
         if not 0.0 <= self.temperature < float("inf"):
             problems.append(f"temperature = {self.temperature}: must be 0 (greedy) or a positive number")
-        if not 0 <= self.top_k <= MOST_TOP_K:
-            problems.append(f"top_k = {self.top_k}: must be 0 (off) or a count of tokens, at most {MOST_TOP_K}")
+        if not isinstance(self.top_k, Integral) or not 0 <= self.top_k <= MOST_TOP_K:
+            problems.append(f"top_k = {self.top_k}: must be 0 (off) or a whole number of tokens, at most {MOST_TOP_K}")
         if not 0.0 < self.top_p <= 1.0:
             problems.append(f"top_p = {self.top_p}: must be above 0 and at most 1 (off)")
         if problems:

@@ -10,6 +10,7 @@ the sequence that the mixer sees, which are fewer where layers let some pass by 
 weights but those of T5's biases.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,10 @@ class Look(NamedTuple):
     def problems(self, cp: Axis) -> list[str]:
         """Return every reason why this cannot be."""
         found = Seen(self.is_causal, self.window, self.blocks).problems()
+        if not isinstance(self.position, Position):
+            found.append(f"position = {self.position!r}: must be Rope(...), Alibi(), T5(...), or None for no positions")
+        if self.scale is not None and not 0.0 < self.scale < math.inf:
+            found.append(f"scale = {self.scale}: must be above 0 and finite; None takes 1 / sqrt(head_dim)")
         if not 0.0 <= self.dropout < 1.0:
             found.append(f"attention_dropout = {self.dropout}: must be at least 0 and below 1; 0.1 would fit")
         if self.only_fused and self.dropout:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from meshwright.kernels.precision import at_least_fp32
 from meshwright.model.norms import RMSNorm
 from meshwright.parallel.collectives import sum_over_ranks
-from meshwright.parallel.fits import check_known
+from meshwright.parallel.fits import check_finite, check_known
 from meshwright.parallel.initialise import ONES, InitRule
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split, partial_over
@@ -39,12 +39,15 @@ class HeadNorms(NamedTuple):
     """Of tokens: RMSNorm's."""
 
     def check(self) -> None:
-        """Hold the names to those that there are.
+        """Hold the names to those that there are, and norms of heads to having what makes them.
 
         Raises:
-            ValueError: naming the others.
+            ValueError: naming the others, or what is missing.
         """
         check_known("norms", self.of, ("q", "k", "v"))
+        check_known("over", [self.over], ("heads", "tokens"))
+        if self.of and self.over == "heads" and self.make is None:
+            raise ValueError("make = None: must be what makes a norm of (head_dim, tp); rms_norms(1e-6) would fit")
 
     def made(self, of: str, num_heads: int, head_dim: int, tp: Axis, copies: Axis = NO_COPIES) -> nn.Module | None:
         """Return the norm of q, k or v, None if it has none."""
@@ -52,7 +55,7 @@ class HeadNorms(NamedTuple):
             return None
         if self.over == "tokens":
             return TokenRMSNorm(num_heads, head_dim, self.eps, tp=tp, copies=copies)
-        assert self.make is not None, "norms of heads are made by `make`"
+        assert self.make is not None, "`check` sees to it"
         return self.make(head_dim, tp)
 
 
@@ -74,8 +77,13 @@ class TokenRMSNorm(nn.Module):
     def __init__(
         self, num_heads: int, head_dim: int, eps: float, *, tp: Axis = NO_TP, copies: Axis = NO_COPIES
     ) -> None:
-        """Take global sizes; hold the weights of this rank's heads."""
+        """Take global sizes; hold the weights of this rank's heads.
+
+        Raises:
+            ValueError: if no row could be divided with this `eps`.
+        """
         super().__init__()
+        check_finite({"eps": eps}, usual=1e-6, least=0.0)
         self.eps, self.tp, self.copies, self.size = eps, tp, copies, num_heads * head_dim
         self.split = Split(0, tp, copies=copies.size)
         self.weight = nn.Parameter(torch.empty(divide(self.size, self.split.parts, what="heads", by=tp.name)))

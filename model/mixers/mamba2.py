@@ -28,7 +28,7 @@ from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.model.mixers.channel_conv import ChannelConv
 from meshwright.parallel.collectives import all_reduce
-from meshwright.parallel.fits import check_sizes
+from meshwright.parallel.fits import check_finite, check_sizes
 from meshwright.parallel.initialise import ONES, InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split
@@ -56,6 +56,22 @@ class TimeStep(NamedTuple):
     high: float = 0.1
     """Heads begin between these, evenly in the logarithm."""
     limit: tuple[float, float] = (0.0, float("inf"))
+
+    def check(self) -> None:
+        """Hold the numbers to what steps can be.
+
+        Raises:
+            ValueError: naming those that they cannot.
+        """
+        found, (least, most) = [], self.limit
+        if not 0.0 < self.low <= self.high < float("inf"):
+            rule = "must be above 0 and finite, the lower one first; low = 0.001, high = 0.1 would fit"
+            found.append(f"time_step.low = {self.low}, high = {self.high}: {rule}")
+        if not 0.0 <= least < most:
+            rule = "must be at least 0, the lower one first; (0.0, inf) would fit"
+            found.append(f"time_step.limit = {self.limit}: {rule}")
+        if found:
+            raise ValueError("\n".join(found))
 
 
 class Spread(NamedTuple):
@@ -128,10 +144,13 @@ class Mamba2(nn.Module):
         """Take global sizes; `bias` gives the products one, `conv_bias` the convolutions.
 
         Raises:
-            ValueError: if the groups do not divide the heads, or tp does not divide either.
+            ValueError: if the groups do not divide the heads, tp does not divide either, or there cannot be such time
+                steps or such a `norm_eps`.
         """
         super().__init__()
         check_sizes({"hidden_size": hidden_size, **sizes._asdict()})
+        time_step.check()
+        check_finite({"norm_eps": norm_eps}, usual=1e-5, least=0.0)
         n, d, groups, size, kernel, self.chunk_size = sizes
         divide(n, groups, what="num_heads", by="num_groups")
         tp, copies, self.cp = spread

@@ -10,7 +10,7 @@ the state is of constant size.
 
 from dataclasses import dataclass
 from math import log, pi
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from meshwright.kernels.states.s4d import S4dParameters, s4d
 from meshwright.model.config import ModelConfig
 from meshwright.model.making import Making
 from meshwright.parallel.collectives import sequence_to_heads
-from meshwright.parallel.fits import check_sizes
+from meshwright.parallel.fits import check_known, check_sizes
 from meshwright.parallel.initialise import ZEROS, InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_CP, NO_TP, Axis
 from meshwright.parallel.placement import Placement, Split
@@ -67,13 +67,15 @@ class S4d(nn.Module):
         """Take global sizes; `bias` gives output and gate one.
 
         Raises:
-            ValueError: if tp does not divide the features, the state has no whole pairs, or cp is asked for.
+            ValueError: if tp does not divide the features, the state has no whole pairs, its start is none that there
+                is, or cp is asked for.
         """
         super().__init__()
         if cp.is_split:
             raise ValueError(f"an S4D mixer needs whole samples: cp = {cp.size} is refused; cp = 1 would fit")
         size, self.chunk_size, self.start = sizes
         check_sizes({"hidden_size": hidden_size, "state_size": size, "chunk_size": sizes.chunk_size})
+        check_known("start", [self.start], get_args(Start))
         self.tp, init = tp, init or InitPolicy()
         local = divide(hidden_size, tp.size, what="hidden_size", by=tp.name)
         pairs = divide(size, 2, what="state_size", by="the two of a conjugate pair")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from meshwright.kernels.precision import at_least_fp32
 from meshwright.model.wide_buffers import WideBuffers
 from meshwright.parallel.dropout import jitter
-from meshwright.parallel.fits import check_not_below_zero, check_share, check_sizes
+from meshwright.parallel.fits import check_finite, check_not_below_zero, check_share, check_sizes
 from meshwright.parallel.initialise import InitPolicy, InitRule
 from meshwright.parallel.mesh import NO_TP, Axis
 from meshwright.parallel.placement import Placement, partial_over
@@ -100,6 +100,7 @@ class Router(WideBuffers):
         check_sizes({"hidden_size": hidden_size, "num_experts": num_experts})
         check_share("jitter", ways.jitter)
         check_not_below_zero("bias_rate", ways.bias_rate)
+        check_finite({"scale": ways.scale}, usual=1.0)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k = {top_k} must be from 1 to num_experts = {num_experts}")
         if ways.normalise and self.normalises is None:

@@ -1,7 +1,8 @@
 """What is wrong with a part's arguments, or with a preset's changes, is told in one line when it is made."""
 
 from collections.abc import Callable
-from math import nan
+from functools import partial
+from math import inf, nan
 
 import pytest
 
@@ -10,6 +11,7 @@ from meshwright.model.library import (
     Attention,
     Block,
     DeltaSizes,
+    Depth,
     Ends,
     Experts,
     Extras,
@@ -20,12 +22,15 @@ from meshwright.model.library import (
     LanguageModel,
     LatentAttention,
     LatentSizes,
+    LayerNorm,
     Mamba1,
     Mamba1Sizes,
     Mamba2,
     Mamba2Sizes,
+    MixtureOfDepths,
     Mlp,
     Moe,
+    Multipliers,
     Products,
     RMSNorm,
     RouterLosses,
@@ -36,9 +41,12 @@ from meshwright.model.library import (
     Ways,
     make_router,
     preset,
+    rms_norms,
 )
+from meshwright.model.mixers.mamba2 import TimeStep
+from meshwright.model.norms import NORMS
 
-H = 16
+H, HEADS = 16, Heads(2, 2, 8)
 
 
 def moe(num_experts: int = 4, hidden_size: int = H, **changes: object) -> Moe:
@@ -61,9 +69,21 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Attention(H, Heads(2, 2, 8), norms=HeadNorms(frozenset({"keys"}))),
         "norms = 'keys': must be of 'q', 'k', 'v'",
     ),
+    "what norms are over": (
+        lambda: Attention(H, HEADS, norms=HeadNorms(frozenset("qk"), over="head")),
+        "over = 'head': must be of 'heads', 'tokens'",
+    ),
+    "norms that nothing makes": (
+        lambda: Attention(H, HEADS, norms=HeadNorms(frozenset("qk"))),
+        "make = None: must be what makes a norm of (head_dim, tp); rms_norms(1e-6) would fit",
+    ),
     "heads": (
         lambda: Attention(H, Heads(0, 0, 8)),
         "num_heads = 0: must be at least 1\nnum_kv_heads = 0: must be at least 1",
+    ),
+    "heads of no whole number": (
+        lambda: Attention(H, Heads(2, 2.0, 0)),
+        "num_kv_heads = 2.0: must be a whole number of at least 1\nhead_dim = 0: must be at least 1",
     ),
     "width": (lambda: Attention(0, Heads(2, 2, 8)), "hidden_size = 0: must be at least 1"),
     "latent": (lambda: LatentAttention(H, LatentSizes(2, 0, 8, 8, 8)), "kv_lora_rank = 0: must be at least 1"),
@@ -72,6 +92,17 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "mamba2": (lambda: Mamba2(H, Mamba2Sizes(4, 8, 0)), "num_groups = 0: must be at least 1"),
     "delta": (lambda: GatedDelta(H, DeltaSizes(4, 0, 8, 8)), "num_key_heads = 0: must be at least 1"),
     "s4d": (lambda: S4d(H, S4dSizes(chunk_size=0)), "chunk_size = 0: must be at least 1"),
+    "s4d's start": (lambda: S4d(H, S4dSizes(start="reel")), "start = 'reel': must be of 'linear', 'real'"),
+    "first time steps": (
+        lambda: Mamba2(H, Mamba2Sizes(4, 8), time_step=TimeStep(0.5, 0.1)),
+        "time_step.low = 0.5, high = 0.1: must be above 0 and finite, the lower one first; low = 0.001, high = 0.1"
+        " would fit",
+    ),
+    "time steps of 0, and their limit": (
+        lambda: Mamba2(H, Mamba2Sizes(4, 8), time_step=TimeStep(0.0, limit=(5, 1))),
+        "time_step.low = 0.0, high = 0.1: must be above 0 and finite, the lower one first; low = 0.001, high = 0.1"
+        " would fit\ntime_step.limit = (5, 1): must be at least 0, the lower one first; (0.0, inf) would fit",
+    ),
     "mlp": (lambda: Mlp(H, 0), "ffn_hidden_size = 0: must be at least 1"),
     "experts": (lambda: Experts(H, 8, -4), "num_experts = -4: must be at least 1"),
     "mlp's dropout": (
@@ -81,6 +112,33 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "experts' dropout": (
         lambda: Experts(H, 8, 4, Inner(dropout=-0.5)),
         "dropout = -0.5: must be at least 0 and below 1; 0.1 would fit",
+    ),
+    **{
+        f"eps of {name}": (make, f"{key} = {eps}: must be at least 0 and finite; {usual} would fit")
+        for name, make, key, eps, usual in (
+            *((norm, partial(make, H, -1.0), "eps", -1.0, 1e-5) for norm, make in NORMS.items()),
+            ("no number", lambda: RMSNorm(H, nan), "eps", nan, 1e-5),
+            ("no end", lambda: LayerNorm(H, inf), "eps", inf, 1e-5),
+            ("tokens", lambda: Attention(H, HEADS, norms=rms_norms(-1.0, over="tokens")), "eps", -1.0, 1e-6),
+            ("mamba2", lambda: Mamba2(H, Mamba2Sizes(4, 8), norm_eps=nan), "norm_eps", nan, 1e-5),
+        )
+    },
+    "multipliers": (
+        lambda: Block(Mlp(H, 8), norm=RMSNorm(H, 1e-5), multipliers=Multipliers(nan, inf)),
+        "multipliers.stream = nan: must be finite; 1.0 would fit\n"
+        "multipliers.branch = inf: must be finite; 1.0 would fit",
+    ),
+    "depth's gate": (
+        lambda: MixtureOfDepths(None, None, H, Depth(gate="scores")),
+        "gate = 'scores': must be of 'score', 'sigmoid'",
+    ),
+    "depth's predictor": (
+        lambda: MixtureOfDepths(None, None, H, Depth(predictor_size=-1)),
+        "predictor_size = -1: must be at least 0",
+    ),
+    "depth's weight of the predictor": (
+        lambda: MixtureOfDepths(None, None, H, Depth(predictor_weight=nan)),
+        "predictor_weight = nan: must be at least 0 and finite; 0 turns it off",
     ),
     "norm with a condition": (
         lambda: Block(Mlp(H, 8), norm=AdaptiveNorm(H, 1e-6, condition_size=10)),
@@ -108,18 +166,20 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: LanguageModel({}, embedding=None, output=None, ends=Ends(embedding_dropout=2.0)),
         "embedding_dropout = 2.0: must be at least 0 and below 1; 0.1 would fit",
     ),
-    "capacity": (lambda: moe(capacity_factor=-1.0), "capacity_factor = -1.0: must be at least 0; 0 turns it off"),
-    "capacity of no number": (
-        lambda: moe(capacity_factor=nan),
-        "capacity_factor = nan: must be at least 0; 0 turns it off",
-    ),
+    **{
+        f"capacity of {factor}": (
+            lambda factor=factor: moe(capacity_factor=factor),
+            f"capacity_factor = {factor}: must be from 0, which turns it off, to 1024; 1.25 would fit",
+        )
+        for factor in (-1.0, nan, inf, 1e30)
+    },
     "losses": (
         lambda: moe(losses=losses_of("foo")),
         "load_balancing = 'foo': must be of 'sequence', 'step', 'none'",
     ),
     "weights of losses": (
         lambda: moe(losses=RouterLosses(z_loss_weight=-0.1)),
-        "z_loss_weight = -0.1: must be at least 0; 0 turns it off",
+        "z_loss_weight = -0.1: must be at least 0 and finite; 0 turns it off",
     ),
     "other experts": (lambda: moe(8), "num_experts = 8 of the router: must be that of the experts, 4"),
     "another width": (
@@ -132,7 +192,11 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "bias_rate": (
         lambda: make_router("sigmoid", H, 4, 2, Ways(bias_rate=-0.1)),
-        "bias_rate = -0.1: must be at least 0; 0 turns it off",
+        "bias_rate = -0.1: must be at least 0 and finite; 0 turns it off",
+    ),
+    "scale of weights": (
+        lambda: make_router("softmax", H, 4, 2, Ways(scale=nan)),
+        "scale = nan: must be finite; 1.0 would fit",
     ),
     "a preset's value": (
         lambda: preset("moe-tiny", num_layers="4", moe={"top_k": 0}, bias=["k", "z"]),

@@ -1,6 +1,8 @@
 """Initial weights: every rule, every cut, every type; and bitwise the same in every layout and ZeRO stage."""
 
 import math
+from math import inf, nan
+from typing import Any
 
 import engine_cases
 import pytest
@@ -110,6 +112,27 @@ def test_a_policy_gives_each_matrix_its_rule() -> None:
         deep = InitPolicy(kind, residual_depth=16)
         assert deep.matrix(f, h, to_residual=True).scale == deep.matrix(f, h).scale / 4
         assert deep.matrix(f, h) == InitPolicy(kind).matrix(f, h)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        *(({"std": std}, f"std = {std}: must be at least 0 and finite; 0.02 would fit") for std in (-1.0, nan, inf)),
+        ({"value_gain": nan}, "value_gain = nan: must be finite; 1.0 would fit"),
+        ({"residual_depth": -4}, "residual_depth = -4: must be at least 0"),
+    ],
+)
+def test_a_policy_of_no_weights_is_refused(wrong: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        InitPolicy(**wrong)
+
+
+def test_a_policy_of_no_known_kind_is_refused() -> None:
+    policy = InitPolicy()
+    object.__setattr__(policy, "kind", "foo")  # in a run of tests types are checked when it is made, elsewhere not
+    line = "kind = 'foo': must be of 'normal', 'xavier_uniform', 'xavier_normal', 'scaled'"
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        policy.__post_init__()
 
 
 def test_depth_scaling_shrinks_what_is_written_to_the_residual_stream_only() -> None:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 RouterKind = Literal["softmax", "sigmoid", "switch", "sinkhorn", "expert_choice", "noisy"]
 BALANCED_WITHOUT_LOSS = ("sigmoid", "sinkhorn", "expert_choice")
+MOST_CAPACITY = 1024.0
 NEVER_NORMALISED = ("switch", "sinkhorn", "expert_choice")
 # How many of a group's experts its score is the sum of.
 BEST_OF_GROUP = {"softmax": 1, "sigmoid": 2}
@@ -85,7 +86,7 @@ class MoeConfig(BaseModel):
     """Weight of the load-balancing loss; 0.001 to 0.02 are usual."""
     z_loss_weight: NonNegativeFloat = 0.001
     """Weight of the router's z-loss, which keeps its scores small; 0 turns it off, 0.001 is usual."""
-    capacity_factor: Annotated[float, Field(ge=0.0, le=1024.0)] = 0.0
+    capacity_factor: Annotated[float, Field(ge=0.0, le=MOST_CAPACITY)] = 0.0
     """0 = dropless; else an expert takes ceil(this * top_k * tokens / num_experts) of a sequence in training.
 
     With router = "switch" it is 1.25 unless something else is written."""

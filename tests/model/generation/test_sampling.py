@@ -119,6 +119,10 @@ def test_a_row_that_cannot_be_chosen_from_is_named(bad: float) -> None:
 def test_every_meaningless_setting_is_named_at_once() -> None:
     with pytest.raises(ValueError, match=r"temperature = -1.0.*top_k = -2.*top_p = 0.0"):
         Sampling(temperature=-1.0, top_k=-2, top_p=0.0)
+    half = Sampling()
+    object.__setattr__(half, "top_k", 1.5)  # in a run of tests types are checked when it is made, elsewhere not
+    with pytest.raises(ValueError, match=r"top_k = 1\.5: must be 0 \(off\) or a whole number of tokens"):
+        half.__post_init__()
     with pytest.raises(ValueError, match="temperature = nan"):
         Sampling(temperature=float("nan"))
 

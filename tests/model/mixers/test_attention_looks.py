@@ -1,6 +1,8 @@
 """Attention by every look, norm and gate: on meshes as on one process, by steps as all at once."""
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -124,12 +126,21 @@ def test_the_mean_over_dropped_weights_is_the_undropped() -> None:
     assert (mean - wanted).abs().max() < 6 * spread
 
 
+# Each was taken for no positions at all.
+NO_POSITIONS: list[Any] = ["rope", "alibi", "t5", "none", Rope, Alibi, 3]
+BAD_SCALES = [0.0, -1.0, math.nan, math.inf]
+
+
 @pytest.mark.parametrize(
     ("look", "says"),
     [
         (Look(dropout=0.1, only_fused=True), "attention_dropout = 0.1: fused attention makes no weights"),
         (Look(dropout=1.0), "attention_dropout = 1.0: must be at least 0 and below 1"),
-        (Look(window=-2), "window = -2: must be at least 1, or 0"),
+        (Look(window=-2), "window = -2: must be a whole number of at least 1, or 0"),
+        (Look(window=2.5), r"window = 2\.5: must be a whole number of at least 1, or 0 for none; 1 would fit"),
+        (Look(blocks=Blocks(2.5, 1)), "size and local must be whole numbers of 1 or more"),
+        *((Look(scale=scale), f"scale = {scale}: must be above 0 and finite; None takes") for scale in BAD_SCALES),
+        *((Look(position), "position = .*: must be Rope.*, Alibi.*, T5.*, or None for") for position in NO_POSITIONS),
         (Look(is_causal=False, blocks=Blocks(4, 1)), "block-sparse attention is causal"),
         (Look(Rope(fraction=0.3)), "rope_fraction = 0.3 of head_dim = 4: turns 1 features"),
     ],
