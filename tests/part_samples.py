@@ -41,7 +41,8 @@ TABLES: dict[str, dict[str, Any]] = {
     "S": {"s4d": {"state_size": 6, "chunk_size": 5}},
 }
 ROUTER_KEYS: dict[str, dict[str, Any]] = {
-    "softmax": {"num_groups": 3, "top_groups": 2, "weight_scale": 1.5, "shared_expert_gate": True},
+    # More experts of a token than groups are kept: with fewer, the best are always in the groups of the best.
+    "softmax": {"top_k": 3, "num_groups": 3, "top_groups": 2, "weight_scale": 1.5, "shared_expert_gate": True},
     "sigmoid": {"num_groups": 2, "weight_scale": 2.5, "bias_rate": 0.05, "load_balancing": "sequence"},
     "switch": {"top_k": 1, "expert_dropout": 0.2},
     "sinkhorn": {"load_balancing": "none"},

@@ -55,7 +55,7 @@ def through(layer: MixtureOfDepths, x: Tensor, where: Where, tokens: list[int], 
     inner = Where(
         step=where.step, sample=where.sample[b : b + 1], position=at, position_mixed=at,
         counted=where.counted[at, b : b + 1], document_whole=document, sequence_tokens=torch.tensor([len(tokens)]),
-        step_tokens=where.step_tokens, mask_documents=where.mask_documents,
+        step_tokens=where.step_tokens, seed=where.seed, mask_documents=where.mask_documents,
     )  # fmt: skip
     return Layer.forward(layer, x[at, b : b + 1], inner, None)[:, 0]
 
@@ -67,10 +67,19 @@ def chosen_by_hand(layer: MixtureOfDepths, x: Tensor, where: Where, b: int) -> l
     return sorted(sorted(tokens, key=lambda s: (-score[s], s))[:number])
 
 
+# What is drawn for a token belongs to its position in the sample, not to its row among the chosen.
+DROPPED = {"residual_dropout": 0.3, "attention_dropout": 0.2}
+DRAWN = {"residual_dropout": 0.3, "expert_dropout": 0.2, "router_jitter": 0.5}
+
+
 @pytest.mark.parametrize("gate", ["score", "sigmoid"])
-@pytest.mark.parametrize("pattern", ["[*-]", "[*E]", "[-]"])
-def test_the_chosen_tokens_go_through_as_a_sequence_of_their_own(pattern: str, gate: str) -> None:
-    layer, (x, where) = layer_of(config(gate, pattern)), batch()
+@pytest.mark.parametrize(
+    ("pattern", "draws"), [("[*-]", {}), ("[*E]", {}), ("[-]", {}), ("[*-]", DROPPED), ("[*E]", DRAWN)]
+)
+def test_the_chosen_tokens_go_through_as_a_sequence_of_their_own(
+    pattern: str, draws: dict[str, float], gate: str
+) -> None:
+    layer, (x, where) = layer_of(config(gate, pattern, **draws)), batch()
     x.requires_grad_()
     y, rows = layer(x, where, None), []
     for b in range(B):

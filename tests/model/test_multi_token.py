@@ -32,8 +32,10 @@ def loss_of(model: torch.nn.Module, tokens: Tensor, targets: Tensor, where: Wher
     return loss, tally.reduce(single_process_mesh())
 
 
-def test_further_tokens_are_predicted_as_by_hand() -> None:
-    of = config()
+# A norm that divides by nothing: RMSNorm would all but undo the multiplier.
+@pytest.mark.parametrize("changes", [{}, {"embedding_multiplier": 3.0, "logits_scaling": 5.0, "norm": "dynamic_tanh"}])
+def test_further_tokens_are_predicted_as_by_hand(changes: dict[str, object]) -> None:
+    of = config(**changes)
     model = build_model(of, dtype=torch.float64, seed=3).train()
     text = torch.randint(0, of.vocab_size, (S + 1, B))
     tokens, targets = text[:-1], text[1:]
@@ -49,9 +51,10 @@ def test_further_tokens_are_predicted_as_by_hand() -> None:
     stream, extra = x, []
     for by, further in enumerate(model.multi_token, start=1):
         ahead = torch.cat([tokens[by:], tokens[-1:].expand(by, B)])
-        both = torch.cat([further.hidden_norm(stream), further.embedding_norm(model.embedding(ahead))], dim=-1)
+        embedded = model.embedding(ahead) * of.embedding_multiplier
+        both = torch.cat([further.hidden_norm(stream), further.embedding_norm(embedded)], dim=-1)
         stream = further.layer(both @ further.projection.weight.T, where, None)
-        logits = further.final_norm(stream)[: S - by] @ model.output_rows.weight.T
+        logits = further.final_norm(stream)[: S - by] @ model.output_rows.weight.T / of.logits_scaling
         extra.append(F.cross_entropy(logits.flatten(0, 1), targets[by:].flatten(), reduction="sum") / (S * B))
     main = F.cross_entropy(model.logits(x).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss, main)  # what is returned is the next token's alone

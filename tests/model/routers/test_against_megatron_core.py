@@ -131,17 +131,25 @@ def test_sinkhorns_balance() -> None:
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio).contiguous())
 
 
+# Kind, top_k, ways, and what theirs is given for these.
 CHOICES = {
-    "softmax, normalised": ("softmax", Ways(), {"score_function": "softmax", "use_pre_softmax": False}),
-    "softmax": ("softmax", Ways(normalise=False), {"score_function": "softmax", "use_pre_softmax": True}),
+    "softmax, normalised": ("softmax", K, Ways(), {"score_function": "softmax", "use_pre_softmax": False}),
+    "softmax": ("softmax", K, Ways(normalise=False), {"score_function": "softmax", "use_pre_softmax": True}),
     "softmax of the best groups": (
         "softmax",
+        3,
         Ways(normalise=False, num_groups=4, top_groups=2, scale=1.5),
         {"score_function": "softmax", "use_pre_softmax": True, "num_groups": 4, "group_topk": 2, "scaling_factor": 1.5},
     ),
-    "sigmoid": ("sigmoid", Ways(scale=2.5), {"score_function": "sigmoid", "scaling_factor": 2.5, "expert_bias": True}),
+    "sigmoid": (
+        "sigmoid",
+        K,
+        Ways(scale=2.5),
+        {"score_function": "sigmoid", "scaling_factor": 2.5, "expert_bias": True},
+    ),
     "sigmoid of the best group": (
         "sigmoid",
+        K,
         Ways(num_groups=2),
         {"score_function": "sigmoid", "num_groups": 2, "group_topk": 1, "expert_bias": True},
     ),
@@ -150,8 +158,8 @@ CHOICES = {
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices_and_weights(name: str) -> None:
-    kind, ways, theirs = CHOICES[name]
-    router = make_router(kind, H, E, K, ways).to(F64)
+    kind, top_k, ways, theirs = CHOICES[name]
+    router = make_router(kind, H, E, top_k, ways).to(F64)
     initialise(router, seed=1)
     torch.nn.init.normal_(router.weight)
     if theirs.get("expert_bias"):
@@ -160,7 +168,10 @@ def test_choices_and_weights(name: str) -> None:
     x = torch.randn(S, B, H, dtype=F64)
     found = router.eval()(x, where_of_plain_tokens(torch.zeros(S, B, dtype=torch.int64)))
     logits = found.scores.flatten(0, 1)
-    weights, chosen = call("topk_routing_with_score_function", logits, K, **theirs)[:2]
+    weights, chosen = call("topk_routing_with_score_function", logits, top_k, **theirs)[:2]
     ours = torch.zeros(S * B, E, dtype=F64).scatter(1, found.expert.flatten(0, 1), found.weight.flatten(0, 1))
     assert torch.equal(ours != 0, chosen.bool())
+    if ways.num_groups > 1:
+        free = router.choose(found.probability.flatten(0, 1) + (router.bias if kind == "sigmoid" else 0.0))
+        assert not torch.equal(free, found.expert.flatten(0, 1)), "groups change no choice, and are not tested"
     torch.testing.assert_close(ours, weights.to(F64), rtol=1e-6, atol=1e-7)

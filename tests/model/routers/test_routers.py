@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from part_samples import ROUTER_KEYS
 from torch import Tensor
 from transformers import DeepseekV3Config, SwitchTransformersConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -28,12 +29,12 @@ S, B = 20, 3
 
 
 def router(
-    top_k: int = 2, ways: Ways | None = None, kind: str = "softmax", dtype: torch.dtype = torch.float64
+    top_k: int = 2, ways: Ways | None = None, kind: str = "softmax", dtype: torch.dtype = torch.float64, e: int = E
 ) -> Router:
-    made = make_router(kind, H, E, top_k, ways or Ways()).to(dtype)
+    made = make_router(kind, H, e, top_k, ways or Ways()).to(dtype)
     initialise(made, seed=3)
     with torch.no_grad():
-        made.weight.copy_(torch.randn(E, H, generator=torch.Generator().manual_seed(0)))
+        made.weight.copy_(torch.randn(e, H, generator=torch.Generator().manual_seed(0)))
     return made
 
 
@@ -146,6 +147,17 @@ def test_groups_are_chosen_by_their_best_experts(best: int, seed: int) -> None:
         kept = sorted(range(4), key=lambda g: (-sum(sorted(groups[g])[-best:]), g))[:2]
         expected = [ranking[token, e].item() if e // 2 in kept else -math.inf for e in range(E)]
         assert found[token].tolist() == expected
+
+
+@pytest.mark.parametrize(("kind", "best"), [("softmax", 1), ("sigmoid", 2)])
+def test_groups_change_choices_with_the_keys_of_the_samples_too(kind: str, best: int) -> None:
+    keys = {"top_k": 2, "top_groups": 1} | ROUTER_KEYS[kind]
+    top_k, groups, kept = (keys[key] for key in ("top_k", "num_groups", "top_groups"))
+    free = router(top_k, kind=kind, e=6)(x_of())
+    found = router(top_k, Ways(num_groups=groups, top_groups=kept), kind, e=6)(x_of()).expert
+    expected = within_groups(free.probability, groups, kept, best).sort(dim=-1, descending=True).indices[:, :top_k]
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, free.expert)
 
 
 @pytest.mark.parametrize("normalise", [True, False])
