@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from meshwright.launcher.runfile.input_file import MOST_NESTED, input_bytes, nesting
 from meshwright.launcher.runfile.messages import ConfigError, shown
-from meshwright.launcher.weights.safetensors_stream import INDEX_NAME
+from meshwright.launcher.weights.safetensors_stream import INDEX_NAME, SINGLE_NAME
 
 # The index of a model of a million tensors has some 100 MB; nothing else in JSON comes near.
 MOST_JSON_BYTES = 2**28
@@ -36,15 +36,20 @@ def files_of(folder: Path) -> dict[str, Path]:
     """Return in which file each foreign tensor lies.
 
     Raises:
-        ConfigError: if files are missing or no safetensors files, or hold anything else than the index says.
+        ConfigError: if files are missing or no safetensors files, hold anything else than the index says, or there
+            are two sets of them.
     """
     index = folder / INDEX_NAME
     if index.is_dir():
         raise ConfigError(str(index), ["is a folder; an index in JSON, or none beside model.safetensors, would fit"])
     if not index.is_file():
-        held = _tensors_in(folder, ["model.safetensors"])
+        held = _tensors_in(folder, [SINGLE_NAME])
         return {tensor: folder / file for file, tensors in held.items() for tensor in tensors}
     weight_map = _weight_map(index)
+    if (folder / SINGLE_NAME).exists() and set(weight_map.values()) != {SINGLE_NAME}:
+        # Of a model that was saved anew into its old folder; transformers reads the single file.
+        what = f"{SINGLE_NAME} is there, and {INDEX_NAME} names other files: must be one set of weights"
+        raise ConfigError(str(folder), [f"{what}; a folder without the one of the two that is out of date would fit"])
     held = _tensors_in(folder, sorted(set(weight_map.values())))
     if problems := list(_broken_promises(weight_map, held)):
         raise ConfigError(str(index), first_told(problems))

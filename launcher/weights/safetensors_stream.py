@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
@@ -60,7 +61,7 @@ def write_safetensors(
     files = cut_into_files(tensors, dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, file_tensors in enumerate(files, start=1):
-        file_name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file_name = SINGLE_NAME if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         _write_file(folder / file_name, file_tensors, read, dtype)
         weight_map |= {tensor.name: file_name for tensor in file_tensors}
     if len(files) > 1:

@@ -160,6 +160,7 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "compression_config": (None,),
     "per_layer_config": (None, {}),
+    "transformers_weights": (None, "model.safetensors"),
 }
 _DEQUANTISED = "its weights are packed; a copy that was written dequantised, in bf16, fp16 or fp32, can be read"
 _WINDOW = "tokens would see only so many before them; a checkpoint whose layers attend to all tokens can be read"
@@ -167,6 +168,7 @@ WAYS_OUT = {
     "quantization_config": _DEQUANTISED,
     "compression_config": _DEQUANTISED,
     "per_layer_config": "layers would differ in their sizes; a checkpoint of equal layers can be read",
+    "transformers_weights": "its class would load that file; a copy that save_pretrained wrote can be read",
     "sliding_window": _WINDOW,
     "use_sliding_window": _WINDOW,
     "clip_qkv": "queries, keys and values would be clipped; a checkpoint that was trained without can be read",

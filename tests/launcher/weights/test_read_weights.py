@@ -267,7 +267,8 @@ def in_two_files(folder: Path, first: set[str], second: set[str], weight_map: di
     tensors = load_file(folder / "model.safetensors")
     for name, held in (("a.safetensors", first), ("b.safetensors", second)):
         save_file({key: tensors[key].clone() for key in held}, folder / name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with_index(json.dumps({"weight_map": weight_map}))(folder)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json: ") as refused:
         ExportWeights(folder)
     return list(refused.value.problems)
@@ -284,6 +285,7 @@ def test_each_tensor_lies_where_the_index_says_and_nowhere_else(tmp_path: Path) 
         f'weight_map: "ghost" is in the file "{b}": must be there, and is not; an index without it would fit',
         f'weight_map: "lm_head.weight" of "{a}" is left out: must name each tensor of its files; "{a}" would fit',
     ]
+    write_tiny_export(tmp_path, tiny_model(CONFIGS["llama"]), CONFIGS["llama"])
     assert in_two_files(tmp_path, names, {norm, "lm_head.weight"}, right) == [
         f'weight_map: "{norm}" is in the file "{b}": must be in one file, and is in "{a}" too;'
         f' "{a}" without it would fit',
@@ -292,11 +294,32 @@ def test_each_tensor_lies_where_the_index_says_and_nowhere_else(tmp_path: Path) 
     ]
 
 
+def test_a_file_of_all_tensors_beside_an_index_that_names_others_is_refused(tmp_path: Path) -> None:
+    """As a model leaves it that was saved anew into its old folder; transformers reads the single file then."""
+    write_tiny_export(tmp_path, tiny_model(CONFIG), CONFIG, max_shard_bytes=8000)
+    ExportWeights(tmp_path)
+    write_tiny_export(tmp_path, tiny_model(CONFIG), CONFIG)
+    with pytest.raises(
+        ConfigError, match=r"\n  model\.safetensors is there, and model\.safetensors\.index\.json names"
+    ):
+        ExportWeights(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    ExportWeights(tmp_path)
+
+
+def test_an_index_of_the_file_of_all_tensors_is_taken(tmp_path: Path) -> None:
+    write_tiny_export(tmp_path, tiny_model(CONFIG), CONFIG)
+    names = load_file(tmp_path / "model.safetensors")
+    with_index(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))(tmp_path)
+    ExportWeights(tmp_path)
+
+
 def test_all_files_that_are_missing_are_told_at_once(tmp_path: Path) -> None:
     write_tiny_export(tmp_path, tiny_model(CONFIGS["llama"]), CONFIGS["llama"])
     weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
     (tmp_path / "a.safetensors").write_bytes(b"short")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "model.safetensors").unlink()
+    with_index(json.dumps({"weight_map": weight_map}))(tmp_path)
     with pytest.raises(
         ConfigError, match=r"2 problems.*\n  a\.safetensors is damaged: .*\n  b\.safetensors is missing"
     ):

@@ -170,6 +170,11 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"compression_config": {"format": "pack"}}, "compression_config = {'format': 'pack'}: only None"),
     ("llama", {"per_layer_config": {"0": {"num_attention_heads": 2}}}, "per_layer_config = {'0': "),
     (
+        "llama",
+        {"transformers_weights": "other.safetensors"},
+        "transformers_weights = 'other.safetensors': only None or",
+    ),
+    (
         "mixtral",
         {"sliding_window": 4096},
         "sliding_window = 4096: only None can be read; tokens would see only so many before them; a checkpoint whose"
