@@ -166,12 +166,13 @@ def _activations_of(run_file: RunFile, world_size: int, pp_rank: int) -> Activat
         "fp64": Types(8, 8),
     }[precision]
     samples = run_file.train.global_batch_size // parallel.dp_in(world_size)
-    tokens = min(run_file.train.micro_batch_size, samples) * run_file.data.seq_len
+    samples = min(run_file.train.micro_batch_size, samples)
+    tokens = samples * run_file.data.seq_len
     spread = Degrees(parallel.cp, parallel.tp, parallel.etp, parallel.context)
     # Who asks may not be the machine that trains: where the run file does not say, the larger.
     logits = USUAL.logits(run_file.run.device)
     here = activations_held(run_file, pp_rank)
-    return activation_bytes(run_file.model, tokens, spread, types, here, logits=logits)
+    return activation_bytes(run_file.model, tokens, spread, types, here, samples=samples, logits=logits)
 
 
 def activations_held(run_file: RunFile, pp_rank: int = 0) -> Held:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from meshwright.kernels.limits import USUAL
 from meshwright.model.config import ModelConfig
-from meshwright.model.kinds.depth import depth_kept, depth_of
+from meshwright.model.kinds.depth import depth_kept, depth_of, depth_rows
 from meshwright.model.kinds.kept import norm_input
 from meshwright.model.kinds.kind import Degrees, Types
 from meshwright.model.kinds.table import KINDS
@@ -78,10 +78,12 @@ def activation_bytes(
     types: Types,
     held: Held | None = None,
     *,
+    samples: int = 1,
     logits: int = USUAL.logits_on_gpu,
 ) -> ActivationBytes:
     """Return what a micro-batch of `tokens` (b * s, over all ranks) takes, of the whole model or of what is held.
 
+    `samples` is b, of which layers for some tokens are called for each by itself;
     `logits` is how many of them the loss takes at a time.
     """
     held = held or held_by(config, range(config.num_layers))
@@ -90,7 +92,7 @@ def activation_bytes(
     gathered = gathered_bytes(config, degrees, types.product + types.stream)
     for number, kinds in _layers(config, held):
         whole, again = layer_bytes(config, kinds, degrees, types), number in held.recomputed
-        once = sum((KINDS[name].kept_once(config, degrees, types) for name in kinds.names), start=0.0)
+        once = once_bytes(config, kinds, tokens // samples, samples, degrees, types)
         working = max((KINDS[name].at_work(config, degrees, types) for name in kinds.names), default=0.0)
         kept += of_rank * config.hidden_size / degrees.tp * types.stream if again else of_rank * whole + once
         at_work = max(at_work, of_rank * (gathered + working) + (of_rank * whole + once if again else 0.0))
@@ -119,6 +121,16 @@ def layer_bytes(config: ModelConfig, kinds: LayerKinds, degrees: Degrees, types:
     """Return what a layer keeps for each token that its mixer sees on this rank."""
     whole = sum((KINDS[name].kept(config, degrees, types) for name in kinds.names), start=0.0)
     return depth_kept(config, degrees, types) + depth_of(config).capacity * whole if kinds.is_routed else whole
+
+
+def once_bytes(
+    config: ModelConfig, kinds: LayerKinds, length: int, samples: int, degrees: Degrees, types: Types
+) -> float:
+    """Return what a layer keeps besides, however many samples of a length there are; one for some tokens for each."""
+    calls = 1
+    if kinds.is_routed:
+        calls, length = samples, depth_rows(config, length, degrees)
+    return calls * sum((KINDS[name].kept_once(config, length, degrees, types) for name in kinds.names), start=0.0)
 
 
 def further_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:

@@ -10,6 +10,8 @@ token: h/tp of the layer's input in at least fp32, h/tp of what is added to it, 
 
 from __future__ import annotations
 
+from fractions import Fraction
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, Field, NonNegativeFloat
@@ -47,6 +49,12 @@ def depth_weights(model: ModelConfig) -> Named:
     yield "router.weight", matrix(1, model.hidden_size)
     yield "predictor.inward", matrix(depth_of(model).predictor_size, model.hidden_size)
     yield "predictor.weight", matrix(1, depth_of(model).predictor_size)
+
+
+def depth_rows(model: ModelConfig, length: int, degrees: Degrees) -> int:
+    """Return how many tokens of a sample of `length` the layer sees; over tp as many on each rank."""
+    share = Fraction(str(depth_of(model).capacity)).limit_denominator(10**6)  # as the layer reads it
+    return -(-ceil(share * length) // degrees.tp) * degrees.tp
 
 
 def depth_kept(model: ModelConfig, degrees: Degrees, types: Types) -> float:

@@ -206,8 +206,8 @@ class Kind(ABC):
     def kept(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
         """Return the bytes kept for the backward pass, the input of the block's norm among them."""
 
-    def kept_once(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
-        """Return the bytes kept besides for any number of tokens."""
+    def kept_once(self, model: ModelConfig, length: int, degrees: Degrees, types: Types) -> float:
+        """Return the bytes kept besides by a call with any number of samples of `length` tokens."""
         return 0.0
 
     def at_work(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:

@@ -4,7 +4,8 @@
 
 Kept for each token, of a rank's h/tp features: h/tp of the normed features, y before and behind GELU; h/tp of the
 output and twice of the gate, summed over tp; for each chunk of l tokens the state before it, N/l numbers a feature;
-and for any number of tokens three tables of powers, N l numbers a feature each.
+and for any number of samples three tables of powers, N l numbers a feature each, a kernel of l complex numbers and 5N
+beside them; and as many again for the last tokens of a sample, if they fill no chunk.
 """
 
 from __future__ import annotations
@@ -70,10 +71,12 @@ class S4dKind(Kind):
         between = 2 * h * types.stream + h * types.inputs(2) + 2 * h * types.product
         return norm_inputs(model, self.place, degrees, types) + between + states
 
-    def kept_once(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
-        """Return the tables of powers."""
-        table = _table(model)
-        return 3 * model.hidden_size / degrees.tp * table.state_size * table.chunk_size * types.wide
+    def kept_once(self, model: ModelConfig, length: int, degrees: Degrees, types: Types) -> float:
+        """Return the tables of powers for whole chunks, and those for what remains of a sample."""
+        size, chunk = _table(model).state_size, _table(model).chunk_size
+        lengths = [chunk] * (length >= chunk) + [length % chunk] * (length % chunk > 0)
+        numbers = sum(size * (3 * each + 5) + 2 * each for each in lengths)
+        return model.hidden_size / degrees.tp * numbers * types.wide
 
     def state_bytes(self, model: ModelConfig, tokens: int, width: int) -> float:
         """Return the bytes of the state, however many tokens there were."""

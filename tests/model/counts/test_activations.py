@@ -40,6 +40,11 @@ OF_STATES = {
     "mamba1": ModelConfig(pattern="m-", mamba1=Mamba1Config(dt_rank=10, bias=True), **WITH_STATE),
     "gated delta": ModelConfig(pattern="G-", gated_delta=DELTA, **WITH_STATE),
     "s4d": ModelConfig(pattern="S-", s4d=S4dConfig(state_size=8, chunk_size=64), **WITH_STATE),
+    # A sample fills no whole number of chunks; that of the layer for some tokens neither, and each has tables.
+    "s4d with a rest": ModelConfig(pattern="S-", s4d=S4dConfig(state_size=8, chunk_size=200), **WITH_STATE),
+    "s4d for some tokens": ModelConfig(
+        pattern="[S-]", s4d=S4dConfig(state_size=8, chunk_size=48), depth={"capacity": 0.3}, **WITH_STATE
+    ),
 }
 CONFIGS |= OF_STATES
 CHOOSING = MoeConfig(num_experts=8, top_k=2, expert_hidden_size=40, num_shared_experts=1, router="expert_choice")
@@ -151,7 +156,7 @@ def assert_counted(name: str, types: Types, sizes: Sizes) -> None:
     config, spread = CONFIGS[name], Degrees(sizes.cp, sizes.tp)
     is_split = sizes.cp * sizes.tp > 1
     found = run_mesh(sizes, saved_bytes, config, types) if is_split else [saved_bytes(ONE, config, types)]
-    counted = activation_bytes(config, SEQ * BATCH, spread, types)
+    counted = activation_bytes(config, SEQ * BATCH, spread, types, samples=BATCH)
     # Left out: the norms' factors, the token ids, and under autocast bf16 copies of these few weights. Ranks' experts
     # take the tokens that were routed there: ranks differ, and the mean is counted.
     saved = sum(found) / len(found)
