@@ -139,8 +139,8 @@ class MixtureOfDepths(Layer):
         self.predictor = TokenScore(hidden_size, depth.predictor_size, init=init, tp=tp)
 
     def tally_entries(self) -> dict[str, int]:
-        """Declare the predictor's loss, how often it was right, and the number of tokens that went through."""
-        return {f"{self.name}.depth_predictor": 1, f"{self.name}.depth_right": 1, f"{self.name}.depth_chosen": 1}
+        """Declare the predictor's loss, how often it was right, and how many tokens went through, of how many."""
+        return dict.fromkeys((f"{self.name}.depth_{what}" for what in ("predictor", "right", "chosen", "tokens")), 1)
 
     def forward(self, x: Float[Tensor, "s b h"], where: Where, tally: Tally | None) -> Float[Tensor, "s b h"]:
         """Let the chosen tokens through, each sample's by themselves, and the others pass by.
@@ -246,6 +246,7 @@ class MixtureOfDepths(Layer):
         tally.add(f"{self.name}.depth_predictor", loss)
         tally.add(f"{self.name}.depth_right", (((predicted > 0) == chosen) & counted).sum())
         tally.add(f"{self.name}.depth_chosen", (chosen & counted).sum())
+        tally.add(f"{self.name}.depth_tokens", counted.sum())
         return attach_loss(x, loss * self.depth.predictor_weight)
 
 

@@ -4,6 +4,8 @@
     tokens, laps.total, world_size  -> tokens_per_second, tokens_per_second_per_rank
       and flops_per_token, peak     -> mfu, mfu_of (the denominator's name)
     expert_counts of each layer     -> expert_max_over_mean/layer_3, expert_entropy/layer_3, and the worst of all layers
+    dropped of droppable            -> dropped_tokens
+    depth                           -> depth_predictor_loss, depth_predictor_right, depth_chosen
 
 This file knows neither the loop nor a sink; raw numbers are already those of all ranks.
 """
@@ -11,6 +13,7 @@ This file knows neither the loop nor a sink; raw numbers are already those of al
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -21,6 +24,19 @@ from meshwright.launcher.observe.peak import Peak
 Value = float | int | str | bool | None
 Numbers = dict[str, Value]
 Count = int | float  # a whole number; a float where it comes from a reduced fp64 vector
+
+
+class DepthCounts(NamedTuple):
+    """What layers that only some tokens go through (Mixture-of-Depths) counted, over all of them."""
+
+    predictor_loss: float
+    """The sum over their tokens, in nats, without its weight."""
+    right: Count
+    """Tokens of which the predictor told whether they are chosen."""
+    chosen: Count
+    """Tokens that went through."""
+    tokens: Count
+    """All that came to them."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +63,12 @@ class RawStep:
     """By global layer number: tokens that each expert [e] received in this step."""
     router_losses: Mapping[str, float] = field(default_factory=dict)
     """By name, as added to the loss: load_balancing, z."""
-    dropped_choices: Count = 0
-    """Choices of an expert for which it had no room, over all layers."""
-    has_capacity: bool = False
-    """Whether experts can be full."""
+    dropped: Count = 0
+    """Choices of an expert for which it had no room, or tokens that no expert chose, over all layers."""
+    droppable: Count | None = None
+    """All choices, or all tokens, over all layers; None where nothing can be dropped."""
+    depth: DepthCounts | None = None
+    """Of the layers for some tokens; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +104,25 @@ class Meter:
             "seconds_other": raw.laps.other,
         }
         numbers |= {f"router_loss/{name}": loss for name, loss in raw.router_losses.items()}
-        if raw.has_capacity:
-            choices = sum(sum(counts) for counts in raw.expert_counts.values())
-            numbers["dropped_tokens"] = raw.dropped_choices / choices if choices else math.nan
-        return numbers | expert_numbers(raw.expert_counts)
+        if raw.droppable is not None:
+            numbers["dropped_tokens"] = share(raw.dropped, raw.droppable)
+        return numbers | depth_numbers(raw.depth) | expert_numbers(raw.expert_counts)
+
+
+def depth_numbers(counts: DepthCounts | None) -> Numbers:
+    """Return what layers for some tokens did with them, for each token; nothing for a model without such layers."""
+    if counts is None:
+        return {}
+    return {
+        "depth_predictor_loss": share(counts.predictor_loss, counts.tokens),
+        "depth_predictor_right": share(counts.right, counts.tokens),
+        "depth_chosen": share(counts.chosen, counts.tokens),
+    }
+
+
+def share(part: Count, whole: Count) -> float:
+    """Return `part` over `whole`; NaN of nothing."""
+    return part / whole if whole else math.nan
 
 
 def expert_numbers(counts: Mapping[int, Sequence[Count]]) -> Numbers:

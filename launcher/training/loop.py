@@ -8,11 +8,13 @@ A step that ended is told before anything is saved, so that metrics.jsonl never 
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from meshwright.data.batches import Batch, Batches
 from meshwright.data.order import SampleOrder
 from meshwright.launcher.build import Run
 from meshwright.launcher.observe.clock import StepClock
-from meshwright.launcher.observe.metrics import Meter, RawStep
+from meshwright.launcher.observe.metrics import DepthCounts, Meter, RawStep
 from meshwright.launcher.observe.sinks import Sinks
 from meshwright.launcher.training.batch_ramp import BatchRamp
 from meshwright.launcher.training.evaluation import HeldOut, evaluate
@@ -114,7 +116,7 @@ def tell(
     if weights is not None:
         of = {"load_balancing": ("balance", weights.load_balancing_weight), "z": ("z", weights.z_loss_weight)}
         for label, (entry, weight) in of.items():
-            losses[label] = weight * sum(float(v) for n, v in sums.items() if n.endswith(f".{entry}"))
+            losses[label] = weight * of_layers(sums, entry)
     if further := run.run_file.model.multi_token:
         each = [float(value) for name, value in sums.items() if name.startswith("multi_token.")]
         losses["multi_token"] = further.loss_weight * sum(each) / len(each)
@@ -130,10 +132,24 @@ def tell(
         skipped=result.skipped,
         expert_counts=counts,
         router_losses=losses,
-        dropped_choices=sum(float(value) for name, value in sums.items() if name.endswith(".dropped")),
-        has_capacity=weights is not None and (weights.capacity_factor > 0 or weights.router == "expert_choice"),
+        dropped=of_layers(sums, "dropped"),
+        droppable=of_layers(sums, "droppable") if any(name.endswith(".droppable") for name in sums) else None,
+        depth=depth_counts(run, result),
     )
     sinks.step(meter.numbers(raw))
+
+
+def of_layers(sums: dict[str, Tensor], entry: str) -> float:
+    """Return what all layers tallied under one name."""
+    return sum(float(value) for name, value in sums.items() if name.endswith(f".{entry}"))
+
+
+def depth_counts(run: Run, result: StepResult) -> DepthCounts | None:
+    """Return what layers for some tokens counted; None of a model without such layers."""
+    if run.run_file.model.depth is None:
+        return None
+    loss, *counts = (of_layers(result.sums, f"depth_{what}") for what in ("predictor", "right", "chosen", "tokens"))
+    return DepthCounts(loss * result.tokens, *counts)  # the loss was tallied over the step's tokens
 
 
 def not_a_number(run: Run, batch: Batch, step: int, result: StepResult, saver: Saver) -> NotANumberError:

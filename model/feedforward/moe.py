@@ -135,7 +135,7 @@ class Moe(WideBuffers):
         """Declare the sums that this layer adds to a step's tally."""
         entries = {f"{self.name}.load": self.num_experts, f"{self.name}.balance": 1, f"{self.name}.z": 1}
         can_drop = self.capacity_factor or isinstance(self.router, ExpertChoiceRouter)
-        return entries | ({f"{self.name}.dropped": 1} if can_drop else {})
+        return entries | ({f"{self.name}.dropped": 1, f"{self.name}.droppable": 1} if can_drop else {})
 
     def finish_step(self, sums: dict[str, Tensor]) -> None:
         """Take the step's global load, once it is known, as what the next step's loss counts with."""
@@ -179,11 +179,12 @@ class Moe(WideBuffers):
         return where.decide(f"taken/{id(self)}", choose)
 
     def _count_dropped(self, taken: Tensor | None, routing: Routing, where: Where, tally: Tally) -> None:
-        """Count what was dropped: choices beyond the capacity, or tokens that no expert chose."""
+        """Count what was dropped, and of how many: choices beyond the capacity, or tokens that no expert chose."""
         if taken is None:
             return
         served = taken.any(-1, keepdim=True) if routing.taken is not None else taken
         tally.add(f"{self.name}.dropped", (where.counted[..., None] & ~served).sum())
+        tally.add(f"{self.name}.droppable", where.counted.sum() * served.shape[-1])
 
     def _experts_and_shared(self, x: Tensor, routing: Routing, where: Where | None) -> Tensor:
         y = self._of_experts(x.flatten(0, 1), routing.flat(), where).view_as(x)

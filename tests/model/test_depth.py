@@ -120,6 +120,7 @@ def test_the_predictor_learns_by_cross_entropy_and_leaves_the_stream_alone() -> 
     assert not x.grad.any()
     assert sums["layers.0.depth_predictor"].item() == pytest.approx(loss.item(), rel=1e-12)
     assert sums["layers.0.depth_chosen"] == target.sum() == 8
+    assert sums["layers.0.depth_tokens"] == where.counted.sum()
     assert sums["layers.0.depth_right"] == ((logits > 0) == target)[where.counted].sum()
 
 

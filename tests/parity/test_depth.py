@@ -46,6 +46,7 @@ def test_a_layer_for_some_tokens_gives_the_same_in_a_layout(sizes: Sizes, name: 
     for trace in run_mesh(sizes, train_depth, name, plan, samples):
         assert_same(trace, expected)
         for ours, theirs in zip(trace.tallies, expected.tallies, strict=True):
-            for key in (key for key in theirs if key.endswith(("depth_chosen", "depth_right", "load", "dropped"))):
+            counts = ("depth_chosen", "depth_right", "depth_tokens", "load", "dropped", "droppable")
+            for key in (key for key in theirs if key.endswith(counts)):
                 assert ours[key] == theirs[key], key
                 assert sum(ours[key]) > 0 or key.endswith("dropped")

@@ -8,6 +8,7 @@ import torch
 
 from meshwright.launcher.observe.clock import Laps
 from meshwright.launcher.observe.metrics import (
+    DepthCounts,
     Meter,
     RawStep,
     expert_numbers,
@@ -58,6 +59,22 @@ def test_what_the_loop_counted_is_passed_on_by_name() -> None:
     assert (numbers["tokens"], numbers["samples"], numbers["skipped"]) == (4000, 24, True)
     assert (numbers["router_loss/z"], numbers["router_loss/load_balancing"]) == (0.002, 0.01)
     assert not any(name.startswith("expert") for name in numbers)
+
+
+def test_the_share_that_was_dropped_is_told_only_where_something_can_be() -> None:
+    meter = Meter(1, 1.0, Peak(1.0, ""))
+    assert "dropped_tokens" not in meter.numbers(raw_step())
+    assert meter.numbers(raw_step(dropped=4, droppable=16))["dropped_tokens"] == 0.25
+    assert math.isnan(meter.numbers(raw_step(droppable=0))["dropped_tokens"])
+
+
+def test_layers_for_some_tokens_are_told_for_each_token_that_came_to_them() -> None:
+    meter = Meter(1, 1.0, Peak(1.0, ""))
+    assert not any(name.startswith("depth") for name in meter.numbers(raw_step()))
+    numbers = meter.numbers(raw_step(depth=DepthCounts(predictor_loss=40.0, right=60, chosen=16, tokens=80)))
+    assert numbers["depth_predictor_loss"] == 0.5
+    assert numbers["depth_predictor_right"] == 0.75
+    assert numbers["depth_chosen"] == 0.2
 
 
 @pytest.mark.parametrize(

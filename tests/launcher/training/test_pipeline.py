@@ -64,6 +64,22 @@ def test_a_run_goes_into_stages_and_out_of_them_again(tmp_path: Path, sizes: Siz
     assert held_out[-1] == pytest.approx(expected[-1], rel=1e-9)
 
 
+def test_what_layers_of_experts_that_choose_and_for_some_tokens_show_is_of_all_stages(tmp_path: Path) -> None:
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    cut.mkdir(), whole.mkdir()
+    model = ["model.pattern=[*E]", "model.depth.capacity=0.5", "model.moe.router=expert_choice"]
+    common = [*model, "model.moe.load_balancing=none", "model.moe.top_k=1", "model.num_layers=4", "train.steps=2"]
+    run_mesh(TWO, start_on, cut, [*common, *PIPELINE, "train.precision=fp64"])
+    start(whole, *common, "learning_rate.schedule=constant", "train.precision=fp64")
+    for name in ("dropped_tokens", "depth_predictor_right", "depth_chosen"):
+        assert numbers(cut, name) == numbers(whole, name)
+        assert all(0.0 < share < 1.0 for share in numbers(whole, name))
+    assert numbers(whole, "depth_chosen") == [0.5, 0.5]
+    losses = numbers(whole, "depth_predictor_loss")
+    assert numbers(cut, "depth_predictor_loss") == pytest.approx(losses, rel=1e-9)  # sums in another order (promise 2)
+    assert losses == pytest.approx([0.69, 0.69], abs=0.05)  # ln 2 of a predictor that knows nothing yet
+
+
 def weights_of(mesh: Mesh, folder: Path, overrides: list[str]) -> dict[str, tuple[int, ...]]:
     return {name: part.global_shape for name, part in build(folder, overrides, mesh).engine.parts.items()}
 

@@ -130,6 +130,7 @@ def test_every_router_of_tokens_knows_a_capacity_and_counts_what_it_drops(router
     assert sums["moe.load"].sum() == where.counted.sum() * top_k_of(router)
     assert sums["moe.dropped"] >= sums["moe.load"].sum() - E * sum(-(-n * top_k_of(router) // (2 * E)) for n in (7, 5))
     assert sums["moe.dropped"] > 0
+    assert sums["moe.droppable"] == sums["moe.load"].sum()
 
 
 def test_experts_that_choose_count_the_tokens_that_none_took() -> None:
@@ -139,6 +140,7 @@ def test_experts_that_choose_count_the_tokens_that_none_took() -> None:
     sums, taken = tally.reduce(single_process_mesh()), part.router(x, where).taken
     assert sums["moe.load"].tolist() == [4 + 3] * E  # ceil(2 * 7 / 4) and ceil(2 * 5 / 4)
     assert sums["moe.dropped"] == (~taken.any(-1) & where.counted).sum()
+    assert sums["moe.droppable"] == where.counted.sum()
     with pytest.raises(ValueError, match=r"capacity_factor = 1.0: experts that choose take .* leave it out"):
         moe("expert_choice", capacity_factor=1.0)
 

@@ -1,7 +1,6 @@
 """Capacity per sequence: a plain loop over tokens is the rule, and a plain loop over experts the result."""
 
 import math
-from dataclasses import replace
 
 import engine_cases
 import pytest
@@ -9,9 +8,6 @@ import torch
 from rank_pool import run_mesh
 from torch import Tensor
 
-from meshwright.launcher.observe.clock import Laps
-from meshwright.launcher.observe.metrics import Meter, RawStep
-from meshwright.launcher.observe.peak import Peak
 from meshwright.model.feedforward import moe as moe_module
 from meshwright.model.feedforward.moe import Moe, RouterLosses
 from meshwright.model.making import Making, Ways
@@ -178,11 +174,3 @@ def test_an_exchange_in_which_a_rank_sends_nothing_gives_zeros() -> None:
     y.sum().backward()
     assert not y.any()
     assert not x.grad.any()
-
-
-def test_the_share_of_dropped_choices_is_told_only_where_there_is_a_capacity() -> None:
-    laps = Laps(total=1.0, data=0.0, forward_backward=0.5, optimizer=0.1)
-    raw = RawStep(1, 1.0, 1.0, 1.0, 10, 1, laps, 0, expert_counts={0: [3, 5], 2: [4, 4]}, dropped_choices=4)
-    meter = Meter(1, 1.0, Peak(1.0, "x"))
-    assert "dropped_tokens" not in meter.numbers(raw)
-    assert meter.numbers(replace(raw, has_capacity=True))["dropped_tokens"] == 0.25
