@@ -57,6 +57,7 @@ def _problems(run_file: RunFile, choose: Choose) -> list[str]:
         *_spike_problems(run_file),
         *_learning_rate_problems(run_file),
         *_optimizer_problems(run_file),
+        *untrainable(run_file),
         *_saving_problems(run_file),
         *_compile_problems(run_file),
         *_mps_problems(run_file),
@@ -195,6 +196,20 @@ def _optimizer_problems(run_file: RunFile) -> list[str]:
         return []
     whole = model.model_copy(update={"num_layers": num_layers})
     return optimizer_problems(parameter_shapes(whole), run_file.optimizer)
+
+
+def untrainable(run_file: RunFile) -> list[str]:
+    """Return why a model that can be computed, and so be imported, would not be trained as it is meant."""
+    moe = run_file.model.moe
+    if moe is None or moe.top_k > 1 or moe.num_experts == 1 or not moe.normalise_top_k:
+        return []
+    rule = (
+        "with model.moe.normalise_top_k = true a token's one weight is always 1, whatever its score, and the router"
+        " learns nothing from the loss"
+    )
+    if run_file.init.upcycle != "none":  # there weights must sum to 1
+        return [problem("model.moe.top_k", moe.top_k, rule, "2 or more would fit")]
+    return [problem("model.moe.top_k", moe.top_k, rule, "2 or more, or model.moe.normalise_top_k = false, would fit")]
 
 
 def _saving_problems(run_file: RunFile) -> list[str]:

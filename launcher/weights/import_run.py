@@ -18,6 +18,7 @@ from torch import Tensor
 
 from meshwright.data.aside import why_not_made
 from meshwright.launcher.build import empty_model
+from meshwright.launcher.runfile.cross_checks import untrainable
 from meshwright.launcher.runfile.messages import ConfigError, cut_short
 from meshwright.launcher.runfile.read import examine
 from meshwright.launcher.runfile.write import toml_of
@@ -80,7 +81,8 @@ def import_run(request: ImportRequest) -> Imported:
     weights = ExportWeights(folder)
     tables = _tables(request, weights, name)
     run_file, problems = examine(tables)
-    if run_file is None or problems:
+    # What only training minds is told by `check` and `train`: the model is computed and exported as it is.
+    if run_file is None or problems != untrainable(run_file):
         raise ConfigError(f"{folder}: the run file for it", problems)
     logits = compare_with_transformers(weights) if request.verify else None
     count, tokenizer = parameter_count(weights.config), folder / "tokenizer.json"

@@ -69,7 +69,9 @@ class MoeConfig(BaseModel):
     router: RouterKind = "softmax"
     """Who goes where: softmax, sigmoid with a bias (DeepSeek-V3), switch (top-1), sinkhorn, expert_choice, noisy."""
     normalise_top_k: bool = True
-    """Divide the chosen experts' weights by their sum, as Mixtral does; switch, sinkhorn and expert_choice never do."""
+    """Divide the chosen experts' weights by their sum, as Mixtral does; switch, sinkhorn and expert_choice never do.
+
+    To train with top_k = 1 it must be false: a single weight would always be 1, and the router would learn nothing."""
     weight_scale: PositiveFloat = 1.0
     """What the weights are multiplied by; 2.5 in DeepSeek-V3 (its `routed_scaling_factor`)."""
     num_groups: Size = 1

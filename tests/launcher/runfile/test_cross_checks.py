@@ -209,6 +209,24 @@ def test_what_is_on_mps_is_refused_by_name_all_at_once() -> None:
     ]
 
 
+@pytest.mark.parametrize("router", ["softmax", "sigmoid", "noisy"])
+def test_one_expert_of_each_token_with_a_weight_that_is_always_1_is_refused(router: str) -> None:
+    def told(init: dict[str, Any] | None = None, **moe: Any) -> list[str]:
+        return check(run_file(model=MOE | {"moe": {"router": router, "top_k": 1, **moe}}, init=init or {}), 1)
+
+    (line,) = told()
+    assert line == (
+        "model.moe.top_k = 1: with model.moe.normalise_top_k = true a token's one weight is always 1, whatever its"
+        " score, and the router learns nothing from the loss; 2 or more, or model.moe.normalise_top_k = false, would"
+        " fit"
+    )
+    assert told({"from": "x", "upcycle": "copy"})[0].endswith("; 2 or more would fit")
+    for way_out in ({"top_k": 2}, {"normalise_top_k": False}, {"num_experts": 1}):
+        assert told(**way_out) == []
+    for other in ("switch", "sinkhorn", "expert_choice"):
+        assert told(router=other) == []
+
+
 def test_without_a_world_only_what_no_layout_could_mend_is_told() -> None:
     odd = run_file(train={"global_batch_size": 7}, parallel={"dp_shard": 5, "tp": 16})
     assert all(line.startswith("parallel.tp = 16: must divide model.") for line in check_on_any_world(odd))

@@ -115,3 +115,18 @@ def test_the_weight_of_the_load_balancing_loss_goes_into_the_run_file_and_out_ag
     assert model.moe is not None
     assert model.moe.load_balancing_weight == weight
     assert FAMILIES[model_type].to_foreign(model)["router_aux_loss_coef"] == weight
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_one_normalised_expert_of_each_token_is_imported_and_only_its_training_refused(
+    model_type: str, tmp_path: Path
+) -> None:
+    asked = {"num_experts_per_tok": 1} | ({"norm_topk_prob": True} if model_type == "qwen3_moe" else {})
+    write_theirs(tmp_path / "theirs", model_type, **asked)
+    imported = import_theirs(tmp_path / "theirs")
+    assert imported.config.moe is not None
+    assert (imported.config.moe.top_k, imported.config.moe.normalise_top_k) == (1, True)
+    assert FAMILIES[model_type].reasons_against(imported.config) == []
+    with pytest.raises(ConfigError, match=r"1 problem, .*\n  model\.moe\.top_k = 1: .* learns nothing from the loss"):
+        read_run_file(imported.run_file)
+    assert read_run_file(imported.run_file, ["model.moe.top_k=2"]).model.moe
