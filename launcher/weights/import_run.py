@@ -26,7 +26,7 @@ from meshwright.launcher.weights.destination import not_written
 from meshwright.launcher.weights.export_report import LogitsReport
 from meshwright.launcher.weights.read_weights import ExportWeights, fill_model, what_lies_at
 from meshwright.launcher.weights.safetensors_stream import write_text
-from meshwright.launcher.weights.verify_export import compare_logits, import_transformers, their_logits
+from meshwright.launcher.weights.verify_export import LOADED, compare_logits, import_transformers, their_logits
 from meshwright.model.config import ModelConfig
 from meshwright.model.counts.costs import parameter_count
 
@@ -116,9 +116,7 @@ def compare_with_transformers(weights: ExportWeights) -> LogitsReport:
     fill_model(model, weights)
     transformers = import_transformers()
     with _told_of_transformers(weights.path, "load the folder"):
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            weights.path, dtype=torch.float32, local_files_only=True, **weights.family.loaded_with
-        )
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(weights.path, **LOADED, **weights.family.loaded_with)
     length = min(LONGEST_SAMPLE, weights.max_positions or LONGEST_SAMPLE)
     ids = torch.arange(length * SAMPLES) * 7919 % weights.config.vocab_size
     tokens = ids.view(SAMPLES, length).T.contiguous()

@@ -41,6 +41,9 @@ from meshwright.model.families.family import Row
 
 RELATIVE_LIMIT = 1e-4
 MOST_LISTED = 20
+# How the class is loaded: as it lies on this disk, in fp32, and with experts one after the other, as their grouped
+# product takes no rows whose bytes are no multiple of 16 (experts of width 6, say).
+LOADED: Mapping[str, Any] = {"dtype": torch.float32, "local_files_only": True, "experts_implementation": "eager"}
 
 Logits = Callable[[Int64[Tensor, "s b"]], Float[Tensor, "s b v"]]
 
@@ -72,9 +75,7 @@ def verify_export(
     """
     transformers = import_transformers()
     family = choose_family(config)
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **LOADED)
     model.eval()
     with torch.no_grad():
         compared, choices = compare_logits(logits, lambda tokens: their_logits(model, tokens), text.tokens)

@@ -56,6 +56,16 @@ def test_a_class_of_experts_whose_layers_are_all_dense_is_a_dense_model(
     assert {kinds.feedforward for kinds in model.layers} == {"mlp"}
 
 
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "granitemoehybrid", "qwen3_next"]
+)
+def test_experts_of_any_width_are_compared(model_type: str, tmp_path: Path) -> None:
+    """The grouped product, which is the classes' default, takes no rows of 24 bytes."""
+    widths = dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 6)
+    write_theirs(tmp_path / "theirs", model_type, **widths, shared_intermediate_size=6)
+    import_theirs(tmp_path / "theirs")
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
 def test_a_key_of_first_values_does_not_change_what_weights_are_compared(model_type: str, tmp_path: Path) -> None:
     """The class divides the weights that it has just loaded once more, as if they were its first values."""
