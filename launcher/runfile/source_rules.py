@@ -20,11 +20,12 @@ from meshwright.model.kinds.unread import OF_KINDS, read_by_stack
 from meshwright.model.pattern import LayerKinds
 from meshwright.parallel.fits import divisors
 
+DROPOUTS = ("embedding_dropout", "residual_dropout", "ffn_dropout", "attention_dropout")
 # They change how weights begin, how training goes or how sums round, and not what given weights compute.
 OF_TRAINING = frozenset(
     [
         *("preset", "init", "init_std", "init_depth_scaled", "multi_token.loss_weight", "depth.predictor_weight"),
-        *("embedding_dropout", "residual_dropout", "ffn_dropout", "attention_dropout", "moe.expert_dropout"),
+        *(*DROPOUTS, "moe.expert_dropout"),
         *("moe.bias_rate", "moe.load_balancing", "moe.load_balancing_weight", "moe.z_loss_weight"),
         *("moe.router_jitter", "mamba2.time_step_low", "mamba2.time_step_high", "s4d.start"),
         *("mamba2.chunk_size", "mamba1.chunk_size", "gated_delta.chunk_size", "s4d.chunk_size"),
@@ -81,6 +82,25 @@ def source_problems(there: ModelConfig, here: ModelConfig, init: InitConfig, *, 
     return [*found, *_pooled_problems(there, here, init)]
 
 
+def made_of(there: ModelConfig, here: ModelConfig) -> bool:
+    """Say whether the layers are those there, with experts in place of any dense feed-forwards."""
+    return all(_is_made_of(one, other) for one, other in zip(there.layers, here.layers, strict=False))
+
+
+def training_line(here: ModelConfig) -> list[str]:
+    """Return the line for what acts in training alone, and so parts the first loss there from the dense model's."""
+    moe = here.moe
+    keys = {f"model.{key}": getattr(here, key) for key in DROPOUTS}
+    if moe is not None:
+        keys["model.moe.expert_dropout"] = moe.expert_dropout
+        # With so much room an expert could take every token.
+        can_drop = moe.capacity_factor * moe.top_k < moe.num_experts
+        keys["model.moe.capacity_factor"] = moe.capacity_factor if can_drop else 0.0
+    told = [f"{key} = {shown(value)}" for key, value in keys.items() if value]
+    line = "an evaluation computes without, and in training the first loss may be another than the dense model's"
+    return [f"{', '.join(told)}: {line}"] if told else []
+
+
 def _upcycled_line(change: Change, there: ModelConfig, here: ModelConfig, init: InitConfig) -> str | None:
     if change.key == "num_kv_heads" and init.pool_kv_heads:
         return None
@@ -88,10 +108,12 @@ def _upcycled_line(change: Change, there: ModelConfig, here: ModelConfig, init: 
         return _line(change) + _width_with_it(change.before, here.moe.expert_hidden_size, init)
     if change.key != "pattern":
         return _line(change)
-    if _made_of(there, here):
+    if made_of(there, here):
         return None
     fits = there.pattern.replace("-", "E")
     rule = f"must be that at init.from, {shown(there.pattern)}, with an E for each - that experts are made of"
+    if any(other.is_routed and not one.is_routed for one, other in zip(there.layers, here.layers, strict=False)):
+        rule += ", and its layers are not in [ ], whose routers would have to be trained there"
     return problem("model.pattern", here.pattern, rule, f"{shown(fits)} would fit")
 
 
@@ -169,11 +191,6 @@ def _follows(change: Change, here: ModelConfig) -> bool:
 def _is_pattern_alike(change: Change, there: ModelConfig, here: ModelConfig) -> bool:
     """Say whether a change is of a pattern that is written in another way and has the same layers."""
     return change.key == "pattern" and all(one == other for one, other in zip(there.layers, here.layers, strict=False))
-
-
-def _made_of(there: ModelConfig, here: ModelConfig) -> bool:
-    """Say whether the layers are those there, with experts in place of any dense feed-forwards."""
-    return all(_is_made_of(one, other) for one, other in zip(there.layers, here.layers, strict=False))
 
 
 def _is_made_of(dense: LayerKinds, layer: LayerKinds) -> bool:

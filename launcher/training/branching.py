@@ -18,7 +18,13 @@ from meshwright.data.meta import TOKENIZER_NAME
 from meshwright.launcher.build import Run, held_dtype
 from meshwright.launcher.ranks.one_outcome import one_outcome
 from meshwright.launcher.runfile.messages import ConfigError
-from meshwright.launcher.runfile.source_rules import differing_keys, not_dense, source_problems
+from meshwright.launcher.runfile.source_rules import (
+    differing_keys,
+    made_of,
+    not_dense,
+    source_problems,
+    training_line,
+)
 from meshwright.launcher.training.kept_moments import Kept, kept_moments
 from meshwright.launcher.training.progress import Progress, held_tensors
 from meshwright.launcher.weights.foreign_files import first_told
@@ -114,7 +120,7 @@ def _differences(run: Run, there: ModelConfig) -> list[str]:
     """Return the line for the keys by which the weights compute something else here than there, if there are any."""
     init = run.run_file.init
     if init.upcycle != "none":
-        return []  # these were refused
+        return training_line(run.run_file.model)  # all else was refused
     found = differing_keys(there, run.run_file.model)
     told = [str(change) for change in found if not (init.pool_kv_heads and change.key == "num_kv_heads")]
     line = f"the weights compute something else than at init.from, where [model] differs: {'; '.join(told)}"
@@ -134,7 +140,9 @@ def _upcycled(run: Run, weights: Weights, there: ModelConfig) -> Weights:
         made = Upcycled(weights, model, init, run.run_file.run.seed, lambda name: _fresh(run, name))
     except ValueError as error:
         problems = str(error).splitlines()
-    problems = [*source_problems(there, model, init, same_shapes=not problems), *problems]
+    # Of other layers other weights follow: the line for the pattern says it.
+    of_weights = [] if init.upcycle != "none" and not made_of(there, model) else problems
+    problems = [*source_problems(there, model, init, same_shapes=not problems), *of_weights]
     if problems:
         raise ValueError("\n".join(first_told(problems)))
     return made

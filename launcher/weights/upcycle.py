@@ -7,9 +7,10 @@
                  multiplied by G, as each weight is 1/G of what one expert's would be
     pooled       a key head is the mean of the MHA heads of its group (GQA; Ainslie et al. 2023, section 2.1)
 
-The chosen experts' weights are made to sum to 1, so that without noise the first loss is the dense model's. A router
-begins as in a new run. What lies in the dense model under the same name and shape is taken as it is; layers that stay
-dense too. Noise is counter-based: N(0, (noise * std of the dense matrix)^2), the same in every layout.
+The chosen experts' weights are made to sum to 1, so that without noise the first loss is the dense model's, unless what
+acts in training alone (a capacity, dropout) changes it. A router of experts begins as in a new run. What lies in the
+dense model under the same name and shape is taken as it is; layers that stay dense too. Noise is counter-based:
+N(0, (noise * std of the dense matrix)^2), the same in every layout.
 """
 
 from collections.abc import Callable, Iterator, Mapping

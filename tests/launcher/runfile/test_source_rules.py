@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from meshwright.launcher.runfile.source_rules import differing_keys, source_problems
+from meshwright.launcher.runfile.source_rules import differing_keys, source_problems, training_line
 from meshwright.launcher.runfile.tables import InitConfig
 from meshwright.model.config import ModelConfig
 
@@ -95,6 +95,33 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(
     for line, (begin, end) in zip(found, lines, strict=True):
         assert line.startswith(begin)
         assert line.endswith(end)
+
+
+def test_routers_of_layers_in_brackets_are_not_made() -> None:
+    (line,) = source_problems(DENSE, model(**EXPERTS | {"pattern": "[*E]"}), COPY, same_shapes=False)
+    assert "and its layers are not in [ ], whose routers would have to be trained there" in line
+    (line,) = source_problems(model(pattern="[*-]"), model(**EXPERTS), COPY, same_shapes=False)
+    assert "whose routers" not in line
+    assert line.endswith('"[*E]" would fit')
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, ""),
+        ({"capacity_factor": 1.25}, "model.moe.capacity_factor = 1.25: "),
+        ({"capacity_factor": 2.0}, ""),  # each of the 4 experts may have all tokens, which have two each
+        ({"expert_dropout": 0.1, "router_jitter": 0.3}, "model.moe.expert_dropout = 0.1: "),
+    ],
+)
+def test_what_parts_the_first_loss_in_training_from_the_dense_models_is_told(
+    changes: dict[str, Any], told: str
+) -> None:
+    moe = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 64} | changes
+    found = training_line(model(pattern="*E", moe=moe))
+    assert [line.startswith(told) for line in found] == [True] * bool(told)
+    dropouts = training_line(model(pattern="*E", moe=moe, residual_dropout=0.2))
+    assert dropouts[0].startswith(f"model.residual_dropout = 0.2{', ' + told if told else ': '}")
 
 
 def test_experts_are_not_made_of_experts() -> None:

@@ -58,6 +58,19 @@ def test_experts_are_made_of_a_model_with_the_same_keys_alone(dense: Path, tmp_p
     ]
 
 
+def test_another_pattern_is_refused_without_the_weights_that_follow_from_it(dense: Path, tmp_path: Path) -> None:
+    (line,) = refused(tmp_path, dense, *COPY, *SIZES, "model.num_kv_heads=2", 'model.pattern="[*E]"')
+    assert line.startswith('model.pattern = "[*E]": must be that at init.from, "*-", with an E for each -')
+
+
+def test_a_capacity_is_told_where_experts_are_made(dense: Path, tmp_path: Path) -> None:
+    write_run_file(tmp_path)
+    source, experts = f'init.from="{dense / "run"}"', (*COPY, *SIZES, "model.num_kv_heads=2")
+    start(tmp_path, source, *ONE_STEP, *experts, "model.moe.capacity_factor=0.5")
+    told = [record["text"] for record in metrics(tmp_path) if "dense model" in record.get("text", "")]
+    assert [line.partition(":")[0] for line in told] == ["model.moe.capacity_factor = 0.5"]
+
+
 def test_a_model_without_feed_forwards_is_refused_for_that_alone(tmp_path: Path) -> None:
     dense_file(tmp_path)
     start(tmp_path, *ONE_STEP, 'model.pattern="*"', "model.ffn_hidden_size=0")
