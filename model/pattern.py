@@ -171,8 +171,11 @@ def _expand(pattern: str) -> str:
         if character.isascii() and character.isdigit():
             digits += character
             continue
-        if digits and (character in ")[]" or int(digits) == 0):
-            raise ValueError(f"character {at}: {digits} must be 1 or more and stand before a letter or a group")
+        if digits and int(digits) == 0:
+            raise ValueError(f"character {at}: the number before it is {digits}, and must be 1 or more")
+        if digits and character in ")[]":
+            rule = f"stands before this {character}, and must stand before a letter or a ("
+            raise ValueError(f"character {at}: the number {digits} {rule}")
         count, digits = int(digits or 1), ""
         if character == "(":
             written.append("")

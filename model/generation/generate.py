@@ -15,7 +15,7 @@ from torch import Tensor
 from meshwright.model.generation.sampling import Sampling, next_tokens, uniforms_at
 from meshwright.model.positions import LearnedPositions
 from meshwright.model.stack import LanguageModel
-from meshwright.parallel.fits import up_to
+from meshwright.parallel.fits import check_sizes, up_to
 
 
 def generate(
@@ -32,8 +32,10 @@ def generate(
     Only ids that `model` has a row for are given; with the same seed the tokens are the same.
 
     Raises:
-        ValueError: if the prompt is empty, or the tokens are more than the model has learned positions for.
+        ValueError: if the prompt is empty, `max_new_tokens` is below 0, or the tokens are more than the model has
+            learned positions for.
     """
+    check_sizes({"max_new_tokens": max_new_tokens}, may_be_none=("max_new_tokens",))
     length, batch = prompt.shape
     if length == 0:
         raise ValueError("the prompt has no tokens: give a text, or begin from the end-of-text token")

@@ -141,6 +141,8 @@ def test_taking_tokens_does_not_switch_off_gradients_for_who_takes_them() -> Non
 
 def test_no_tokens_are_asked_for_or_none_are_there() -> None:
     assert list(generate(model_of(), prompt(), 0, sampling=GREEDY)) == []
+    with pytest.raises(ValueError, match=r"^max_new_tokens = -1: must be at least 0$"):
+        list(generate(model_of(), prompt(), -1, sampling=GREEDY))
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         next(generate(model_of(), prompt(s=0), 3, sampling=GREEDY))
 
