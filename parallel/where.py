@@ -81,6 +81,19 @@ class Where:
         decided: T = self.decisions[key]
         return decided
 
+    def refuse_others(self, x: Tensor) -> None:
+        """Refuse tokens [s_held, b, h] of which some do not stand here: each would be taken for another.
+
+        Raises:
+            ValueError: with both numbers of tokens and of samples.
+        """
+        here = [len(self.position), len(self.sample)]
+        if list(x.shape[:2]) != here:
+            raise ValueError(
+                f"x = {list(x.shape[:2])} tokens and samples: must be those of where, {here};"
+                " where_of_plain_tokens(tokens) makes one of whole samples"
+            )
+
     def of_lap(self, lap: int) -> "Where":
         """Return this place for layers that are used once more."""
         return self._with_derived(replace(self, lap=lap), self.derived) if lap else self

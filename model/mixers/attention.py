@@ -114,7 +114,12 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "s_local b h"], where: Where, tally: Tally | None
     ) -> Float[Tensor, "s_local b h"]:
-        """Let each token attend to what it sees of its sample (of its document, where `where` says so)."""
+        """Let each token attend to what it sees of its sample (of its document, where `where` says so).
+
+        Raises:
+            ValueError: if `where` is of other tokens.
+        """
+        where.refuse_others(x)
         q, k, v, gate = self._heads(x)
         q, k = self.core.turned(q, k, where)
         return self._output(self.core(q, k, v, where), gate)

@@ -127,7 +127,12 @@ class LatentAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "s_local b h"], where: Where, tally: Tally | None
     ) -> Float[Tensor, "s_local b h"]:
-        """Let each token attend to those before it in its sample (in its document, where `where` says so)."""
+        """Let each token attend to those before it in its sample (in its document, where `where` says so).
+
+        Raises:
+            ValueError: if `where` is of other tokens.
+        """
+        where.refuse_others(x)
         tp, (n, _, p, r, e, _) = self.spread.tp, self.sizes
         q = self._queries(x)
         k, v = column_products(self.kv_a_norm(self.kv_a(x)), (self.k_b, self.v_b), tp)

@@ -131,7 +131,12 @@ class SwitchHead(nn.Module):
     def forward(
         self, x: Float[Tensor, "s_local b h"], where: Where, tally: Tally | None
     ) -> Float[Tensor, "s_local b h"]:
-        """Let each token attend to what it sees of its sample (of its document, where `where` says so)."""
+        """Let each token attend to what it sees of its sample (of its document, where `where` says so).
+
+        Raises:
+            ValueError: if `where` is of other tokens.
+        """
+        where.refuse_others(x)
         x = gather(x, self.spread.tp)
         wide = at_least_fp32(x)  # once for both, which keep it
         source, destination = self._chosen(wide, self.source, where), self._chosen(wide, self.destination, where)

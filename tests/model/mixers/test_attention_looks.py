@@ -13,9 +13,12 @@ from torch import nn
 from meshwright.kernels.attention.seen import Blocks
 from meshwright.model.mixers.attention import Attention, Heads, Look, Products, Spread, copies_of_kv_heads, rms_norms
 from meshwright.model.mixers.attention_norms import NO_NORMS
+from meshwright.model.mixers.latent_attention import LatentAttention, LatentSizes
+from meshwright.model.mixers.switch_head import SwitchHead, SwitchSizes
 from meshwright.model.positions import T5, Alibi, Rope, RopeScaling
 from meshwright.parallel.initialise import InitPolicy
 from meshwright.parallel.mesh import Mesh, Sizes, single_process_mesh
+from meshwright.parallel.where import where_of_plain_tokens
 
 S, B, H, N, K, D = 24, 2, 12, 6, 2, 4
 F64 = torch.float64
@@ -148,6 +151,22 @@ BAD_SCALES = [0.0, -1.0, math.nan, math.inf]
 def test_looks_that_cannot_be_say_why(look: Look, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Attention(H, Heads(N, K, D), look=look)
+
+
+OF_ATTENTION = {
+    **{f"{position}": Attention(H, Heads(N, K, D), look=Look(position)) for position in (None, Rope(), Alibi(), T5())},
+    "switch head": SwitchHead(H, SwitchSizes(N, D, 3), look=Look(Alibi())),
+    "latent": LatentAttention(H, LatentSizes(N, 5, 4, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", OF_ATTENTION)
+@pytest.mark.parametrize("there", [(20, B), (S + 1, B), (S, B + 1)])
+def test_a_place_of_other_tokens_is_refused(name: str, there: tuple[int, int]) -> None:
+    where = where_of_plain_tokens(torch.zeros(there, dtype=torch.int64))
+    line = rf"^x = \[24, 2\] tokens and samples: must be those of where, \[{there[0]}, {there[1]}\]; where_of_plain"
+    with pytest.raises(ValueError, match=line):
+        OF_ATTENTION[name](torch.zeros(S, B, H), where, None)
 
 
 def test_attention_to_both_sides_does_not_decode() -> None:
