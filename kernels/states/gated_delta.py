@@ -40,6 +40,8 @@ def gated_delta(
     """
     (_, batch, n, d), e = k.shape, v.shape[3]
     state = at_least_fp32(v[:0]).new_zeros(batch, n, d, e) if initial_state is None else at_least_fp32(initial_state)
+    if not len(v):
+        return torch.empty_like(v), state
     y, last = chunk_by_chunk(_through_chunk, state, (q, k, v, beta, g), (), begins, chunk_size)
     return y, last
 

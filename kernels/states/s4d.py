@@ -45,6 +45,8 @@ def s4d(
     """Return y, in x's type, and the state after the last token."""
     batch, (channels, pairs) = x.shape[1], parameters.a.shape
     state = parameters.a.new_zeros(batch, channels, pairs) if initial_state is None else initial_state
+    if not len(x):
+        return torch.empty_like(x), state
     whole = x.shape[0] // chunk_size * chunk_size
     ys = []
     for rows, length in ((slice(0, whole), chunk_size), (slice(whole, x.shape[0]), x.shape[0] - whole)):

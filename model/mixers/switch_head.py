@@ -195,16 +195,16 @@ class SwitchHead(nn.Module):
     def _values(self, x: Tensor, chosen: Chosen) -> Float[Tensor, "s b n d"]:
         token, place, counts = self._sorted(chosen.expert)
         tokens = x.flatten(0, 1)
-        rows = grouped_linear_of_gathered(tokens, self.v, token // chosen.expert[0, 0].numel(), place, counts)
-        values: Tensor = rows[place.flatten()].view(*chosen.expert.shape, -1)
+        rows = grouped_linear_of_gathered(tokens, self.v, token // chosen.expert.shape[2:].numel(), place, counts)
+        values: Tensor = rows[place.flatten()].view(*chosen.expert.shape, rows.shape[1])
         return (values * chosen.gate[..., None].to(values.dtype)).sum(3)
 
     def _outputs(self, mixed: Tensor, chosen: Chosen) -> Float[Tensor, "s b h"]:
         choice, place, counts = self._sorted(chosen.expert)
         weighted = mixed[..., None, :] * chosen.gate[..., None].to(mixed.dtype)  # [s, b, n, k, d]
         rows = grouped_linear(weighted.flatten(0, 3)[choice], self.output, counts)
-        summed: Tensor = rows[place.flatten()].view(*place.shape, -1).sum(1)
-        return summed.view(*mixed.shape[:2], -1)
+        summed: Tensor = rows[place.flatten()].view(*place.shape, rows.shape[1]).sum(1)
+        return summed.view(*mixed.shape[:2], rows.shape[1])
 
     def _sorted(self, expert: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the choices [s*b*n*k] by head and expert, each token's places among them, and how many each has."""
@@ -213,7 +213,7 @@ class SwitchHead(nn.Module):
         order = stacked.argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         counts = torch.bincount(stacked, minlength=heads * num_experts)
-        return order, place.view(expert.shape[0] * expert.shape[1], -1), counts
+        return order, place.view(expert.shape[:2].numel(), expert.shape[2:].numel()), counts
 
 
 def make(config: ModelConfig, making: Making) -> SwitchHead:

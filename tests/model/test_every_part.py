@@ -13,6 +13,7 @@ from engine_cases import VOCAB
 from part_samples import OF_ACTIVATIONS, OF_KINDS, OF_NORMS, OF_POSITIONS, OF_ROUTERS, SAMPLES
 from torch import Tensor
 
+from meshwright.model.block import Layer
 from meshwright.model.config import ModelConfig
 from meshwright.model.counts.shapes import parameter_shapes, weights
 from meshwright.model.kinds.mixers.attention_keys import PositionName
@@ -126,6 +127,20 @@ def test_a_step_of_no_tokens_or_no_samples_gives_no_logits_and_changes_nothing(n
         for none in (tokens[:0], tokens[:, :0]):
             with pytest.raises(ValueError, match=r"^tokens of shape \[.*\]: must be at least 1 of at least 1 sample$"):
                 model(none)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_layer_by_itself_takes_a_step_of_no_tokens_which_changes_nothing(name: str) -> None:
+    config = one_layer(SAMPLES[name])
+    x = torch.randn(4, B, config.hidden_size, dtype=F64)
+    for layer, max_len in product(built(config).eval().layers.values(), (None, 9)):
+        assert isinstance(layer, Layer)
+        state, usual = layer.initial_state(B, max_len), layer.initial_state(B, max_len)
+        with torch.no_grad():
+            for piece in x.split([3, 1]):
+                nothing = layer.step(x[:0], state)
+                assert (nothing.shape, nothing.dtype) == ((0, *x.shape[1:]), F64)
+                assert torch.equal(layer.step(piece, state), layer.step(piece, usual))
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -143,6 +143,13 @@ def test_the_last_queries_of_a_cache_are_the_end_of_the_whole(kind: str, s: int)
             torch.testing.assert_close(cached_attention(q[S - s :], k[first:], v[first:], seen, first), wanted)
 
 
+@pytest.mark.parametrize("held", [0, 5])
+@pytest.mark.parametrize("kind", ["all", "window 5", "bias", "blocks"])
+def test_no_queries_of_a_cache_have_no_values(kind: str, held: int) -> None:
+    q, k, v = leaf(0, B, N, D), leaf(held, B, K, D), leaf(held, B, K, 3)
+    assert cached_attention(q, k, v, seen_of(kind)).shape == (0, B, N, 3)
+
+
 def test_the_gradient_of_a_bias_agrees_with_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "ROWS", 2)
     q, k, v = (leaf(5, 1, heads, 3, dtype=F64) for heads in (2, 1, 1))
