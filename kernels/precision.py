@@ -21,7 +21,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def result_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that a product with x has: autocast's where it is on, but fp64 stays."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and _is_on(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -29,7 +29,7 @@ def result_dtype(x: Tensor) -> torch.dtype:
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast the inputs of a product as autocast would: to its dtype where it is on, but never from fp64."""
     dtype = result_dtype(tensors[0])
-    if not torch.is_autocast_enabled(tensors[0].device.type):
+    if not _is_on(tensors[0].device.type):
         return tensors
     return tuple(x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in tensors)
 
@@ -37,5 +37,9 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which products keep the dtypes that a kernel has chosen for them."""
     # Entering a context costs as much as a small product.
-    is_on = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if is_on else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if _is_on(x.device.type) else nullcontext()
+
+
+def _is_on(device: str) -> bool:
+    # Tensors without numbers, of which only shapes are asked, know no autocast: torch would refuse the question.
+    return device != "meta" and torch.is_autocast_enabled(device)

@@ -143,6 +143,20 @@ def test_a_layer_by_itself_takes_a_step_of_no_tokens_which_changes_nothing(name:
                 assert torch.equal(layer.step(piece, state), layer.step(piece, usual))
 
 
+# What a router decides by the numbers of the tokens has a shape that is not known without them.
+PLAIN = [name for name in SAMPLES if not any(letter in SAMPLES[name].pattern for letter in "EH[")]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_shapes_can_be_asked_of_a_model_without_weights(name: str) -> None:
+    config = one_layer(SAMPLES[name])
+    model, tokens = build_model(config, device="meta"), tokens_of().to("meta")
+    assert model(tokens).shape == (S, B, VOCAB)
+    assert model.step(tokens[:3], model.initial_state(B)).shape == (3, B, VOCAB)
+    model(tokens, tokens).backward()
+    assert {each.grad.shape == each.shape for each in model.parameters() if each.grad is not None} == {True}
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_state_is_of_as_many_samples_as_it_was_made_for(name: str) -> None:
     model, tokens = built(one_layer(SAMPLES[name])).eval(), tokens_of()
