@@ -141,7 +141,7 @@ def tell(
 
 def of_layers(sums: dict[str, Tensor], entry: str) -> float:
     """Return what all layers tallied under one name."""
-    return sum(float(value) for name, value in sums.items() if name.endswith(f".{entry}"))
+    return sum((float(value) for name, value in sums.items() if name.endswith(f".{entry}")), start=0.0)
 
 
 def depth_counts(run: Run, result: StepResult) -> DepthCounts | None:
