@@ -8,6 +8,8 @@ Kept for each token that a mixer of this rank sees (there are b * s/cp):
     head               h/tp          the final norm's input                h/tp of its gradient; v h/tp of the matrix's
     a further token    a head and a layer of its own, and before the layer h/tp of the embedding, 2h/tp of both normed
 
+Besides, for each sample or call of a layer, what does not grow with the tokens: states between ranks of cp, tables.
+
 Under bf16 autocast the stream stays in fp32 and each product keeps a bf16 copy of its input of its own: three of the
 normed input for q, k and v, two for gate and up; over tp they share one. A layer that is recomputed keeps its input
 only, and while its turn is, what it would have kept. Besides, while they work, attention over cp holds blocks of other
@@ -83,8 +85,7 @@ def activation_bytes(
 ) -> ActivationBytes:
     """Return what a micro-batch of `tokens` (b * s, over all ranks) takes, of the whole model or of what is held.
 
-    `samples` is b, of which layers for some tokens are called for each by itself;
-    `logits` is how many of them the loss takes at a time.
+    `samples` is b: some things are kept for each sample, however long. `logits` is how many the loss takes at a time.
     """
     held = held or held_by(config, range(config.num_layers))
     of_rank = tokens / degrees.cp
@@ -126,11 +127,12 @@ def layer_bytes(config: ModelConfig, kinds: LayerKinds, degrees: Degrees, types:
 def once_bytes(
     config: ModelConfig, kinds: LayerKinds, length: int, samples: int, degrees: Degrees, types: Types
 ) -> float:
-    """Return what a layer keeps besides, however many samples of a length there are; one for some tokens for each."""
-    calls = 1
+    """Return what a layer keeps for a call, one for some tokens has one for each sample; and for each sample."""
+    calls, parts = 1, [KINDS[name] for name in kinds.names]
     if kinds.is_routed:
         calls, length = samples, depth_rows(config, length, degrees)
-    return calls * sum((KINDS[name].kept_once(config, length, degrees, types) for name in kinds.names), start=0.0)
+    of_sample = sum((part.kept_of_sample(config, degrees, types) for part in parts), start=0.0)
+    return calls * sum(part.kept_once(config, length, degrees, types) for part in parts) + samples * of_sample
 
 
 def further_bytes(config: ModelConfig, degrees: Degrees, types: Types) -> float:

@@ -25,6 +25,20 @@ def norm_input(model: ModelConfig, width: int, types: Types) -> int:
     return types.wide if model.norm in WIDENING else width
 
 
+def sequence_states(decay: float, state: float, degrees: Degrees) -> float:
+    """Return how many numbers a recurrence over cp keeps of a sample, to know what the chunks before each leave.
+
+    `decay` and `state` are what a chunk does to a state: all ranks have those of all chunks, two a rank, and fold them
+    up to their own second chunk, keeping the state before each: so many on average.
+    """
+    return 2 * degrees.cp * (decay + state) + (3 * degrees.cp + 1) / 2 * state if degrees.cp > 1 else 0.0
+
+
+def halo_numbers(channels: float, conv_kernel: int, degrees: Degrees) -> float:
+    """Return how many numbers a convolution over cp keeps of the tokens before a rank's two chunks of a sample."""
+    return 2 * (conv_kernel - 1) * channels if degrees.cp > 1 else 0.0
+
+
 def normed_input(model: ModelConfig, products: int, degrees: Degrees, types: Types) -> float:
     """Return what so many products of one normed input keep of it.
 

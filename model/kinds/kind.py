@@ -210,6 +210,10 @@ class Kind(ABC):
         """Return the bytes kept besides by a call with any number of samples of `length` tokens."""
         return 0.0
 
+    def kept_of_sample(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
+        """Return the bytes kept besides for each sample, however many tokens it has."""
+        return 0.0
+
     def at_work(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
         """Return the bytes that it holds besides while it is at work, beyond what it does on one rank."""
         return 0.0

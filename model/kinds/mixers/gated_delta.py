@@ -6,7 +6,8 @@
 Kept for each token, of a rank's heads: h/tp of the normed input; 2md + ne of q, k and v before the convolution and ne
 of v behind it; 4md + 2nd of q and k behind it: as they came, of length 1, and for each value head, in at least fp32;
 ne of y, ne of the normed y, ne of z, ne of what the output takes; a few numbers of n heads in at least fp32; and for
-each chunk the state before it. Over cp the rows and states that make a chunk's own state once more.
+each chunk the state before it. Over cp the rows and states that make a chunk's own state once more, and for each sample
+what tells the states before both halves of a rank's tokens, with the tokens before them that the convolutions see.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from meshwright.model.kinds.kept import norm_inputs, normed_input
+from meshwright.model.kinds.kept import halo_numbers, norm_inputs, normed_input, sequence_states
 from meshwright.model.kinds.kind import OVER_TP, Choose, Cut, Degrees, Kind, Named, Need, Types, Weight, matrix, vector
 from meshwright.model.kinds.mixers.mamba2 import SMALL_CHUNK, changed, width_above
 from meshwright.model.kinds.sizes import TABLE, Size, SizeOrZero
@@ -97,8 +98,19 @@ class GatedDeltaKind(Kind):
         own = n * e * 6 * types.product + of_keys + 6 * n * types.wide
         own += n * d * e / table.chunk_size * types.wide
         if degrees.cp > 1:
-            own += (n * d + n * (e + d)) * types.wide + n * d * (d + e) / table.chunk_size * types.wide
+            own += n * (e + d) * types.product + n * d * (1 + (d + e) / table.chunk_size) * types.wide
         return norm_inputs(model, self.place, degrees, types) + normed_input(model, 6, degrees, types) + own
+
+    def kept_of_sample(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
+        """Return what stands at the head of this file."""
+        table, h = _table(model), model.hidden_size
+        n, key_heads = table.heads(h) / degrees.tp, max(table.key_heads(h) / degrees.tp, 1)
+        d, e = table.key_head_dim, table.value_head_dim
+        halo = halo_numbers(n * e + 2 * key_heads * d, table.conv_kernel, degrees)
+        states = sequence_states(n * d * d, n * d * e, degrees)
+        if degrees.cp > 1:
+            states -= 2 * n * d * e  # those before both halves are those before their first chunks, counted above
+        return states * types.wide + halo * types.product
 
     def state_bytes(self, model: ModelConfig, tokens: int, width: int) -> float:
         """Return the bytes of the state and of the last tokens, however many there were."""

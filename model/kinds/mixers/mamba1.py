@@ -6,7 +6,10 @@
 
 Kept for each token, of a rank's c/tp channels: h/tp of the normed input; c of z, 2c of x before and behind the
 convolution, c of y, c of what the output takes; R + 2N of dt, B and C, of all channels; 2c of dt before and behind
-softplus in at least fp32; and for each chunk of l tokens the state before it, c*N/l. Over cp twice the states.
+softplus in at least fp32; and for each chunk of l tokens the state before it, c*N/l. Over cp twice the states, and N.
+
+Kept for each sample: a state, c*N, behind the last chunk, over cp two of each of both halves of a rank's tokens, with a
+decay; and what tells the states before these, with the tokens before them that the convolution sees.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from meshwright.model.kinds.kept import norm_inputs, normed_input
+from meshwright.model.kinds.kept import halo_numbers, norm_inputs, normed_input, sequence_states
 from meshwright.model.kinds.kind import OVER_TP, Degrees, Kind, Named, Need, Types, Weight, matrix, vector
 from meshwright.model.kinds.sizes import TABLE, Size, SizeOrZero
 
@@ -90,10 +93,20 @@ class Mamba1Kind(Kind):
     def kept(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
         """Return what stands at the head of this file."""
         table, h = _table(model), model.hidden_size
-        c, shared = table.channels(h) / degrees.tp, table.rank(h) + 2 * table.state_size
+        c, shared = table.channels(h) / degrees.tp, table.rank(h) + (3 if degrees.cp > 1 else 2) * table.state_size
         states = c * table.state_size / table.chunk_size * types.wide * (2 if degrees.cp > 1 else 1)
         own = (5 * c + shared) * types.product + 2 * c * types.wide + states
         return norm_inputs(model, self.place, degrees, types) + normed_input(model, 2, degrees, types) + own
+
+    def kept_of_sample(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
+        """Return what stands at the head of this file."""
+        table = _table(model)
+        c = table.channels(model.hidden_size) / degrees.tp
+        state, halo = c * table.state_size, halo_numbers(c, table.conv_kernel, degrees)
+        if degrees.cp == 1:
+            return state * types.wide
+        states = (4 + 2) * state + sequence_states(state, state, degrees)
+        return states * types.wide + halo * types.product
 
     def state_bytes(self, model: ModelConfig, tokens: int, width: int) -> float:
         """Return the bytes of the state and of the last tokens, however many there were."""

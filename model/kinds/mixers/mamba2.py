@@ -6,7 +6,10 @@
 Kept for each token, of a rank's heads and groups: h/tp of the normed input; c of z, 2c and 4gN of x, B and C before
 and behind the convolution, c of y, c of what the output takes; n of dt before and behind softplus in at least fp32;
 and for each chunk of l tokens the state before it, c*N/l. Over cp the rows that make a chunk's state once more, c in
-at least fp32, weighted, and where products are narrow also as they were, with gN of B.
+at least fp32, weighted, and where products are narrow also as they were, with gN of B, and 2n of their weights.
+
+Kept for each sample: a state, c*N, behind the last chunk, over cp of each of both halves of a rank's tokens; and what
+tells the states before these, with the tokens before them that the convolutions see.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, PositiveFloat
 
 from meshwright.kernels.limits import NARROW
-from meshwright.model.kinds.kept import norm_inputs, normed_input
+from meshwright.model.kinds.kept import halo_numbers, norm_inputs, normed_input, sequence_states
 from meshwright.model.kinds.kind import OVER_TP, Choose, Cut, Degrees, Kind, Named, Need, Types, Weight, matrix, vector
 from meshwright.model.kinds.sizes import TABLE, Size, SizeOrZero
 from meshwright.model.kinds.small import ALIGNED
@@ -108,11 +111,22 @@ class Mamba2Kind(Kind):
         own = (5 * c + 4 * shared) * types.product + 2 * n * types.wide
         own += c * table.state_size / table.chunk_size * types.wide
         if degrees.cp > 1:
-            own += c * types.wide + ((c + shared) * types.wide if types.product < types.wide else 0)
+            own += (c + 2 * n) * types.wide + ((c + shared) * types.wide if types.product < types.wide else 0)
         widths = [c, c, shared, shared, n]  # of z, x, B, C, dt, of which the narrow ones are one product
         narrow = 0 if table.bias else sum(width <= NARROW for width in widths)
         products = 5 - max(0, narrow - 1)
         return norm_inputs(model, self.place, degrees, types) + normed_input(model, products, degrees, types) + own
+
+    def kept_of_sample(self, model: ModelConfig, degrees: Degrees, types: Types) -> float:
+        """Return what stands at the head of this file."""
+        table = _table(model)
+        n = table.heads(model.hidden_size) / degrees.tp
+        c, shared = n * table.head_dim, max(table.num_groups / degrees.tp, 1) * table.state_size
+        state, halo = c * table.state_size, halo_numbers(c + 2 * shared, table.conv_kernel, degrees)
+        if degrees.cp == 1:
+            return state * types.wide
+        states = 2 * (n + state) + sequence_states(n, state, degrees)
+        return states * types.wide + halo * types.product
 
     def state_bytes(self, model: ModelConfig, tokens: int, width: int) -> float:
         """Return the bytes of the state and of the last tokens, however many there were."""

@@ -107,6 +107,7 @@ CASES = [
     if width != "autocast" or name not in OF_ROUTERS  # whose weights' copies weigh more than the tokens
 ]
 OVER_CP = ("embedding norm", "further tokens", "further tokens of experts", "expert choice")
+RECURRENT = ("mamba2", "mamba1", "gated delta")
 # 8 billion weights: 32 layers, hidden 4096, 32 heads and 8 key heads of width 128, feed-forward 14336.
 LARGE = ModelConfig(pattern="*-", num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8,
                     head_dim=128, ffn_hidden_size=14336, vocab_size=128256)  # fmt: skip
@@ -172,6 +173,22 @@ def test_the_count_is_what_torch_saves(name: str, width: str, tp: int) -> None:
 @pytest.mark.parametrize("name", OVER_CP)
 def test_the_count_is_what_torch_saves_over_cp(name: str, sizes: Sizes) -> None:
     assert_counted(name, Types(), sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "width"),
+    [
+        (Sizes(cp=2), "fp32"),
+        pytest.param(Sizes(cp=2), "bf16", marks=pytest.mark.slow),
+        pytest.param(Sizes(cp=2, tp=2), "fp32", marks=pytest.mark.slow),
+        pytest.param(Sizes(cp=4), "fp32", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", RECURRENT)
+def test_states_of_all_chunks_are_counted_over_cp(name: str, sizes: Sizes, width: str) -> None:
+    """Samples are short, so that what is kept of each, however long, shows: of Mamba on two ranks 5 to 8 percent."""
+    assert_counted(name, WIDTHS[width], sizes)
 
 
 def test_a_million_tokens_of_eight_billion_weights_by_hand() -> None:
