@@ -33,7 +33,7 @@ from meshwright.model.kinds.mixers.mamba2 import Mamba2Config
 from meshwright.model.kinds.mixers.s4d import S4dConfig
 from meshwright.model.kinds.multi_token import MultiTokenConfig
 from meshwright.model.kinds.norms import FORMS, Form, NormName, Placing, deepnorm_alpha
-from meshwright.model.kinds.sizes import MAX_LAYERS, TABLE, Size, SizeOrZero, round_up
+from meshwright.model.kinds.sizes import MAX_LAYERS, TABLE, Size, SizeOrZero, round_up, usual_width
 from meshwright.model.kinds.stack import required_keys, stack_problems
 from meshwright.model.kinds.table import ALL
 from meshwright.model.kinds.unread import unread_problems
@@ -164,7 +164,7 @@ class ModelConfig(BaseModel):
         if not filled.get("head_dim") and _is_size(hidden_size) and _is_size(num_heads):
             filled["head_dim"] = hidden_size // num_heads if hidden_size % num_heads == 0 else 0
         if not filled.get("ffn_hidden_size") and _is_size(hidden_size):
-            filled["ffn_hidden_size"] = round_up(-(-8 * hidden_size // 3))
+            filled["ffn_hidden_size"] = usual_width(hidden_size)
         for kind in _kinds_written(filled):
             if kind.table and filled.get(kind.table) is None and not required_keys(cls, kind):
                 filled[kind.table] = {}

@@ -80,9 +80,9 @@ class Run:
 def dense_config(**changes: object) -> ModelConfig:
     sizes = {"pattern": "*-", "num_layers": 2, "hidden_size": 22, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
     keys = {**sizes, "ffn_hidden_size": 52, "vocab_size": VOCAB, **changes}
-    heads = {key: keys[key] for key in ("num_heads", "num_kv_heads", "head_dim")}
-    read = keys_read(str(keys["pattern"]), heads)
-    return ModelConfig(**{key: value for key, value in keys.items() if key in read or key not in heads})
+    of_parts = {key: keys[key] for key in ("num_heads", "num_kv_heads", "head_dim", "ffn_hidden_size")}
+    read = keys_read(str(keys["pattern"]), of_parts)
+    return ModelConfig(**{key: value for key, value in keys.items() if key in read or key not in of_parts})
 
 
 def moe_config(**changes: object) -> ModelConfig:

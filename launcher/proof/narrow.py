@@ -124,7 +124,7 @@ def _model(model: ModelConfig, target: Sizes, needs: Needs) -> ModelConfig:
     small_model = model.model_copy(update=sizes)
     # What no kind reads is as if it had been left out; a copy fills nothing in.
     read = frozenset[str]().union(*(kind.reads for kind in model.part_kinds))
-    unread = [key for key in ("num_kv_heads", "head_dim") if key not in read]
+    unread = [key for key in ("num_kv_heads", "head_dim", "ffn_hidden_size") if key not in read]
     return small_model.model_copy(update={key: filled_in(small_model, key) for key in unread})
 
 

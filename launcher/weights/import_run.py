@@ -167,6 +167,8 @@ def _tables(request: ImportRequest, weights: ExportWeights, name: str) -> dict[s
 def _without_defaults(config: ModelConfig) -> Mapping[str, Any]:
     """Return the keys of [model] that say something, without sizes of parts that are not there."""
     table = config.model_dump(exclude_defaults=True, exclude_none=True)
+    if not config.has("mlp"):
+        table.pop("ffn_hidden_size", None)
     return {key: value for key, value in table.items() if value or isinstance(value, bool)}
 
 

@@ -28,6 +28,7 @@ from meshwright.model.families.qwen3 import QWEN3
 from meshwright.model.families.qwen3_moe import QWEN3_MOE
 from meshwright.model.families.qwen3_next import QWEN3_NEXT
 from meshwright.model.kinds.table import KINDS
+from meshwright.model.kinds.unread import idle_keys
 
 # Where several are exactly a model, the first is taken.
 FAMILIES: dict[str, Family] = {
@@ -132,6 +133,16 @@ def config_from_foreign(foreign: Mapping[str, Any]) -> ModelConfig:
     except ValidationError as error:  # what passed the rules of single keys and no size of ours is
         lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors(include_url=False)]
         raise ForeignConfigError(lines) from None
+    config = _without_idle_scales(config)
     if problems := size_problems(config):
         raise ForeignConfigError(problems)
     return config
+
+
+def _without_idle_scales(config: ModelConfig) -> ModelConfig:
+    """Return the configuration without those of yarn's scales that the class has no use for, nor have we."""
+    scaling, prefix = config.rope_scaling, "rope_scaling.mscale"
+    idle = {key.key.rpartition(".")[2]: 0.0 for key in idle_keys(config) if key.key.startswith(prefix)}
+    if scaling is None or scaling.kind != "yarn" or not idle:
+        return config
+    return config.model_copy(update={"rope_scaling": scaling.model_copy(update=idle)})

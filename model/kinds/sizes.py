@@ -19,3 +19,8 @@ ALIGNMENT = 64
 def round_up(size: int, multiple: int = ALIGNMENT) -> int:
     """Return the smallest multiple that is not below `size`."""
     return -(-size // multiple) * multiple
+
+
+def usual_width(hidden_size: int) -> int:
+    """Return the width of a feed-forward that is not given: 8/3 of the stream's, rounded up."""
+    return round_up(-(-8 * hidden_size // 3))

@@ -8,12 +8,13 @@ hidden_size, are read by the stack, whatever the pattern.
     a key of READ_WITH     the key that it hangs on has another value
     max_positions          positions are not learned
     rope_scaling           positions are not rotary
+    yarn's mscale, ...     they are a ratio of two, and one of them is missing or attention_factor stands for it
     qk_norm, qk_norm_over  hybrid_norm normalises anyhow; nothing is normalised
     norm_eps               no norm divides by anything
     init_depth_scaled      DeepNorm has its own way to begin
 
-Sizes that are filled in (num_kv_heads, head_dim) may also be what they are filled in with. Idle keys of a preset are
-left out instead (model/presets.py): nobody wrote them.
+Sizes that are filled in (num_kv_heads, head_dim, ffn_hidden_size) may also be what they are filled in with. Idle keys
+of a preset are left out instead (model/presets.py): nobody wrote them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meshwright.model.kinds.mixers.attention import normed
+from meshwright.model.kinds.sizes import usual_width
 from meshwright.model.kinds.table import ALL
 
 if TYPE_CHECKING:
@@ -109,6 +111,8 @@ def filled_in(model: ModelConfig, key: str) -> Any:
     if key == "head_dim":
         heads = model.num_heads
         return model.hidden_size // heads if heads and model.hidden_size % heads == 0 else 0
+    if key == "ffn_hidden_size":
+        return usual_width(model.hidden_size)
     return type(model).model_fields[key].default
 
 
@@ -164,6 +168,8 @@ def _needless(model: ModelConfig, read: frozenset[str]) -> Iterator[Idle]:
             "rope_scaling",
             f'model.position = "{model.position}": has nothing for [model.rope_scaling]; "rope" has, or leave it out',
         )
+    if "rope_scaling" in read and model.position == "rope":
+        yield from _scales_of_yarn(model)
     if "qk_norm" in read and model.qk_norm and model.norm_placement == "hybrid_norm":
         yield Idle("qk_norm", f"model.qk_norm = true: {placement} normalises q, k and v already; false would fit")
     if "qk_norm_over" in read and not normed(model) and _is_given(model, "qk_norm_over"):
@@ -184,6 +190,24 @@ def _needless(model: ModelConfig, read: frozenset[str]) -> Iterator[Idle]:
             f"model.init_depth_scaled = false: {placement} begins with a scale of its own, whatever stands here; leave"
             " it out",
         )
+
+
+def _scales_of_yarn(model: ModelConfig) -> Iterator[Idle]:
+    """Yield mscale and mscale_all_dim where their ratio is not taken; the latter scales latent attention by itself."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return
+    scales = {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+    if all(scales.values()) and not scaling.attention_factor:
+        return
+    for key, other in (("mscale", "mscale_all_dim"), ("mscale_all_dim", "mscale")):
+        if not scales[key] or (key == "mscale_all_dim" and model.has("latent_attention")):
+            continue
+        if scaling.attention_factor:
+            why = f"model.rope_scaling.attention_factor = {scaling.attention_factor} stands in its place"
+        else:
+            why = f"does nothing without model.rope_scaling.{other}, which is 0.0"
+        yield Idle(f"rope_scaling.{key}", f"model.rope_scaling.{key} = {scales[key]}: {why}; 0.0 would fit")
 
 
 def _at(model: ModelConfig, key: str) -> tuple[Any, Any]:

@@ -31,6 +31,7 @@ def scaling(kind: str, **keys: Any) -> dict[str, Any]:
     return {"rope_scaling": {"kind": kind, "factor": 4.0, **keys}}
 
 
+LATENT_YARN: dict[str, Any] = {"pattern": "+-", "latent": LATENT}
 DYNAMIC: dict[str, Any] = {"norm": "dynamic_tanh", "norm_eps": 1e-6}
 IDLE: list[tuple[dict[str, Any], str]] = [
     (
@@ -82,6 +83,21 @@ IDLE: list[tuple[dict[str, Any], str]] = [
     (scaling("linear", attention_factor=1.0), "model.rope_scaling.attention_factor = 1.0: is for"),
     (scaling("yarn", original_length=64, low_freq_factor=2.0), "model.rope_scaling.low_freq_factor = 2.0: is for"),
     (scaling("llama3", original_length=64, mscale_all_dim=1.0), "model.rope_scaling.mscale_all_dim = 1.0: is for"),
+    (
+        scaling("yarn", original_length=64, mscale=0.7),
+        "model.rope_scaling.mscale = 0.7: does nothing without model.rope_scaling.mscale_all_dim, which is 0.0; 0.0"
+        " would fit",
+    ),
+    (scaling("yarn", original_length=64, mscale_all_dim=0.7), "model.rope_scaling.mscale_all_dim = 0.7: does nothing"),
+    ({**LATENT_YARN, **scaling("yarn", original_length=64, mscale=0.7)}, "model.rope_scaling.mscale = 0.7: does noth"),
+    (
+        {**LATENT_YARN, **scaling("yarn", original_length=64, mscale=0.7, mscale_all_dim=1.0, attention_factor=1.3)},
+        "model.rope_scaling.mscale = 0.7: model.rope_scaling.attention_factor = 1.3 stands in its place; 0.0 would fit",
+    ),
+    (
+        {"pattern": "m", "ffn_hidden_size": 77},
+        'model.ffn_hidden_size = 77: nothing in model.pattern = "m" reads it; MLP (-) does; 0 would fit',
+    ),
 ]
 
 
@@ -111,7 +127,12 @@ def test_a_key_that_another_one_leaves_idle_is_refused(changes: dict[str, Any], 
         experts(load_balancing="none", load_balancing_weight=0.0),  # says twice that there is no loss
         experts(load_balancing="step", load_balancing_weight=0.1),
         experts(router="sigmoid", load_balancing="sequence", load_balancing_weight=0.0001),
-        scaling("yarn", original_length=64, beta_fast=16.0, mscale=1.0, attention_factor=1.0),
+        scaling("yarn", original_length=64, beta_fast=16.0, attention_factor=1.0),
+        scaling("yarn", original_length=64, mscale=1.0, mscale_all_dim=0.7),
+        {**LATENT_YARN, **scaling("yarn", original_length=64, mscale_all_dim=0.7)},
+        {**LATENT_YARN, **scaling("yarn", original_length=64, mscale_all_dim=0.7, attention_factor=1.3)},
+        {"pattern": "m", "ffn_hidden_size": 256},  # what is filled in
+        {**experts(), "ffn_hidden_size": 77},  # of the dense model that experts may be made of
         scaling("llama3", original_length=64, low_freq_factor=2.0),
     ],
 )
@@ -137,6 +158,7 @@ def test_a_preset_whose_pattern_is_changed_loses_the_sizes_that_nothing_reads() 
 WRITTEN: list[tuple[dict[str, Any], str]] = [
     ({"num_heads": 12}, "model.num_heads = 12: nothing in"),
     ({"qk_norm": True}, "model.qk_norm = true: nothing in"),
+    ({"pattern": "M", "ffn_hidden_size": 64}, "model.ffn_hidden_size = 64: nothing in"),
     ({"bias": ["q", "ffn"]}, 'model.bias has "q": nothing in'),
     ({"rope_scaling": {"kind": "linear", "factor": 2.0}}, "model.rope_scaling: nothing in"),
     ({"moe": MOE}, 'model.pattern = "M-": has no E'),
@@ -146,7 +168,7 @@ WRITTEN: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("written", "begins"), WRITTEN)
 def test_what_the_user_wrote_himself_is_refused_all_the_same(written: dict[str, Any], begins: str) -> None:
     with pytest.raises(ValueError, match=r"reads it|uses the table") as refused:
-        preset("dense-small", pattern="M-", **written)
+        preset("dense-small", **{"pattern": "M-", **written})
     (line,) = str(refused.value).split("\n")
     assert line.startswith(begins)
 
@@ -178,6 +200,8 @@ def test_no_preset_leaves_anything_idle_with_any_pattern(name: str) -> None:
         ("qwen3-8b", {"norm_placement": "hybrid_norm"}, "qk_norm"),
         ("qwen3-8b", {"norm": "dynamic_tanh", "qk_norm": False}, "norm_eps"),
         ("gpt2", {"pattern": "*"}, "bias"),
+        ("dense-1b", {"pattern": "*"}, "ffn_hidden_size"),
+        ("deepseek-v3", {"pattern": "*-", "rope_scaling": {"attention_factor": 1.3}}, "rope_scaling"),
         ("moe-small", {"pattern": "*-"}, "moe"),
     ],
 )
@@ -231,3 +255,21 @@ def test_the_file_that_a_run_of_a_changed_preset_keeps_reads_back_equal(name: st
     again, problems = examine(tomllib.loads(write_resolved(run_file)))
     assert problems == []
     assert again == run_file
+
+
+def test_a_width_of_dense_feed_forwards_beside_experts_alone_is_that_of_upcycling() -> None:
+    def told(model: dict[str, Any], **init: str) -> list[str]:
+        run_file, problems = examine({**RUN, "model": {"vocab_size": 64, "moe": MOE, **model}, "init": init})
+        assert run_file is not None
+        assert examine(tomllib.loads(write_resolved(run_file)))[1] == problems
+        return problems
+
+    keys = {**SIZES, "pattern": "*E", "ffn_hidden_size": 64}
+    assert told(keys) == [
+        'model.ffn_hidden_size = 64: nothing in model.pattern = "*E" reads it; the MLP (-) does, and init.upcycle; 0'
+        " would fit"
+    ]
+    assert told(keys, **{"from": "x", "upcycle": "partition"}) == []
+    assert told({**keys, "ffn_hidden_size": 256}) == []  # what is filled in
+    assert told({**keys, "pattern": "*E*-"}) == []
+    assert told({"preset": "dense-1b", "pattern": "*E"}) == []  # nobody wrote it

@@ -53,13 +53,13 @@ ENDS = {"embedding.weight": (V, H), "final_norm.weight": (H,)}
             [(ATTENTION, EXPERTS | SHARED | EXPERT_BIAS | SHARED_BIAS)] * 2,
             True,
         ),
-        ({"pattern": "*", "num_layers": 2}, [(ATTENTION, None)] * 2, True),
+        ({"pattern": "*", "ffn_hidden_size": 0}, [(ATTENTION, None)] * 2, True),
     ],
 )
 def test_a_model_has_the_parameters_of_the_documents(
     changes: dict[str, object], layers: list[tuple[dict[str, tuple[int, ...]], ...]], has_output: bool
 ) -> None:
-    config = ModelConfig(**SIZES, **{"num_layers": 2, **changes})
+    config = ModelConfig(**SIZES | {"num_layers": 2} | changes)
     expected = ENDS | ({"output.weight": (V, H)} if has_output else {})
     for number, (mixer, feedforward) in enumerate(layers):
         expected |= under(f"layers.{number}.mixer", mixer)

@@ -31,7 +31,7 @@ GATED = frozenset({"swiglu", "geglu", "geglu_erf", "reglu", "glu"})
 class MlpKind(Kind):
     """A feed-forward of width `ffn_hidden_size`."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"ffn_activation", "ffn_dropout", "bias.ffn"})
+    reads: ClassVar[frozenset[str]] = frozenset({"ffn_hidden_size", "ffn_activation", "ffn_dropout", "bias.ffn"})
 
     def weights(self, model: ModelConfig) -> Named:
         """Yield the two or three matrices and their biases."""

@@ -119,7 +119,8 @@ class MoeConfig(BaseModel):
 class MoeKind(Kind):
     """Routed experts, and perhaps shared ones."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"ffn_activation", "ffn_dropout", "bias.ffn"})
+    # ffn_hidden_size is the width of the dense model that experts are made of (init.upcycle), and of no matrix here.
+    reads: ClassVar[frozenset[str]] = frozenset({"ffn_hidden_size", "ffn_activation", "ffn_dropout", "bias.ffn"})
 
     def reads_of(self, model: ModelConfig) -> frozenset[str]:
         """Return them; ffn_dropout is of shared experts, as the routed ones have model.moe.expert_dropout."""

@@ -34,9 +34,9 @@ class RopeScalingConfig(Table):
     beta_slow: PositiveFloat = 1.0
     """yarn: pairs that turn less often than this are stretched by the whole factor."""
     mscale: NonNegativeFloat = 0.0
-    """yarn of DeepSeek: with mscale_all_dim, cosines and sines are multiplied by the ratio of both; 0 = not given."""
+    """yarn of DeepSeek: cosines and sines are multiplied by its ratio to mscale_all_dim, and only beside it."""
     mscale_all_dim: NonNegativeFloat = 0.0
-    """yarn of DeepSeek: sharpens the scores of latent attention, by its square; 0 = not given."""
+    """yarn of DeepSeek: sharpens the scores of latent attention, by its square; others need mscale beside it."""
     attention_factor: NonNegativeFloat = 0.0
     """yarn: what cosines and sines are multiplied by; 0 = by factor and mscale."""
     low_freq_factor: PositiveFloat = 1.0

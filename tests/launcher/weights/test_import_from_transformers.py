@@ -140,3 +140,22 @@ def test_one_normalised_expert_of_each_token_is_imported_and_only_its_training_r
     with pytest.raises(ConfigError, match=r"1 problem, .*\n  model\.moe\.top_k = 1: .* learns nothing from the loss"):
         read_run_file(imported.run_file)
     assert read_run_file(imported.run_file, ["model.moe.top_k=2"]).model.moe
+
+
+@pytest.mark.parametrize("scales", [{"mscale": 0.7}, {"mscale_all_dim": 0.7}, {"mscale": 0.7, "attention_factor": 1.3}])
+def test_scales_of_yarn_that_the_class_makes_nothing_of_are_left_out(scales: dict[str, float], tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    write_theirs(tmp_path / "theirs", "llama", rope_parameters=yarn | scales)
+    scaling = read_run_file(import_theirs(tmp_path / "theirs").run_file).model.rope_scaling
+    assert scaling is not None
+    assert (scaling.mscale, scaling.mscale_all_dim) == (0.0, 0.0)
+    assert scaling.attention_factor == scales.get("attention_factor", 0.0)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mixtral", "qwen3_moe", "qwen3_next"])
+def test_a_run_file_without_dense_feed_forwards_has_no_width_of_them(model_type: str, tmp_path: Path) -> None:
+    write_theirs(tmp_path / "theirs", model_type)
+    imported = import_run(ImportRequest(tmp_path / "theirs", tmp_path / "run.toml", store="store", verify=False))
+    assert not imported.config.has("mlp")
+    assert "ffn_hidden_size" not in imported.run_file.read_text()
+    read_run_file(imported.run_file)
