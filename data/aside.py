@@ -6,6 +6,8 @@
 
 Whatever kills the writer, the lock goes with it; the next one to write clears what it left.
 
+A single file, such as a run file, is written the same way (`write_whole`).
+
 Before anything is done, `why_no_folder` and `why_not_made` tell why nothing can be made at a place, and `strangers`
 what lies in a folder that is to be replaced and is not its writer's.
 """
@@ -91,6 +93,33 @@ def written_aside(out: Path) -> Iterator[Path]:
     out = out.resolve() if out.is_symlink() else out
     with parents_of(out), _written_aside(out) as aside:
         yield aside
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all; what is no file (a pipe, a link) is written to.
+
+    Raises:
+        OSError: naming the file, which the system's own answer (a full disk) may not.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_other = path.is_symlink() or (path.exists() and not path.is_file())
+        if is_other or not os.access(path.parent, os.W_OK):
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace(path, text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What `prove` prints and writes: a table for a person, one JSON file for a program."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from meshwright.data.aside import write_whole
 from meshwright.launcher.proof.compare import Verdict
 from meshwright.launcher.proof.prove import LayoutResult, Plan, Proof, described
 from meshwright.launcher.proof.sublayouts import said
@@ -80,25 +80,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: naming the file, which the system's own answer (a full disk) may not.
     """
-    text = json.dumps(content, indent=1) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_other = path.is_symlink() or (path.exists() and not path.is_file())
-        if is_other or not os.access(path.parent, os.W_OK):
-            path.write_text(text, encoding="utf-8")
-        else:
-            _replace(path, text)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def as_json(name: str, proof: Proof) -> dict[str, Any]:

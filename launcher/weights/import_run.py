@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from meshwright.data.aside import why_not_made
+from meshwright.data.aside import why_not_made, write_whole
 from meshwright.launcher.build import empty_model
 from meshwright.launcher.runfile.cross_checks import untrainable
 from meshwright.launcher.runfile.messages import ConfigError, cut_short
@@ -25,7 +25,6 @@ from meshwright.launcher.runfile.write import toml_of
 from meshwright.launcher.weights.destination import not_written
 from meshwright.launcher.weights.export_report import LogitsReport
 from meshwright.launcher.weights.read_weights import ExportWeights, fill_model, what_lies_at
-from meshwright.launcher.weights.safetensors_stream import write_text
 from meshwright.launcher.weights.verify_export import LOADED, compare_logits, import_transformers, their_logits
 from meshwright.model.config import ModelConfig
 from meshwright.model.counts.costs import parameter_count
@@ -91,8 +90,7 @@ def import_run(request: ImportRequest) -> Imported:
     imported = Imported(out, weights.class_name, weights.config, count, prepare, logits)
     if logits is None or failure_of(logits) is None:
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(out, _page(imported, folder, tables))
+            write_whole(out, _page(imported, folder, tables))
         except OSError as error:
             raise ValueError(not_written(out, "the run file", error.strerror or str(error))) from None
     return imported

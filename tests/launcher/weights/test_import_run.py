@@ -96,6 +96,22 @@ def test_nothing_is_written_over(
     assert out.read_text().startswith("# Goes on from the weights in")
 
 
+def test_an_older_run_file_stays_until_the_new_one_is_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of one could lack the [init] table, and begin from nothing."""
+    out = folder.parent / "run.toml"
+    out.write_text("mine")
+
+    def killed(self: Path, target: Path) -> None:
+        assert "[init]" in self.read_text()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        import_run.import_run(import_run.ImportRequest(folder, out, verify=False, overwrite=True))
+    assert out.read_text() == "mine"
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["my model", "run.toml"]
+
+
 def test_every_tensor_that_does_not_fit_is_told_at_once_with_status_2(
     folder: Path, meshwright: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,7 +242,7 @@ def test_a_run_file_that_cannot_be_written_names_the_option(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "full")
 
-    monkeypatch.setattr(import_run, "write_text", full)
+    monkeypatch.setattr(import_run, "write_whole", full)
     (folder.parent / "taken").mkdir()
     (folder.parent / "file").touch()
     assert meshwright("import", folder, "--out", out, "--skip-verify", "--overwrite") == 2
