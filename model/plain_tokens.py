@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from meshwright.kernels.matmul.cross_entropy import NOT_COUNTED
 from meshwright.parallel.where import Where, where_of_plain_tokens
@@ -20,13 +21,20 @@ def place_of_plain_tokens(tokens: Tensor, targets: Tensor | None, vocab_size: in
     Raises:
         ValueError: naming everything about them that does not fit.
     """
-    if problems := [*_shapes(tokens, targets, most), *_ids(tokens, targets, vocab_size)]:
+    problems, of_types = _shapes(tokens, targets, most), _types(tokens, targets)
+    problems += of_types or (_ids(tokens, targets, vocab_size) if has_numbers(tokens) else [])
+    if problems:
         raise ValueError("\n".join(problems))
     where = where_of_plain_tokens(tokens)
-    if targets is None:
+    if targets is None or not (has_numbers(tokens) or torch.compiler.is_compiling()):
         return where
     counted = targets != NOT_COUNTED
-    return replace(where.counting(counted), step_tokens=float(max(1, int(counted.sum()))))
+    return replace(where.counting(counted), step_tokens=counted.sum().clamp(min=1).double().item())
+
+
+def has_numbers(tokens: Tensor) -> bool:
+    """Say whether there are numbers to look at: not where a graph is drawn, nor where only shapes are asked for."""
+    return not (tokens.is_meta or isinstance(tokens, FakeTensor) or torch.compiler.is_compiling())
 
 
 def _shapes(tokens: Tensor, targets: Tensor | None, most: int | None) -> list[str]:
@@ -45,19 +53,27 @@ def _shapes(tokens: Tensor, targets: Tensor | None, most: int | None) -> list[st
     return problems
 
 
+def _types(tokens: Tensor, targets: Tensor | None) -> list[str]:
+    fits = {"tokens": (tokens, (torch.int64, torch.int32)), "targets": (targets, (torch.int64,))}
+    return [
+        f"{what} of {ids.dtype}: must be {' or '.join(map(str, types))}"
+        for what, (ids, types) in fits.items()
+        if ids is not None and ids.dtype not in types
+    ]
+
+
 def _ids(tokens: Tensor, targets: Tensor | None, vocab_size: int) -> list[str]:
+    wrong = {"tokens": (tokens < 0) | (tokens >= vocab_size)}
+    given = {"tokens": tokens}
+    if targets is not None:
+        given["targets"] = targets
+        wrong["targets"] = ((targets < 0) | (targets >= vocab_size)) & (targets != NOT_COUNTED)
+    # One look at the device for both.
+    is_wrong = torch.stack([each.any() for each in wrong.values()]).tolist()
     problems = []
-    for what, ids in (("tokens", tokens), ("targets", targets)):
-        if ids is None:
-            continue
-        if ids.dtype != torch.int64:
-            problems.append(f"{what} of {ids.dtype}: must be torch.int64")
-        elif not (torch.compiler.is_compiling() or ids.is_meta):  # which knows no numbers
-            is_id = (ids >= 0) & (ids < vocab_size)
-            if what == "targets":
-                is_id |= ids == NOT_COUNTED
-            if not is_id.all():
-                or_none = f", or {NOT_COUNTED} where none counts" if what == "targets" else ""
-                first = int(ids[~is_id][0])
-                problems.append(f"{what} with {first}: must be from 0 to vocab_size - 1 = {vocab_size - 1}{or_none}")
+    for what, is_some in zip(wrong, is_wrong, strict=True):
+        if is_some:
+            or_none = f", or {NOT_COUNTED} where none counts" if what == "targets" else ""
+            first = int(given[what][wrong[what]][0])
+            problems.append(f"{what} with {first}: must be from 0 to vocab_size - 1 = {vocab_size - 1}{or_none}")
     return problems

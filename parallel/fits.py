@@ -4,8 +4,8 @@ Sizes and shares that a caller gives a part are held to what they can be: the sa
 """
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
-from numbers import Integral
 
 
 def divisors(size: int) -> list[int]:
@@ -24,6 +24,15 @@ def nearest(fits: Iterable[int], value: int, most: int = 8) -> list[int]:
     return sorted(sorted(fits, key=lambda size: abs(size - value))[:most])
 
 
+def is_whole_number(value: object) -> bool:
+    """Say whether a value counts something: of Python, of numpy, a tensor of one whole number."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]  # which is the question
+    except TypeError:
+        return False
+    return True
+
+
 def check_sizes(sizes: Mapping[str, int], *, may_be_none: Iterable[str] = ()) -> None:
     """Hold sizes to being whole numbers of 1 or more; those in `may_be_none` may be 0.
 
@@ -32,14 +41,14 @@ def check_sizes(sizes: Mapping[str, int], *, may_be_none: Iterable[str] = ()) ->
     """
     wrong, none_fits = [], frozenset(may_be_none)
     for name, size in sizes.items():
-        least, is_whole = 0 if name in none_fits else 1, isinstance(size, Integral)
+        least, is_whole = 0 if name in none_fits else 1, is_whole_number(size)
         if not is_whole or size < least:
             wrong.append(f"{name} = {size}: must be {'' if is_whole else 'a whole number of '}at least {least}")
     if wrong:
         raise ValueError("\n".join(wrong))
 
 
-def check_finite(numbers: Mapping[str, float], *, usual: float, least: float = -math.inf) -> None:
+def check_finite(numbers: Mapping[str, float | None], *, usual: float, least: float = -math.inf) -> None:
     """Hold numbers, of which `usual` would be one, to being finite and no less than `least`.
 
     Raises:
@@ -49,7 +58,7 @@ def check_finite(numbers: Mapping[str, float], *, usual: float, least: float = -
     wrong = [
         f"{name} = {value}: {rule}; {usual} would fit"
         for name, value in numbers.items()
-        if not (math.isfinite(value) and value >= least)
+        if value is None or not (math.isfinite(value) and value >= least)
     ]
     if wrong:
         raise ValueError("\n".join(wrong))

@@ -201,7 +201,7 @@ def _optimizer_problems(run_file: RunFile) -> list[str]:
 def untrainable(run_file: RunFile) -> list[str]:
     """Return why a model that can be computed, and so be imported, would not be trained as it is meant."""
     moe = run_file.model.moe
-    if moe is None or moe.top_k > 1 or moe.num_experts == 1 or not moe.normalise_top_k:
+    if moe is None or not run_file.model.has("moe") or moe.top_k > 1 or moe.num_experts == 1 or not moe.normalise_top_k:
         return []
     rule = (
         "with model.moe.normalise_top_k = true a token's one weight is always 1, whatever its score, and the router"

@@ -93,7 +93,7 @@ def activation_bytes(
     gathered = gathered_bytes(config, degrees, types.product + types.stream)
     for number, kinds in _layers(config, held):
         whole, again = layer_bytes(config, kinds, degrees, types), number in held.recomputed
-        once = once_bytes(config, kinds, tokens // samples, samples, degrees, types)
+        once = once_bytes(config, kinds, tokens // max(samples, 1), samples, degrees, types)
         working = max((KINDS[name].at_work(config, degrees, types) for name in kinds.names), default=0.0)
         kept += of_rank * config.hidden_size / degrees.tp * types.stream if again else of_rank * whole + once
         at_work = max(at_work, of_rank * (gathered + working) + (of_rank * whole + once if again else 0.0))

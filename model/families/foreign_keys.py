@@ -160,7 +160,7 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "compression_config": (None,),
     "per_layer_config": (None, {}),
-    "transformers_weights": (None, "model.safetensors"),
+    "transformers_weights": (None, "model.safetensors", "model.safetensors.index.json"),
 }
 _DEQUANTISED = "its weights are packed; a copy that was written dequantised, in bf16, fp16 or fp32, can be read"
 _WINDOW = "tokens would see only so many before them; a checkpoint whose layers attend to all tokens can be read"

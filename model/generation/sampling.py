@@ -13,13 +13,13 @@ generation is repeated by its seed, and sequence i draws the same however many o
 """
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from meshwright.parallel.counter_rng import uniform_at
+from meshwright.parallel.fits import is_whole_number
 
 # No vocabulary is larger; a count that no tensor can be cut at would end in a traceback.
 MOST_TOP_K = 2**24
@@ -45,7 +45,7 @@ class Sampling:
         problems = []
         if not 0.0 <= self.temperature < float("inf"):
             problems.append(f"temperature = {self.temperature}: must be 0 (greedy) or a positive number")
-        if not isinstance(self.top_k, Integral) or not 0 <= self.top_k <= MOST_TOP_K:
+        if not is_whole_number(self.top_k) or not 0 <= self.top_k <= MOST_TOP_K:
             problems.append(f"top_k = {self.top_k}: must be 0 (off) or a whole number of tokens, at most {MOST_TOP_K}")
         if not 0.0 < self.top_p <= 1.0:
             problems.append(f"top_p = {self.top_p}: must be above 0 and at most 1 (off)")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine_cases import dense_config, moe_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshwright.model.parts import build_model
 from meshwright.model.plain_tokens import place_of_plain_tokens
@@ -43,7 +44,7 @@ def test_tokens_without_a_target_do_not_count_for_routers() -> None:
         (TOKENS[:0], None, "tokens of shape [0, 3]: must be at least 1 of at least 1 sample"),
         (TOKENS[:, 0], None, "tokens of shape [7]: must be [s, b], the tokens of a sample along the first dim"),
         (TOKENS, TARGETS[1:], "targets of shape [6, 3]: must be of the tokens' shape, [7, 3]"),
-        (TOKENS.float(), None, "tokens of torch.float32: must be torch.int64"),
+        (TOKENS.float(), None, "tokens of torch.float32: must be torch.int64 or torch.int32"),
         (TOKENS, TARGETS.int(), "targets of torch.int32: must be torch.int64"),
         (TOKENS, TARGETS - V, "targets with -"),
         (TOKENS, TARGETS.where(TARGETS > 9, -1), "targets with -1: must be from 0 to vocab_size - 1 = 30, or -100"),
@@ -71,3 +72,12 @@ def test_more_tokens_than_learned_positions_are_told() -> None:
     model = build_model(dense_config(vocab_size=V, position="learned", max_positions=S - 1), seed=0)
     with pytest.raises(ValueError, match="7 of a sample are more than the 6 learned positions"):
         model(TOKENS)
+
+
+def test_shapes_can_be_asked_for_without_numbers() -> None:
+    model = build_model(dense_config(vocab_size=V), seed=0)
+    targets = TARGETS.clone()
+    targets[4:] = -100
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(TOKENS), mode.from_tensor(targets)).shape == ()
+    assert place_of_plain_tokens(TOKENS.int(), targets, V).step_tokens == (targets != -100).sum()

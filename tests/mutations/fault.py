@@ -3,11 +3,12 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-DENSE = {
-    "pattern": "*-", "num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 64,
-    "ffn_hidden_size": 128, "bias": ["q", "k", "v", "output", "ffn"], "qk_norm": True,
+SIZES = {
+    "num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 64,
+    "bias": ["q", "k", "v", "output", "ffn"], "qk_norm": True,
 }  # fmt: skip
-MOE = DENSE | {
+DENSE = SIZES | {"pattern": "*-", "ffn_hidden_size": 128}
+MOE = SIZES | {
     "pattern": "*E",
     "tie_embeddings": True,
     "moe": {"num_experts": 8, "top_k": 2, "expert_hidden_size": 64, "num_shared_experts": 1},

@@ -185,7 +185,9 @@ def test_a_window_computes_and_keeps_no_square(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_way_to_see_that_is_none_says_why() -> None:
-    assert Seen(window=-1).problems() == ["window = -1: must be at least 1, or 0 for none; 1 would fit"]
-    assert "size and local must be 1 or more" in Seen(blocks=Blocks(0, 1)).problems()[0]
+    assert Seen(window=-1).problems() == [
+        "window = -1: must be a whole number of at least 1, or 0 for none; 1 would fit"
+    ]
+    assert "size and local must be whole numbers of 1 or more" in Seen(blocks=Blocks(0, 1)).problems()[0]
     assert "block-sparse attention is causal" in Seen(False, blocks=Blocks(4, 1)).problems()[0]
     assert Seen(window=3).problems() == []

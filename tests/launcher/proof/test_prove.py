@@ -52,6 +52,13 @@ def test_the_tiny_mixture_of_experts_computes_what_one_process_computes(
     )
 
 
+def test_where_rounding_decides_between_experts_the_ranks_take_over_what_one_process_chose() -> None:
+    # Experts that are all but equally likely: in fp32 one process chooses others than in fp64, and so do the ranks.
+    few = ("model.init_std=1e-5", "zero.stage=0", "parallel.dp_shard=2")
+    done = proof.prove(plan_of("moe_tiny.toml", *few, passes=("fast",)))
+    assert done.is_same, [result.first for result in done.results]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "world", "overrides"),
