@@ -6,7 +6,8 @@
 
 Whatever kills the writer, the lock goes with it; the next one to write clears what it left.
 
-A single file, such as a run file, is written the same way (`write_whole`).
+A single file, such as a run file, is written beside its place and renamed (`write_whole`). Of a writer that was killed
+a file with its process id stays, which nobody reads.
 
 Before anything is done, `why_no_folder` and `why_not_made` tell why nothing can be made at a place, and `strangers`
 what lies in a folder that is to be replaced and is not its writer's.
@@ -113,9 +114,11 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name[:40]}.{os.getpid()}")  # no longer than the name, where that is very long
     try:
         aside.write_text(text, encoding="utf-8")
+        if path.exists():
+            shutil.copymode(path, aside)
         _sync(aside)
         aside.replace(path)
     finally:

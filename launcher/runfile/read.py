@@ -44,6 +44,7 @@ Folders = Literal["left out", "if here", "needed"]
 DERIVED_FROM = {
     "model.num_kv_heads": {"model.num_heads"},
     "model.head_dim": {"model.hidden_size", "model.num_heads"},
+    "model.ffn_hidden_size": {"model.hidden_size"},
 }
 
 

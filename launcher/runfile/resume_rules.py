@@ -98,9 +98,6 @@ def _changes(before: RunFile, after: RunFile) -> Iterator[Change]:
             continue
         if all(is_derived(change.key, run_file.model) for run_file in (before, after)):
             continue  # it follows from another key, whose change is told
-        # Files that were written before it was refused may have one that nothing reads.
-        if change.key == "model.ffn_hidden_size" and not (before.model.has("mlp") or after.model.has("mlp")):
-            continue
         # 0 is the tokenizer's, which the fingerprint looks after
         if change.key == "model.vocab_size" and 0 in (change.before, change.after):
             continue

@@ -6,8 +6,6 @@ from meshwright.launcher.runfile.messages import problem
 from meshwright.launcher.runfile.tables import InitConfig, RunFile
 from meshwright.model.config import ModelConfig
 from meshwright.model.kinds.feedforward.moe import MoeConfig
-from meshwright.model.kinds.unread import filled_in
-from meshwright.model.presets import PRESETS
 
 Wrong = tuple[str, object, str, str]
 """Key, value, rule, and what would fit."""
@@ -20,7 +18,6 @@ def upcycling_problems(run_file: RunFile, *, is_width_written: bool) -> list[str
     """
     model, init = run_file.model, run_file.init
     rows, widths = list(_wrong(model, init)), list(_wrong_widths(model, init))
-    rows += _unread_width(model, init)
     missing = [_missing(model.moe, init)] if widths and not is_width_written and model.moe else []
     rows += [] if missing else widths
     return [*(problem(key, value, rule, f"{fits} would fit") for key, value, rule, fits in rows), *missing]
@@ -68,16 +65,6 @@ def _wrong_widths(model: ModelConfig, init: InitConfig) -> Iterator[Wrong]:
         yield "model.moe.expert_hidden_size", moe.expert_hidden_size, rule, f"{model.ffn_hidden_size}"
     if init.upcycle == "partition":
         yield from _partition_problems(model.ffn_hidden_size, moe)
-
-
-def _unread_width(model: ModelConfig, init: InitConfig) -> Iterator[Wrong]:
-    """Yield the width of dense feed-forwards where there are none and experts are made of none; not a preset's."""
-    width = model.ffn_hidden_size
-    if model.has("mlp") or not model.has("moe") or init.upcycle != "none":
-        return
-    if width not in (filled_in(model, "ffn_hidden_size"), PRESETS.get(model.preset, {}).get("ffn_hidden_size")):
-        why = f'nothing in model.pattern = "{model.pattern}" reads it; the MLP (-) does, and init.upcycle'
-        yield "model.ffn_hidden_size", width, why, "0"
 
 
 def _partition_problems(dense: int, moe: MoeConfig) -> Iterator[Wrong]:

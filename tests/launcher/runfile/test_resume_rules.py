@@ -61,15 +61,6 @@ def test_weights_are_offered_only_to_a_model_that_they_fit() -> None:
     assert compare("model.num_layers=4")[1][0].endswith("or begin a run of another name, from new weights")
 
 
-def test_a_width_that_nothing_computes_with_may_be_left_out() -> None:
-    """Older files may have one, which is refused by now."""
-    assert compare_for_resume(run_file("model.ffn_hidden_size=77"), run_file()) == ([], [])
-    dense = ("model.preset=dense-tiny", "model.ffn_hidden_size=256")
-    assert compare_for_resume(run_file(*dense[:1]), run_file(*dense))[1][0].startswith(
-        "model.ffn_hidden_size = 256: the"
-    )
-
-
 def test_a_size_that_follows_from_another_is_not_told() -> None:
     told = compare("model.hidden_size=256")[1]
     assert [line.partition(" =")[0] for line in told] == ["model.hidden_size"]
