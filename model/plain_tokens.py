@@ -13,28 +13,42 @@ from meshwright.kernels.matmul.cross_entropy import NOT_COUNTED
 from meshwright.parallel.where import Where, where_of_plain_tokens
 
 
-def place_of_plain_tokens(tokens: Tensor, targets: Tensor | None, vocab_size: int, most: int | None = None) -> Where:
+def place_of_plain_tokens(
+    tokens: Tensor, targets: Tensor | None, vocab_size: int, most: int | None = None, *, is_training: bool = False
+) -> Where:
     """Return the place of whole samples [s, b] whose loss is to be the mean over the targets [s, b] that count.
 
-    `most` is how many positions there are, if not any number.
+    `most` is how many positions there are, if not any number. In training each call has a step of its own, of torch's
+    usual random numbers (`torch.manual_seed`): by it goes what dropout and noise draw.
 
     Raises:
         ValueError: naming everything about them that does not fit.
     """
     problems, of_types = _shapes(tokens, targets, most), _types(tokens, targets)
-    problems += of_types or (_ids(tokens, targets, vocab_size) if has_numbers(tokens) else [])
+    if not (of_types or _knows_no_numbers(tokens) or torch.compiler.is_compiling()):
+        problems += _ids(tokens, targets, vocab_size)
+    problems += of_types
     if problems:
         raise ValueError("\n".join(problems))
-    where = where_of_plain_tokens(tokens)
-    if targets is None or not (has_numbers(tokens) or torch.compiler.is_compiling()):
+    where = where_of_plain_tokens(tokens, _any_step() if is_training and not _is_once(tokens) else 0)
+    if targets is None or (_knows_no_numbers(tokens) and not torch.compiler.is_compiling()):
         return where
     counted = targets != NOT_COUNTED
     return replace(where.counting(counted), step_tokens=counted.sum().clamp(min=1).double().item())
 
 
-def has_numbers(tokens: Tensor) -> bool:
-    """Say whether there are numbers to look at: not where a graph is drawn, nor where only shapes are asked for."""
-    return not (tokens.is_meta or isinstance(tokens, FakeTensor) or torch.compiler.is_compiling())
+def _knows_no_numbers(tokens: Tensor) -> bool:
+    """Say whether only shapes are asked for."""
+    return tokens.is_meta or isinstance(tokens, FakeTensor)
+
+
+def _is_once(tokens: Tensor) -> bool:
+    """Say whether this is done once for all calls to come: where a graph is exported, or only shapes are asked for."""
+    return torch.compiler.is_exporting() or _knows_no_numbers(tokens)
+
+
+def _any_step() -> int:
+    return int(torch.randint(2**31, ()))
 
 
 def _shapes(tokens: Tensor, targets: Tensor | None, most: int | None) -> list[str]:

@@ -127,7 +127,7 @@ class LanguageModel(nn.Module):
         leaves all of these out, silently: the gradient is then that of the returned loss alone, for comparisons.
 
         Without `where` the tokens are whole samples of no run, and the loss is the mean over the targets that are not
-        -100; those tokens alone count for routers too.
+        -100; those tokens alone count for routers too. What dropout and noise draw goes by `torch.manual_seed` then.
 
         Raises:
             ValueError: without `where`: if there are no tokens, or they, or the targets, are of another shape or type,
@@ -135,7 +135,7 @@ class LanguageModel(nn.Module):
         """
         if where is None:
             most = len(self.positions.weight) if isinstance(self.positions, LearnedPositions) else None
-            where = place_of_plain_tokens(tokens, targets, self.output_rows.vocab_size, most)
+            where = place_of_plain_tokens(tokens, targets, self.output_rows.vocab_size, most, is_training=self.training)
         x = self.begin(tokens, where)
         for lap in range(self.laps):
             of_lap = where.of_lap(lap)

@@ -143,11 +143,14 @@ def place(
     )
 
 
-def where_of_plain_tokens(tokens: Int[Tensor, "s b"]) -> Where:
-    """Return the place of tokens that come from no run: one step, samples 0 to b-1, every token counted."""
+def where_of_plain_tokens(tokens: Int[Tensor, "s b"], step: int = 0) -> Where:
+    """Return the place of tokens that come from no run: samples 0 to b-1, every token counted.
+
+    What is drawn in training (dropout, noise) is the same for the same `step`: each call is to have another.
+    """
     s, b = tokens.shape
     device = tokens.device
     document = torch.zeros(s, b, dtype=torch.int64, device=device)
     counted, position = document == 0, torch.arange(s, device=device)
     sample = torch.arange(b, device=device)
-    return place(sample, document, counted, position, NO_TP, step=0, step_tokens=float(s * b))
+    return place(sample, document, counted, position, NO_TP, step=step, step_tokens=float(s * b))

@@ -81,3 +81,18 @@ def test_shapes_can_be_asked_for_without_numbers() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert model(mode.from_tensor(TOKENS), mode.from_tensor(targets)).shape == ()
     assert place_of_plain_tokens(TOKENS.int(), targets, V).step_tokens == (targets != -100).sum()
+
+
+@pytest.mark.parametrize("keys", [{"residual_dropout": 0.5}, {"embedding_dropout": 0.5}, {"attention_dropout": 0.5}])
+def test_each_training_call_draws_anew_by_the_usual_seed(keys: dict[str, float]) -> None:
+    model = build_model(dense_config(vocab_size=V, **keys), seed=0)
+
+    def losses() -> list[float]:
+        torch.manual_seed(3)
+        return [model(TOKENS, TARGETS).item() for _ in range(3)]
+
+    first = losses()
+    assert len(set(first)) == 3
+    assert losses() == first
+    model.eval()
+    assert len(set(losses())) == 1
