@@ -27,7 +27,13 @@ from meshwright.launcher.weights.destination import (
     written_partially,
 )
 from meshwright.launcher.weights.export_report import ExportReport, write_report
-from meshwright.launcher.weights.hf_writer import EXPORT_DTYPES, ExportSettings, export_bytes, write_hf_folder
+from meshwright.launcher.weights.hf_writer import (
+    EXPORT_DTYPES,
+    OF_TRAINING,
+    ExportSettings,
+    export_bytes,
+    write_hf_folder,
+)
 from meshwright.launcher.weights.read_weights import CheckpointWeights, fill_model, find_source
 from meshwright.launcher.weights.safetensors_stream import DEFAULT_MAX_SHARD_BYTES
 from meshwright.launcher.weights.saved_run import SavedRun, read_saved_run
@@ -135,7 +141,9 @@ def export_run(request: ExportRequest) -> Exported:
             "run": saved.run_file.run.name,
             "class": family.class_name,
             "dtype": request.dtype,
-            "weights": sum(int(np.prod(shape)) for shape in weights.shapes().values()),
+            "weights": sum(
+                int(np.prod(shape)) for name, shape in weights.shapes().items() if not name.startswith(OF_TRAINING)
+            ),
             "files": len(list(partial.glob("*.safetensors"))),
             "bytes": sum(path.stat().st_size for path in partial.iterdir()),
         }

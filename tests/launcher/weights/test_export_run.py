@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from tiny_exports import CONFIGS, MOE, tiny_config, write_tiny_run, write_tiny_store
 
 from meshwright.data.store import TokenStore
 from meshwright.launcher.__main__ import main
 from meshwright.launcher.weights import export_run
 from meshwright.model.config import ModelConfig
+from meshwright.model.kinds.multi_token import MultiTokenConfig
 
 pytest.importorskip("transformers")
 
@@ -114,6 +116,17 @@ def test_an_unverified_export_says_so(
     assert meshwright("export", run, "--skip-verify") == 0
     assert "not verified" in capsys.readouterr().out
     assert report_of(run / "export")["verified"] is False
+
+
+def test_the_weights_told_are_those_in_the_files(
+    store: TokenStore, meshwright: Callable[..., int], tmp_path: Path
+) -> None:
+    config = CONFIGS["mixtral"].model_copy(update={"multi_token": MultiTokenConfig()})  # further tokens are left out
+    write_tiny_run(tmp_path / "run", config, store)
+    assert meshwright("export", tmp_path / "run", "--skip-verify") == 0
+    with safe_open(tmp_path / "run" / "export" / "model.safetensors", "pt") as file:
+        held = [file.get_tensor(name).numel() for name in file.keys()]  # noqa: SIM118  (it is no dict)
+    assert report_of(tmp_path / "run" / "export")["weights"] == sum(held)
 
 
 def test_a_model_that_no_class_is_is_refused_with_every_reason_and_status_2(
