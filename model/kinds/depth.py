@@ -10,14 +10,13 @@ token: h/tp of the layer's input in at least fp32, h/tp of what is added to it, 
 
 from __future__ import annotations
 
-from fractions import Fraction
 from math import ceil
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, Field, NonNegativeFloat
 
 from meshwright.model.kinds.kind import Degrees, Named, Types, matrix
-from meshwright.model.kinds.sizes import TABLE, Size
+from meshwright.model.kinds.sizes import TABLE, Size, exact_share
 
 if TYPE_CHECKING:
     from meshwright.model.config import ModelConfig
@@ -53,8 +52,7 @@ def depth_weights(model: ModelConfig) -> Named:
 
 def depth_rows(model: ModelConfig, length: int, degrees: Degrees) -> int:
     """Return how many tokens of a sample of `length` the layer sees; over tp as many on each rank."""
-    share = Fraction(str(depth_of(model).capacity)).limit_denominator(10**6)  # as the layer reads it
-    return -(-ceil(share * length) // degrees.tp) * degrees.tp
+    return -(-ceil(exact_share(depth_of(model).capacity) * length) // degrees.tp) * degrees.tp
 
 
 def depth_kept(model: ModelConfig, degrees: Degrees, types: Types) -> float:

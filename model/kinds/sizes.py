@@ -1,5 +1,6 @@
 """What a table of a run file may hold, and what a size in it may be."""
 
+from fractions import Fraction
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -24,3 +25,8 @@ def round_up(size: int, multiple: int = ALIGNMENT) -> int:
 def usual_width(hidden_size: int) -> int:
     """Return the width of a feed-forward that is not given: 8/3 of the stream's, rounded up."""
     return round_up(-(-8 * hidden_size // 3))
+
+
+def exact_share(share: float) -> Fraction:
+    """Return a share or factor as it was written: 1.1 is eleven tenths, not a bit more."""
+    return Fraction(str(share)).limit_denominator(10**6)

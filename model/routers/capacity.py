@@ -16,12 +16,11 @@ DeepSpeed's top-2, which divides by what was kept). Padding is never taken. The 
 before anything is dropped.
 """
 
-from fractions import Fraction
-
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from meshwright.model.kinds.sizes import exact_share
 from meshwright.parallel.collectives import gather
 from meshwright.parallel.mesh import Axis
 from meshwright.parallel.where import Where
@@ -33,7 +32,7 @@ _ROUNDING = 64
 
 def capacity_of(tokens: Int[Tensor, " b"], factor: float, top_k: int, num_experts: int) -> Int64[Tensor, " b"]:
     """Return how many choices each expert takes of sequences with so many counted tokens; exact in whole numbers."""
-    share = Fraction(str(factor)).limit_denominator(10**6) * top_k / num_experts  # 1.1 is eleven tenths, not a bit more
+    share = exact_share(factor) * top_k / num_experts
     return (-(-tokens.to(torch.int64) * share.numerator // share.denominator)).clamp(min=1)
 
 
